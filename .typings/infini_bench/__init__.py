@@ -1,0 +1,1 @@
+../../infini_bench/__init__.py

@@ -1,0 +1,162 @@
+"""The state of a whole model: a ``transformers`` Cache whose layers hold each memory's state.
+
+Shapes: B batch. Every tensor of a state has B as its first axis; counts are ints while all rows agree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from infini_bench.errors import UserError
+from infini_bench.memory.base import State
+
+BUFFERED = ("k", "v", "fill", "done", "seen", "count", "valid")  # of the unfinished segment, and counters
+
+
+class MemoryLayer(CacheLayerMixin):
+    """One layer's state; None before the first token."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, state: State | None = None):
+        super().__init__()
+        self.state = state
+
+    def map(self, fn: Any) -> MemoryLayer:
+        """A new layer with ``fn`` applied to every tensor."""
+        if self.state is None:
+            return MemoryLayer()
+        return MemoryLayer({name: fn(x) if isinstance(x, Tensor) else x for name, x in self.state.items()})
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise RuntimeError("a memory layer is filled by its attention module")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("a memory layer is filled by its attention module")
+
+    def get_seq_length(self) -> int:
+        """Columns fed so far, padding included."""
+        seen = 0 if self.state is None else self.state["seen"]
+        assert isinstance(seen, int)
+        return seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def reset(self) -> None:
+        self.state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state = self.map(lambda x: x[beam_idx.to(x.device)]).state
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state = self.map(lambda x: x.repeat_interleave(repeats, 0)).state
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def crop(self, *_: Any) -> None:
+        raise RuntimeError("a memory's state cannot be cropped: what was compressed cannot be taken out")
+
+    def reset_rows(self, mask_B: Tensor) -> None:
+        """Clear the rows where ``mask_B`` is True, as at a document's start; the others go on."""
+        if self.state is None:
+            return
+        batch = len(mask_B)
+        for name, x in self.state.items():
+            if name == "seen":
+                continue
+            if not isinstance(x, Tensor):
+                x = torch.full((batch,), x, device=mask_B.device)
+            keep = ~mask_B.to(x.device)
+            self.state[name] = x * keep.view(-1, *[1] * (x.dim() - 1))
+        if "past_k" in self.state and "k" not in self.state:  # full attention: hide the row's columns
+            seen = self.get_seq_length()
+            ones = torch.ones(batch, seen, dtype=torch.bool, device=mask_B.device)
+            counts = torch.full((batch,), seen, device=mask_B.device)
+            self.state.setdefault("valid", ones & ~mask_B[:, None])
+            self.state.setdefault("count", counts * ~mask_B)
+
+
+class MemoryCache(Cache):
+    """The state of a model between two calls. Pass it as ``past_key_values``, or to ``model.step``."""
+
+    def __init__(self, layers: list[MemoryLayer]):
+        super().__init__(layers=layers)
+
+    @classmethod
+    def empty(cls, layers: int) -> MemoryCache:
+        """The state at the start of a document."""
+        return cls([MemoryLayer() for _ in range(layers)])
+
+    def copy(self) -> MemoryCache:
+        """The same tensors in new layers: later calls replace states, they never write into them."""
+        return MemoryCache([layer.map(lambda x: x) for layer in self.layers])
+
+    def detach(self) -> MemoryCache:
+        """The same state, without gradients."""
+        return MemoryCache([layer.map(lambda x: x.detach()) for layer in self.layers])
+
+    def select_rows(self, index: Tensor) -> MemoryCache:
+        """The rows of ``index`` (int64), which may repeat."""
+        return MemoryCache([layer.map(lambda x: x[index.to(x.device)]) for layer in self.layers])
+
+    def reset_rows(self, mask: Tensor) -> None:
+        """Clear in place the rows where ``mask`` (B,) bool is True."""
+        for layer in self.layers:
+            layer.reset_rows(mask)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat, named ``<layer>.<name>``; counts become 0-dim int64 tensors on the CPU. Empty before a token."""
+        return {
+            f"{i}.{name}": x if isinstance(x, Tensor) else torch.tensor(x)
+            for i, layer in enumerate(self.layers)
+            for name, x in (layer.state or {}).items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], layers: int | None = None) -> MemoryCache:
+        """The inverse of ``tensors``; ``layers`` only matters for an empty state."""
+        count = 1 + max((int(name.split(".")[0]) for name in tensors), default=(layers or 0) - 1)
+        cache = cls.empty(count)
+        for name, x in tensors.items():
+            index, key = name.split(".", 1)
+            layer = cache.layers[int(index)]
+            layer.state = {**(layer.state or {}), key: x if x.dim() else int(x)}
+        return cache
+
+    def floats(self) -> int:
+        """Floats that cross a segment boundary, counted on live tensors (without the unfinished segment)."""
+        carried = [x for name, x in self.tensors().items() if name.split(".", 1)[1] not in BUFFERED]
+        return sum(x.numel() for x in carried)
+
+    def bytes(self) -> int:
+        """Bytes of everything that the state holds, the unfinished segment included."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values() if x.dim())
+
+    def save(self, path: Path) -> None:
+        """One safetensors file."""
+        save_file({name: x.detach().contiguous() for name, x in self.tensors().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu") -> MemoryCache:
+        """The state of a file written by ``save``. Raises UserError when it is missing or damaged."""
+        try:
+            with safe_open(path, "pt", device=device) as file:
+                return cls.from_tensors({name: file.get_tensor(name) for name in file.keys()})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The memory state {path} cannot be read: {error}.") from error

@@ -1,0 +1,230 @@
+"""The one place that knows Hydra: composing, checking, completing and launching what follows a verb.
+
+Typer owns verbs, options and help; Hydra owns overrides, sweeps and launchers. Hydra's own entry point runs with
+``sys.argv`` swapped, so that every launcher and sweeper works; everything is composed and checked before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from infini_bench.cli import jobs
+from infini_bench.config import TASKS, build_config, known_keys, to_dict, unknown_setting
+from infini_bench.errors import UserError
+from infini_bench.schema import RunConfig
+from infini_bench.units import suggest
+
+MODULE, CONFIG, VERSION = "infini_bench.conf", "config", "1.3"
+PLURALS = {"model": "models", "task": "tasks", "data": "data", "experiment": "experiments"}  # of `infini-bench ls`
+
+
+# --- composing and checking -----------------------------------------------------------------------------
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """The run that these overrides of ``conf/`` describe. Raises UserError in one sentence."""
+    with _loader() as loader:
+        parsed = _parse(overrides, loader)
+        for override in parsed:
+            _check_group(override, loader, overrides)
+        try:
+            config = hydra.compose(CONFIG, [*overrides])
+            container = OmegaConf.to_container(config, resolve=True)
+        except (HydraException, OmegaConfBaseException) as err:
+            raise _explain(err, parsed, loader) from err
+    assert isinstance(container, dict)
+    return build_config(container)
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep: the product of all lists, ranges and globs in them."""
+    with _loader() as loader:
+        axes = []
+        for override in _parse(overrides, loader):
+            if override.is_discrete_sweep():
+                values = [*override.sweep_string_iterator()]
+                axes.append([f"{override.get_key_element()}={value}" for value in values])
+            elif not override.is_sweep_override():  # an interval is for the sweeper that asked for it
+                axes.append([str(override.input_line)])
+    return [[*job] for job in itertools.product(*axes)]
+
+
+def search_path(config_dir: Path | None) -> list[str]:
+    """The override that adds a folder of the user's own YAML files."""
+    if config_dir is None:
+        return []
+    if not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir} is no folder")
+    return [f"hydra.searchpath=[{quote(f'file://{config_dir.resolve()}')}]"]
+
+
+def quote(value: str) -> str:
+    """``value`` as one string in Hydra's grammar, whatever characters it has."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
+    return f"'{escaped}'"
+
+
+@contextmanager
+def _loader() -> Iterator[ConfigLoader]:
+    store = ConfigStore.instance()
+    base = to_dict(RunConfig())
+    del base["task"]
+    store.store(name="schema", node=base)
+    for name, cls in TASKS.items():
+        store.store(group="schema", name=name, node=asdict(cls()))
+    with hydra.initialize_config_module(MODULE, version_base=VERSION):
+        yield GlobalHydra.instance().config_loader()
+
+
+def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except (OverrideParseException, HydraException) as err:
+            raise UserError(f'"{text}" is not a setting; write key=value, such as trainer.steps=100') from err
+    return parsed
+
+
+def _check_group(override: Override, loader: ConfigLoader, overrides: Sequence[str]) -> None:
+    """An unknown option of a config group is told with the options there are."""
+    search = [text for text in overrides if text.startswith("hydra.searchpath=")]
+    group, value = override.key_or_group, override.value()
+    options = loader.get_group_options(group, ObjectType.CONFIG, CONFIG, search)
+    if override.is_sweep_override():
+        raise UserError(f'"{override.input_line}" has several values; add -m to run them one after the other')
+    if options and isinstance(value, str) and value not in options:
+        there = f"`infini-bench ls {PLURALS[group]}` lists all" if group in PLURALS else f"there are {', '.join(options)}"
+        raise UserError(f'unknown {group} "{value}"{suggest(value, options)}; {there}')
+
+
+def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
+    """One sentence for what Hydra tells in several lines."""
+    groups = [o for o in parsed if loader.get_group_options(o.key_or_group, ObjectType.CONFIG)]
+    try:
+        task = hydra.compose(CONFIG, [str(o.input_line) for o in groups]).task.name
+    except (HydraException, OmegaConfBaseException):
+        return UserError(" ".join(str(err).split("\n")[0].split()))
+    known = [*known_keys(task), *loader.list_groups("")]
+    for override in parsed:
+        key = override.key_or_group
+        if key == "data.filter" or key.startswith("data.filter."):
+            return UserError("a filter is added with a plus sign: +data.filter.COLUMN=VALUE")
+        if override.type is OverrideType.CHANGE and key not in known and not override.is_hydra_override():
+            return unknown_setting(key, known)
+    return UserError(" ".join(str(err).split("\n")[0].split()))
+
+
+# --- launching ------------------------------------------------------------------------------------------
+
+
+def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show: str | None = None) -> int:
+    """Check every job, then run them through Hydra; returns the exit code.
+
+    show: ``job``, ``hydra`` or ``all`` prints the composed configuration instead.
+    """
+    overrides = [*overrides]
+    configs = [compose_run(job) for job in (expand(overrides) if multirun else [overrides])]
+    flags = ["--cfg", show] if show else ["--multirun"] if multirun else []
+    sweep = Path(configs[0].runs) / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    if multirun and not show:
+        overrides.append(f"hydra.sweep.dir={quote(str(sweep))}")
+        print(f"{len(configs)} jobs, log in {sweep}")
+    task = {"train": train_job, "eval": eval_job}[verb]
+    entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)(task)
+    with _argv([jobs.PROGRAM, *flags, *overrides]), _plain_errors():
+        entry()
+    return jobs.summarize(sweep) if multirun and not show else 0
+
+
+def train_job(cfg: DictConfig) -> None:
+    """What a launcher runs for ``train``; importable, so that every launcher can send it elsewhere."""
+    _job("train", cfg)
+
+
+def eval_job(cfg: DictConfig) -> None:
+    """What a launcher runs for ``eval``."""
+    _job("eval", cfg)
+
+
+def _job(verb: str, cfg: DictConfig) -> None:
+    config = HydraConfig.get()
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    overrides = [*config.overrides.task]
+    search = [text for text in config.overrides.hydra if text.startswith("hydra.searchpath=")]
+    job = jobs.Job(verb, build_config(container), overrides, _given(overrides), search)
+    if config.mode is RunMode.MULTIRUN:
+        job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
+    else:
+        job.run()
+
+
+def _given(overrides: Sequence[str]) -> frozenset[str]:
+    """Dotted names of what the user set; choosing an option of a group sets the group's name."""
+    return frozenset(override.key_or_group for override in OverridesParser.create().parse_overrides([*overrides]))
+
+
+@contextmanager
+def _argv(words: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Hydra passes a job's exception on instead of printing it and leaving the process."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+# --- completing -----------------------------------------------------------------------------------------
+
+
+def complete(words: Sequence[str], incomplete: str) -> list[str]:
+    """What may stand for ``incomplete`` after the overrides ``words``.
+
+    bash hands over ``model=inf`` as three words, other shells as one: the line is joined again, and in bash the
+    part before ``=`` is taken off the answers.
+    """
+    line = re.sub(r"\s*=\s*", "=", " ".join([*words, incomplete]))
+    with _loader() as loader:
+        found = DefaultCompletionPlugin(loader)._query(CONFIG, line)
+    key, equals, _ = line.rpartition(" ")[2].rpartition("=")
+    own = [text for text in found if incomplete.startswith("hydra") or not re.match("hydra|schema", text)]
+    split = bool(equals) and (incomplete == "=" or "=" not in incomplete)
+    return [text.removeprefix(f"{key}=") if split else text for text in own]
+
+

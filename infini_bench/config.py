@@ -1,0 +1,191 @@
+"""From a plain mapping to a checked `RunConfig`, and back. Everything wrong is told in one sentence.
+
+Used for what the command line composed and for the ``config.json`` of a run folder alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf, ValidationError
+
+from infini_bench import schema
+from infini_bench.errors import UserError
+from infini_bench.schema import BooksumConfig, LMConfig, PasskeyConfig, RunConfig, TaskConfig
+from infini_bench.units import format_length, parse_depth, parse_length, suggest
+
+TASKS: dict[str, type[TaskConfig]] = {"lm": LMConfig, "passkey": PasskeyConfig, "booksum": BooksumConfig}
+
+Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
+
+
+def build_config(container: Mapping[str, Any]) -> RunConfig:
+    """The run that ``container`` describes; keys left out keep their defaults.
+
+    Raises UserError for an unknown key (with the nearest known one), a value of the wrong type, or a value
+    that no run could use.
+    """
+    task = container.get("task", {})
+    name = task.get("name") if isinstance(task, Mapping) else task
+    if name not in TASKS:
+        raise UserError(f'unknown task "{name}"{suggest(str(name), TASKS)}; there are {", ".join(TASKS)}')
+    cfg = _build(RunConfig, container, "", {"task": TASKS[name]})
+    for key, value in _leaves(cfg):
+        _check(key, value)
+    _check_decoder(cfg)
+    _check_sources(cfg)
+    if isinstance(cfg.task, PasskeyConfig):
+        cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
+        cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
+    return cfg
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """Plain nested dictionaries, as stored in records and in ``config.json``; `build_config` reads them back."""
+    return dataclasses.asdict(cfg)
+
+
+def known_keys(task: str) -> list[str]:
+    """Every dotted key that a run of ``task`` has, sections included (``trainer`` and ``trainer.steps``)."""
+    cfg = RunConfig(task=TASKS[task]())
+    leaves = [key for key, _ in _leaves(cfg)]
+    return sorted({key.rpartition(".")[0] for key in leaves} - {""} | set(leaves))
+
+
+def unknown_setting(key: str, known: Iterable[str]) -> UserError:
+    """The error for a dotted key that does not exist; suggests the same last part elsewhere, or a near spelling."""
+    known = [*known]
+    leaf = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = f' (did you mean "{same[0]}"?)' if same else suggest(key, known)
+    return UserError(f'unknown setting "{key}"{near}; `infini-bench train --cfg job` lists all settings')
+
+
+def _build(cls: type, values: Any, prefix: str, subclasses: dict[str, type]) -> Any:
+    """An instance of the dataclass ``cls``, strictly from ``values``."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.')} must be a group of settings, not {values!r}")
+    types = typing.get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            siblings = [f"{prefix}{name}" for name in types]
+            raise unknown_setting(f"{prefix}{key}", siblings)
+    nested = {key: subclasses.get(key, types[key]) for key in values if dataclasses.is_dataclass(types[key])}
+    built = {key: _build(sub, values[key], f"{prefix}{key}.", {}) for key, sub in nested.items()}
+    flat = {key: value for key, value in values.items() if key not in nested}
+    return cls(**_convert(cls, flat, prefix), **built)
+
+
+def _convert(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """``values`` as the types of the fields of ``cls``; text that reads as that type is accepted."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+    except ValidationError as err:
+        key = re.split(r"[.\[]", str(err.full_key))[0]
+        wanted = _in_words(typing.get_type_hints(cls)[key])
+        raise UserError(f"{prefix}{key} must be {wanted}, not {_shown(values[key])}") from err
+    plain = OmegaConf.to_container(merged)
+    assert isinstance(plain, dict)
+    return {str(key): plain[key] for key in values}
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value is None or value == "" else f'"{value}"'
+
+
+def _in_words(annotation: Any) -> str:
+    args = typing.get_args(annotation)
+    if type(None) in args:
+        return _in_words(next(a for a in args if a is not type(None))) + " or null"
+    if typing.get_origin(annotation) is list:
+        return "a list such as " + ("[2,4]" if args == (int,) else "[4K,1M]")
+    if typing.get_origin(annotation) is dict:
+        return "a mapping such as {language: en}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+# --- values ---------------------------------------------------------------------------------------------
+
+
+def _one_of(options: tuple[str, ...]) -> Rule:
+    return lambda value: value in options, f"one of {', '.join(options)}"
+
+
+_NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
+_POSITIVE: Rule = (lambda value: value > 0, "above 0")
+_SHARE: Rule = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_DECAY: Rule = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_ANY: Rule = (lambda value: True, "")
+
+_RULES: dict[str, Rule] = {
+    "seed": _NOT_NEGATIVE,
+    "device": (lambda value: value.split(":")[0] in schema.DEVICES, f"one of {', '.join(schema.DEVICES)}"),
+    "decoder.init_std": _POSITIVE,
+    "decoder.rope_theta": _POSITIVE,
+    "memory.kind": _one_of(schema.MEMORY_KINDS),
+    "memory.update": _one_of(schema.UPDATES),
+    "memory.features": _one_of(schema.FEATURES),
+    "memory.gate_start": _ANY,
+    "memory.gate_split": _ANY,
+    "memory.gradient_depth": _NOT_NEGATIVE,
+    "data.source": _one_of(schema.SOURCES),
+    "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
+    "task.split": _one_of(schema.SPLITS),
+    "task.digits": (lambda value: 1 <= value <= 100, "between 1 and 100"),
+    "task.lengths": (bool, "at least one length"),
+    "task.depths": (bool, "at least one depth"),
+    "task.lm_weight": _NOT_NEGATIVE,
+    "task.temperature": (lambda value: value > 0, "above 0 (task.greedy=true takes the likeliest token)"),
+    "task.top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "trainer.optimizer": _one_of(schema.OPTIMIZERS),
+    "trainer.precision": _one_of(schema.PRECISIONS),
+    "trainer.warmup": _NOT_NEGATIVE,
+    "trainer.min_lr": _SHARE,
+    "trainer.weight_decay": _NOT_NEGATIVE,
+    "trainer.beta1": _DECAY,
+    "trainer.beta2": _DECAY,
+    "trainer.keep": _POSITIVE,
+    "trainer.curriculum": (
+        lambda value: all(n > 0 for n in value) and value == sorted(set(value)),
+        "numbers of segments in rising order",
+    ),
+}
+
+
+def _check(key: str, value: Any) -> None:
+    """Numbers are positive unless `_RULES` says otherwise; None means "not set" and is always fine."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    holds, words = _RULES.get(key, _POSITIVE if numeric else _ANY)
+    finite = not numeric or abs(value) < float("inf")
+    if value is not None and not (finite and holds(value)):
+        raise UserError(f"{key} must be {words or 'a finite number'}, not {value}")
+
+
+def _check_decoder(cfg: RunConfig) -> None:
+    d = cfg.decoder
+    if d.head_dim is None and d.dim % d.heads:
+        raise UserError(f"decoder.dim={d.dim} is not a multiple of decoder.heads={d.heads}; change one of them")
+    if (d.head_dim or d.dim // d.heads) % 2:
+        raise UserError("the head size (decoder.head_dim, or dim / heads) must be even, for the rotary embedding")
+    if d.heads % (d.kv_heads or d.heads):
+        raise UserError(f"decoder.heads={d.heads} is not a multiple of decoder.kv_heads={d.kv_heads}")
+
+
+def _check_sources(cfg: RunConfig) -> None:
+    if cfg.data.source == "local" and not cfg.data.path:
+        raise UserError("data.path is not set; write data.path=FILE_OR_FOLDER")
+    if cfg.data.source == "hub" and not cfg.data.hub_id:
+        raise UserError("data.hub_id is not set; write data.hub_id=OWNER/NAME")

@@ -1,0 +1,120 @@
+"""The contract that every memory keeps: tokens + state -> outputs + state.
+
+* Any cut of a document into calls, down to single tokens, gives the outputs of one call.
+* No output depends on a later token; rows of a batch never mix; padding is never written.
+* States are values: a call returns a new one and leaves the given one as it was, so a state can be kept,
+  compared, saved, or differentiated through.
+* What crosses a segment boundary is ``state_floats()``, and tests count it on live tensors.
+
+Shapes: B batch, T tokens, S segments, N segment length, H heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infini_bench.memory.blocks import Blocks, cut, cut_ragged
+from infini_bench.schema import MemoryConfig
+
+State = dict[str, Tensor | int]
+Rope = tuple[Tensor, Tensor]
+
+
+def rotate(x_BSNHD: Tensor, rope: Rope, slots: Tensor) -> Tensor:
+    """Rotary position embedding (halves convention) at positions ``slots``: (N,) or, with S = 1, (B, N)."""
+    cos, sin = (t.squeeze(0)[slots][..., None, :] for t in rope)
+    if slots.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    half = x_BSNHD.shape[-1] // 2
+    turned = torch.cat([-x_BSNHD[..., half:], x_BSNHD[..., :half]], -1)
+    return x_BSNHD * cos + turned * sin
+
+
+def attend(q_BSQHD: Tensor, k_BSKGD: Tensor, v_BSKGD: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Softmax attention inside each segment (Eq. 6 with sqrt(D), as every implementation): (B, S, Q, H, D).
+
+    mask: bool, broadcastable to (B * S, 1, Q, K); True = visible.
+    """
+    n_seg, groups = q_BSQHD.shape[1], q_BSQHD.shape[3] != k_BSKGD.shape[3]
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_BSQHD, k_BSKGD, v_BSKGD))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups)
+    return out.transpose(1, 2).unflatten(0, (-1, n_seg))
+
+
+class Memory(nn.Module):
+    """Base of the memories of one attention layer.
+
+    A subclass says how many earlier segments its rotary table spans (``previous``), what crosses a segment
+    boundary (``start``, ``state_floats``) and what one call computes (``segments``).
+    """
+
+    previous = 0
+    has_memory = True  # False: nothing crosses a segment boundary, or nothing is ever left behind
+
+    def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.cfg, self.heads, self.kv_heads, self.head_dim = cfg, heads, kv_heads, head_dim
+        self.segment = cfg.segment
+        self.enabled = True
+
+    @property
+    def span(self) -> int | None:
+        """Length of the rotary table that ``forward`` needs; None = the document so far."""
+        return (self.previous + 1) * self.segment
+
+    @abstractmethod
+    def start(self, k_BTGD: Tensor) -> State:
+        """What crosses the boundary into a document's first segment, on the keys' device."""
+
+    @abstractmethod
+    def segments(self, blocks: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
+        """Outputs (B, S, Q, H, D) of the call's segments, and what crosses the last boundary it completes."""
+
+    @abstractmethod
+    def state_floats(self) -> int:
+        """Floats of one row that cross a segment boundary in this layer (Table 1, H replaced by G)."""
+
+    def forward(
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        rope: Rope,
+        state: State | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Attention of one layer over one call.
+
+        q_BTHD, k_BTGD, v_BTGD: projections before any position embedding. rope: cos and sin, (1, span, D).
+        mask_BT: bool, False = padding; None = no padding. Returns outputs (B, T, H, D) and the new state.
+        """
+        state = {**self.start(k_BTGD), "done": 0, "seen": 0} if state is None else state
+        done, seen = state["done"], state["seen"]
+        assert isinstance(seen, int)
+        rest = (state["k"], state["v"], state["fill"]) if "k" in state else None
+        if mask_BT is None and not isinstance(done, int):
+            mask_BT = torch.ones(q_BTHD.shape[:2], dtype=torch.bool, device=q_BTHD.device)
+        if mask_BT is None:
+            blocks = cut(q_BTHD, k_BTGD, v_BTGD, rest, done, self.segment)
+        else:
+            blocks = cut_ragged(q_BTHD, k_BTGD, v_BTGD, rest, done, mask_BT, self.segment)
+        out, carry = self.segments(blocks, state, rope)
+        k, v = blocks.rest()
+        counts = {"fill": blocks.left, "done": done + blocks.full, "seen": seen + q_BTHD.shape[1]}
+        return blocks.join(out), {**carry, "k": k, "v": v, **counts}
+
+    def local(self, b: Blocks, rope: Rope) -> Tensor:
+        """Causal attention inside the own segment only: (B, S, Q, H, D)."""
+        own = torch.arange(b.k_BSKGD.shape[2], device=b.k_BSKGD.device)
+        q, k = rotate(b.q_BSQHD, rope, b.slots), rotate(b.k_BSKGD, rope, own)
+        if b.slots.dim() == 1 and b.slots.shape[0] == own.shape[0]:
+            return attend(q, k, b.v_BSKGD, None, True)
+        if b.slots.dim() == 1 and b.slots.shape[0] == 1:  # one token, and it sees all keys there are
+            return attend(q, k, b.v_BSKGD, None, False)
+        mask = own <= b.slots[..., None]
+        return attend(q, k, b.v_BSKGD, mask if mask.dim() == 2 else mask[:, None], False)
+

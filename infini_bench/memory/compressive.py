@@ -1,0 +1,116 @@
+"""Infini-attention's compressive memory (arXiv 2404.07143 v2, Eq. 7-10): Linear and Linear+Delta.
+
+Per KV head, segment s, features sigma, with raw (pre-position) queries and keys:
+    read     A_mem = sigma(Q) M_{s-1} / (sigma(Q) z_{s-1})                                          (Eq. 7)
+    Linear   M_s = M_{s-1} + sigma(K)^T V                z_s = z_{s-1} + sum_t sigma(K_t)           (Eq. 8)
+    Delta    M_s = M_{s-1} + sigma(K)^T (V - sigma(K) M_{s-1} / (sigma(K) z_{s-1})),  z_s as above  (Eq. 9)
+    gate     A = g A_mem + (1 - g) A_dot,  g = sigmoid(beta), one beta a head                       (Eq. 10)
+What the paper leaves open is decided here: the first segment has no memory, so its output is A_dot itself and
+Eq. 9 reads 0 there; under GQA there is one memory a KV head, read by all its query heads.
+
+M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear is
+a prefix sum; Delta is the affine recurrence M_s = (I - A_s) M_{s-1} + U_s, whose A_s = sigma(K)^T (sigma(K) /
+(sigma(K) z_{s-1})) and U_s = sigma(K)^T V need no earlier M. Gradients flow through all segments, or through
+``gradient_depth`` of them. All memory arithmetic is float32, outside autocast.
+
+Shapes: B batch, S segments, N segment length, Q queries, H heads, G KV heads, R = H / G, D head size, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from infini_bench.memory.base import Memory, Rope, State
+from infini_bench.memory.blocks import Blocks, Count, select
+from infini_bench.memory.features import FEATURES
+from infini_bench.schema import MemoryConfig
+
+EPS = 1e-6  # floor of the normaliser; reached only where no key with a common feature was ever written
+
+
+class CompressiveMemory(Memory):
+    """Linear (Eq. 8) or Linear+Delta (Eq. 9) memory with the paper's gate (Eq. 10).
+
+    State: M (B, G, D, D) and z (B, G, D), float32: dk (dv + 1) G floats a layer (Table 1, last row).
+    ``memory_gate``: beta, (H,) float32.
+    """
+
+    def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
+        super().__init__(cfg, heads, kv_heads, head_dim)
+        self.sigma = FEATURES[cfg.features]
+        self.memory_gate = nn.Parameter(self.gate_start())
+
+    def gate_start(self) -> Tensor:
+        """beta before training: ``gate_start``, and every second head starts on the memory side by the split."""
+        sign = torch.arange(self.heads) % 2 * 2.0 - 1.0
+        return self.cfg.gate_start + self.cfg.gate_split * sign
+
+    def state_floats(self) -> int:
+        return self.head_dim * (self.head_dim + 1) * self.kv_heads
+
+    def start(self, k_BTGD: Tensor) -> State:
+        batch, _, groups, size = k_BTGD.shape
+        zeros = {"dtype": torch.float32, "device": k_BTGD.device}
+        return {"M": torch.zeros(batch, groups, size, size, **zeros), "z": torch.zeros(batch, groups, size, **zeros)}
+
+    def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
+        dot = self.local(b, rope)
+        with torch.autocast(b.q_BSQHD.device.type, enabled=False):
+            prefixes = self.write(b, carry)
+            if isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1 or not self.enabled:
+                return dot, self.carried(prefixes, b.full)
+            read = self.read(b.q_BSQHD.float(), prefixes)
+            gate = torch.sigmoid(self.memory_gate.float())[:, None]
+            mixed = gate * read + (1 - gate) * dot.float()
+            known = (b.ages() > 0)[..., None, None, None]
+            out = torch.where(known, mixed, dot.float()).to(dot.dtype)
+        return out, self.carried(prefixes, b.full)
+
+    @staticmethod
+    def carried(prefixes: dict[str, Tensor], full: Count) -> State:
+        """M and z after the last completed segment, cloned so that they do not keep the prefixes alive."""
+        return {name: select(x, full).clone() for name, x in prefixes.items()}
+
+    def read(self, q_BSQHD: Tensor, prefixes: dict[str, Tensor]) -> Tensor:
+        """A_mem of every segment from the memory before it (Eq. 7): (B, S, Q, H, D) float32."""
+        n_seg = q_BSQHD.shape[1]
+        q = self.sigma(q_BSQHD).unflatten(3, (self.kv_heads, -1))  # (B, S, Q, G, R, F)
+        top = torch.einsum("bsqgrf,bsgfd->bsqgrd", q, prefixes["M"][:, :n_seg])
+        norm = torch.einsum("bsqgrf,bsgf->bsqgr", q, prefixes["z"][:, :n_seg])
+        return (top / norm.clamp_min(EPS)[..., None]).flatten(3, 4)
+
+    def write(self, b: Blocks, carry: State) -> dict[str, Tensor]:
+        """M and z before each segment and after the last one: (B, S+1, G, ...) float32.
+
+        Only segments that some row completes are written. Where rows differ, what a shorter row's unfinished
+        segment adds lies behind the boundary selected for it.
+        """
+        written = b.full if isinstance(b.full, int) else b.k_BSKGD.shape[1]
+        k = self.sigma(b.k_BSKGD[:, :written].float())
+        v = b.v_BSKGD[:, :written].float()
+        first_M, first_z = carry["M"], carry["z"]
+        assert isinstance(first_M, Tensor) and isinstance(first_z, Tensor)
+        z = self.scan(first_z, k.sum(2), None, b.done)
+        take = self.overlap(k, z[:, :-1]) if self.cfg.update == "delta" else None
+        return {"M": self.scan(first_M, torch.einsum("bsngf,bsngd->bsgfd", k, v), take, b.done), "z": z}
+
+    def overlap(self, k_BSNGF: Tensor, z_BSGF: Tensor) -> Tensor:
+        """A_s of the affine form: what share of the old memory the segment's keys take back: (B, S, G, F, F)."""
+        norm = torch.einsum("bsngf,bsgf->bsng", k_BSNGF, z_BSGF)
+        scale = torch.where(norm > EPS, norm, 1.0).reciprocal() * (norm > EPS)
+        return torch.einsum("bsngf,bsnge->bsgfe", k_BSNGF, k_BSNGF * scale[..., None])
+
+    def scan(self, x: Tensor, add_BS: Tensor, take_BSGFF: Tensor | None, done: Count) -> Tensor:
+        """Values before each segment and after the last one, (B, S+1, ...): x_s = x_{s-1} + add_s - take_s x_{s-1}."""
+        depth = self.cfg.gradient_depth
+        if take_BSGFF is None and depth is None:
+            return torch.cat([x[:, None], add_BS], 1).cumsum(1)
+        chain = []
+        for s in range(add_BS.shape[1] + 1):
+            if depth is not None and isinstance(done, int) and (done + s) % depth == 0:
+                x = x.detach()
+            chain.append(x)
+            if s < add_BS.shape[1]:
+                x = x + add_BS[:, s] - (take_BSGFF[:, s] @ x if take_BSGFF is not None else 0)
+        return torch.stack(chain, 1)

@@ -1,0 +1,299 @@
+"""One decoder for every memory: Hugging Face's Llama, whose attention layers carry the memory's state.
+
+``build_model`` makes one from a config, ``attach_memory`` turns a pretrained Llama into one; both are the same
+class, registered with the Auto classes, so that ``from_pretrained``, ``generate`` and ``save_pretrained`` work
+once ``infini_bench.models`` is imported.
+
+Shapes: B batch, T tokens, V vocabulary, L layers, H heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
+
+from infini_bench.cache import MemoryCache
+from infini_bench.errors import UserError
+from infini_bench.memory import build_memory
+from infini_bench.schema import DecoderConfig, MemoryConfig
+
+IMPLEMENTATION = "infini_bench"
+LOSS_CHUNK = 8192  # tokens whose logits exist at once in ``losses``
+
+
+def padding_only(*_: Any, q_length: int, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """The mask that a memory layer wants: (B, T) bool where padding is, else None. Never (T, T)."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask[:, -q_length:].bool()
+
+
+def no_kernel(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("memory layers compute their own attention")
+
+
+# An implementation name of our own: Llama then builds no T x T mask, and padding still arrives.
+AttentionMaskInterface.register(IMPLEMENTATION, padding_only)
+AttentionInterface.register(IMPLEMENTATION, no_kernel)
+
+
+class MemoryLlamaConfig(LlamaConfig):
+    """LlamaConfig plus ``memory``, the fields of ``MemoryConfig``."""
+
+    model_type = "infini_llama"
+
+    def __init__(self, memory: dict[str, Any] | None = None, **kwargs: Any):
+        self.memory = asdict(MemoryConfig(**(memory or {})))
+        super().__init__(**{**kwargs, "attn_implementation": IMPLEMENTATION})
+
+
+class SegmentRotary(nn.Module):
+    """Rotary table of positions 0 .. span-1, whatever ``position_ids`` say: memories count for themselves.
+
+    span None: of all positions up to the largest asked for. No parameters; any ``rope_type`` works, and none
+    ever sees a length above the span.
+    """
+
+    def __init__(self, inner: nn.Module, span: int | None):
+        super().__init__()
+        self.inner, self.span = inner, span
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        span = self.span if self.span is not None else int(position_ids.max()) + 1
+        return self.inner(x, torch.arange(span, device=x.device)[None])
+
+
+class MemoryAttention(LlamaAttention):
+    """Llama's projections around a ``Memory``."""
+
+    def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, dim) -> (B, T, dim); the cache's layer gets the new state."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if layer is None else layer.state
+        out, new = self.memory(q, k, v, position_embeddings, state, attention_mask)
+        if layer is not None:
+            layer.state = new
+        return self.o_proj(out.flatten(2)), None
+
+
+class MemoryLlamaPreTrained(LlamaPreTrainedModel):
+    """What both classes share; a separate base because inner models dispatch their own ``_init_weights``."""
+
+    config_class = MemoryLlamaConfig
+    config: MemoryLlamaConfig
+    _keep_in_fp32_modules_strict = ["memory_gate"]
+    _is_stateful = True  # states cannot be cropped, so assisted decoding is refused
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "memory_gate"):
+            nn.init.zeros_(module.memory_gate).add_(module.gate_start().to(module.memory_gate.device))
+
+
+class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
+    """LlamaModel with memory layers."""
+
+    def __init__(self, config: MemoryLlamaConfig):
+        config._attn_implementation = IMPLEMENTATION
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = MemoryAttention(config, index)
+        self.rotary_emb = SegmentRotary(self.rotary_emb, self.layers[0].self_attn.memory.span)
+        self.post_init()
+
+    def forward(self, *args: Any, past_key_values: MemoryCache | None = None, **kwargs: Any):
+        """As LlamaModel.forward; ``use_cache`` without a cache starts an empty MemoryCache."""
+        wanted = kwargs.get("use_cache")
+        if past_key_values is None and (self.config.use_cache if wanted is None else wanted):
+            past_key_values = MemoryCache.empty(len(self.layers))
+        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+
+class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
+    """LlamaForCausalLM with memory layers, and the calls that training and streaming use."""
+
+    def __init__(self, config: MemoryLlamaConfig):
+        config._attn_implementation = IMPLEMENTATION
+        super().__init__(config)
+        self.model = MemoryLlamaModel(config)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            if generation_config.cache_implementation is not None:
+                raise ValueError("cache_implementation cannot be chosen: the memory's state is the cache")
+            model_kwargs["past_key_values"] = MemoryCache.empty(len(self.model.layers))
+
+    @property
+    def memories(self) -> list[Any]:
+        """The ``Memory`` of every layer."""
+        return [layer.self_attn.memory for layer in self.model.layers]
+
+    @property
+    def segment(self) -> int:
+        """N, tokens."""
+        return self.memories[0].segment
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything crosses a segment boundary that could be switched off."""
+        return self.memories[0].has_memory
+
+    def state_floats(self, batch: int = 1) -> int:
+        """Floats that cross a segment boundary, all layers (Table 1, with H replaced by G)."""
+        return batch * sum(memory.state_floats() for memory in self.memories)
+
+    def gates(self) -> Tensor | None:
+        """sigmoid(beta) of every layer and head, (L, H) on the CPU; None for memories without gates."""
+        gates = [memory.memory_gate for memory in self.memories if hasattr(memory, "memory_gate")]
+        return torch.sigmoid(torch.stack(gates).detach().float()).cpu() if gates else None
+
+    @contextmanager
+    def memory_off(self) -> Iterator[None]:
+        """Inside, nothing from before a token's own segment is used: the control of every evaluation."""
+        for memory in self.memories:
+            memory.enabled = False
+        try:
+            yield
+        finally:
+            for memory in self.memories:
+                memory.enabled = True
+
+    def hidden(self, ids: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
+        """Last hidden states (B, T, dim) and the state after; the given state is left as it was."""
+        cache = MemoryCache.empty(len(self.model.layers)) if state is None else state.copy()
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state, cache
+
+    def step(
+        self, ids: Tensor, state: MemoryCache | None = None, keep: str = "all"
+    ) -> tuple[Tensor | None, MemoryCache]:
+        """Feed tokens (B, T). keep: ``all`` -> logits (B, T, V), ``last`` -> (B, 1, V), ``none`` -> None; float32."""
+        hidden, cache = self.hidden(ids, state)
+        if keep == "none":
+            return None, cache
+        return self.lm_head(hidden if keep == "all" else hidden[:, -1:]).float(), cache
+
+    def losses(self, ids: Tensor, targets: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
+        """Negative log-likelihood of ``targets`` in nats, (B, T) float32, and the state after ``ids``.
+
+        Logits exist for ``LOSS_CHUNK`` tokens at a time, also in the backward pass.
+        """
+        hidden, cache = self.hidden(ids, state)
+        flat, goals = hidden.flatten(0, 1), targets.flatten()
+        recompute = torch.is_grad_enabled() and len(goals) > LOSS_CHUNK
+        parts = []
+        for h, goal in zip(flat.split(LOSS_CHUNK), goals.split(LOSS_CHUNK), strict=True):
+            call = (self.nll, h, goal)
+            parts.append(checkpoint(*call, use_reentrant=False) if recompute else self.nll(h, goal))
+        return torch.cat(parts).view_as(targets), cache
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each target: (T, dim), (T,) -> (T,) float32."""
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+
+
+AutoConfig.register("infini_llama", MemoryLlamaConfig)
+AutoModel.register(MemoryLlamaConfig, MemoryLlamaModel)
+AutoModelForCausalLM.register(MemoryLlamaConfig, MemoryLlamaForCausalLM)
+
+
+def build_model(decoder: DecoderConfig, memory: MemoryConfig, vocab_size: int) -> MemoryLlamaForCausalLM:
+    """A Llama with memory, random weights from torch's global generator, float32."""
+    head_dim = decoder.head_dim or decoder.dim // decoder.heads
+    config = MemoryLlamaConfig(
+        memory=asdict(memory),
+        vocab_size=vocab_size,
+        hidden_size=decoder.dim,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads or decoder.heads,
+        head_dim=head_dim,
+        intermediate_size=decoder.ffn or 4 * decoder.dim,
+        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta},
+        tie_word_embeddings=decoder.tie_embeddings,
+        initializer_range=decoder.init_std,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return MemoryLlamaForCausalLM(config)
+
+
+def attach_memory(model: LlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
+    """The same weights, with a memory in every attention layer; parameters are shared, not copied.
+
+    Raises UserError for an architecture other than Llama's.
+    """
+    if not isinstance(model, LlamaForCausalLM):
+        raise UserError(f"Memory can be attached to Llama models only, not to {type(model).__name__}.")
+    settings = model.config.to_dict()
+    settings.pop("model_type")
+    with torch.device("meta"):
+        new = MemoryLlamaForCausalLM(MemoryLlamaConfig(memory=asdict(memory), **settings))
+    new.model.rotary_emb.inner = model.model.rotary_emb
+    for layer in new.memories:
+        if hasattr(layer, "memory_gate"):
+            layer.memory_gate = nn.Parameter(layer.gate_start().to(model.device))
+    loaded = new.load_state_dict(model.state_dict(), strict=False, assign=True)
+    assert all("memory_gate" in name for name in loaded.missing_keys) and not loaded.unexpected_keys
+    new.tie_weights()
+    new.generation_config = model.generation_config
+    return new
+
+
+def save_model(model: MemoryLlamaForCausalLM, folder: Path) -> None:
+    """A Hugging Face folder: config.json and safetensors."""
+    model.save_pretrained(folder)
+
+
+def load_model(folder: Path) -> MemoryLlamaForCausalLM:
+    """The model of a folder written by ``save_model``, float32.
+
+    Raises UserError when the folder is missing, damaged, or holds another architecture.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model can be read from {folder}: {error}.") from error
+    if settings.get("model_type") != MemoryLlamaConfig.model_type:
+        found = settings.get("model_type", "nothing")
+        raise UserError(f"{folder} holds a model of type '{found}', not one of infini-bench's.")
+    try:
+        model, info = MemoryLlamaForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for damaged files
+        raise UserError(f"The model in {folder} is damaged: {str(error).splitlines()[0]}") from error
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if wrong:
+        raise UserError(f"The model in {folder} is damaged: weight {sorted(wrong)[0]} does not fit its config.")
+    return model

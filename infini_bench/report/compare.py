@@ -1,0 +1,84 @@
+"""Means over seeds, and models compared in pairs on the same documents, each with a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from statistics import NormalDist, mean, stdev
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+Estimate = tuple[float, float | None, float | None]  # value, ci_low, ci_high
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # t, 97.5 %, 1..10 degrees of freedom
+
+REFERENCES = ("local_block", "transformer_xl")
+RESAMPLES = 2000
+# Two models are compared when all of this is the same: one budget, one corpus, one machine.
+BUDGET = ("scale", "device", "dataset", "split", "train_tokens")
+
+
+def mean_interval(values: list[float]) -> Estimate:
+    """Mean of at least two seeds' values and its Student interval."""
+    degrees = len(values) - 1
+    z = NormalDist().inv_cdf(0.975)
+    # beyond the table: the Cornish-Fisher expansion, right to three digits there
+    beyond = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    t = STUDENT[degrees - 1] if degrees <= len(STUDENT) else beyond
+    middle, spread = mean(values), t * stdev(values) / math.sqrt(len(values))
+    return middle, middle - spread, middle + spread
+
+
+def deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
+    """For each model and reference on one budget: (rows to head the result, (value, ci_low, ci_high, n documents)).
+
+    Only seeds that both have are compared. The reference's name goes into the rows' ``condition``.
+    """
+    runs: dict[tuple, dict[int, Row]] = defaultdict(dict)
+    for row in measured:
+        if row["metric"] == "bits_per_byte" and row["position"] is None and row["condition"] is None:
+            runs[row["model"], row["variant"], *(row[key] for key in BUDGET)][row["seed"]] = row
+    for (model, variant, *budget), by_seed in runs.items():
+        for reference in REFERENCES:
+            others = {key[1]: run for key, run in runs.items() if key[0] == reference and list(key[2:]) == budget}
+            other = others.get(variant) if len(others) != 1 else next(iter(others.values()))
+            seeds = sorted(by_seed.keys() & other.keys()) if other else []
+            if model == reference or not other or not seeds or not _same_documents(by_seed, other, seeds):
+                continue
+            heads = [
+                {**by_seed[seed], "metric": "delta_bits_per_byte", "condition": reference,
+                 "records": by_seed[seed]["records"] + other[seed]["records"]}
+                for seed in seeds
+            ]  # fmt: skip
+            pairs = [(by_seed[seed]["extra"], other[seed]["extra"]) for seed in seeds]
+            yield heads, (*paired_delta(pairs), len(pairs[0][0]["documents"]))
+
+
+def _same_documents(left: dict[int, Row], right: dict[int, Row], seeds: list[int]) -> bool:
+    read = [(run[seed].get("extra") or {}) for run in (left, right) for seed in seeds]
+    return all(extra.get("documents") and extra["documents"] == read[0]["documents"] for extra in read)
+
+
+def paired_delta(pairs: list[tuple[dict, dict]], resamples: int = RESAMPLES) -> Estimate:
+    """Mean over seeds of the difference in bits per byte, left minus right, with its percentile interval
+    (none with one seed and one document).
+
+    pairs: for each seed the two runs' ``nats`` and ``bytes``, one entry a document, documents in one order.
+    Documents and seeds are drawn with replacement; a draw of documents serves both models and all seeds, since
+    they all read the same ones. Legend: R resamples, S seeds, D documents.
+    """
+    n_bytes_D = np.asarray(pairs[0][0]["bytes"], dtype=np.float64)
+    nats_SD = np.array([np.subtract(left["nats"], right["nats"]) for left, right in pairs])
+    seeds, documents = nats_SD.shape
+    value = float(nats_SD.sum(1).mean() / n_bytes_D.sum() / math.log(2))
+    if seeds == documents == 1:
+        return value, None, None
+    rng = np.random.default_rng(0)
+    drawn_RD = rng.multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+    drawn_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    delta_RS = drawn_RD @ nats_SD.T / (drawn_RD @ n_bytes_D)[:, None] / math.log(2)
+    low, high = np.percentile((delta_RS * drawn_RS).sum(1), [2.5, 97.5])
+    return value, float(low), float(high)

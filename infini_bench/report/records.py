@@ -1,0 +1,207 @@
+"""Result records: one JSON line a run, from which every table is rebuilt. Standard library only.
+
+A record lies in ``<folder>/<id>.jsonl``; a file may hold several lines. What a run *was* (command, resolved
+config, code, data, machine) and what it *gave* (metric rows) stand side by side, also when it failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from infini_bench.errors import UserError
+
+SCHEMA = 1
+STATUSES = ("done", "failed", "interrupted")
+# Where a run happens and what it is compared with later; none of these changes its numbers.
+UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "rouge-score")
+
+
+@dataclass
+class Record:
+    """One run of one verb. Metric rows have the keys of ``tasks/base.py`` (``None`` where one does not apply)."""
+
+    id: str
+    kind: str  # train | eval
+    status: str  # done | failed | interrupted
+    command: list[str]
+    config: dict[str, Any]  # the resolved RunConfig
+    config_hash: str
+    seed: int
+    device: str  # in words, see device_name
+    started: str  # ISO 8601, UTC
+    task_version: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    data_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    tokens: int | None = None  # trained on, or read by the evaluation
+    params: int | None = None
+    state_floats: int | None = None  # carried over a segment boundary, one sequence
+    peak_bytes: int | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    train: dict[str, Any] = field(default_factory=dict)  # train: its summary; eval: the train record's id, hash, tokens
+    error: str | None = None
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """One line of strict JSON; a number that is not finite becomes null."""
+        return json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """Raises ValueError saying what is wrong with the line."""
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"schema {values.get('schema')!r}, this version reads {SCHEMA}")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown field {unknown[0]!r}")
+        try:
+            return cls(**values)
+        except TypeError as error:  # a required field is missing; the message names it
+            raise ValueError(str(error).split("__init__() ")[-1]) from None
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]["name"]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Sixteen hex digits of all that decides a run's result.
+
+    Paths, device and the checkpoint's place are left out, so that a rerun elsewhere is known as the same run;
+    an evaluation's caller adds the train record's hash to ``config`` under a key of its own.
+    """
+    kept = {key: value for key, value in config.items() if key not in UNHASHED}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "cache_dir"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def new_id(kind: str, config: dict[str, Any]) -> str:
+    """Readable and unique, also for runs started side by side."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    what = f"{kind}-{config['task']['name']}-{config['model']}-{config['scale']}-seed{config['seed']}"
+    return f"{stamp}-{what}-{uuid.uuid4().hex[:6]}"
+
+
+def write_record(folder: Path | str, record: Record) -> Path:
+    """Write ``<folder>/<id>.jsonl`` atomically and return its path."""
+    from infini_bench.files import atomic_write
+
+    path = Path(folder) / f"{record.id}.jsonl"
+    atomic_write(path, record.to_json() + "\n")
+    return path
+
+
+def read_records(folder: Path | str) -> list[Record]:
+    """Every record of every ``*.jsonl`` in the folder, by file name; none if there is no folder yet."""
+    records = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text; delete the file or restore it from git.") from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                records.append(_parse(line, path, number))
+    return records
+
+
+def _parse(line: str, path: Path, number: int) -> Record:
+    try:
+        return Record.from_json(line)
+    except ValueError as error:
+        raise UserError(
+            f"{path}, line {number}, is no readable record ({error}); delete the line or restore the file from git."
+        ) from None
+
+
+def current(records: Iterable[Record]) -> list[Record]:
+    """One record for each (kind, config hash): the newest done one, or else the newest; oldest first."""
+    best: dict[tuple[str, str], Record] = {}
+    for record in sorted(records, key=lambda r: (r.status == "done", r.started, r.id)):
+        best[record.kind, record.config_hash] = record
+    return sorted(best.values(), key=lambda r: (r.started, r.id))
+
+
+def find_done(folder: Path | str, kind: str, config_hash: str) -> Record | None:
+    """The newest finished record of the same run, if there is one."""
+    same = [r for r in read_records(folder) if (r.kind, r.config_hash, r.status) == (kind, config_hash, "done")]
+    return max(same, key=lambda r: (r.started, r.id), default=None)
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """(commit, whether code or configs differ from it); (None, None) where the package is in no git checkout.
+
+    Results do not count as differences: otherwise every run but the first of a sweep would look dirty.
+    """
+    root = Path(__file__).resolve().parents[2]
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit is None or _git(root, "ls-files", "--error-unmatch", "infini_bench/report/records.py") is None:
+        return None, None  # the second: installed into an environment inside somebody else's checkout
+    changes = _git(root, "status", "--porcelain", "--", "infini_bench", "tasks", "conf")
+    return commit, bool(changes)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Python, infini-bench and the packages that can change a number; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in ("infini-bench", *PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """The machine in words: the CPU's model and usable cores, or the GPU's name (the only case that needs torch)."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU {model}, {cores} cores"

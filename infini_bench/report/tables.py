@@ -1,0 +1,71 @@
+"""Tables from records, and from nothing else: files of one folder, one page, or a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infini_bench.errors import UserError
+from infini_bench.files import atomic_write
+from infini_bench.report import paper, render
+from infini_bench.report.layouts import sheets
+from infini_bench.report.records import Record, read_records
+from infini_bench.report.tidy import COLUMNS, NAMES, tidy
+from infini_bench.units import suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = {"csv": ".csv", "md": ".md", "latex": ".tex", "html": ".html"}
+PRINTED = ("table2_lm", "table3_passkey", "table4_booksum")
+
+
+def write_report(records: Path | str, out: Path | str, formats: Iterable[str] = ("csv", "md")) -> list[Path]:
+    """Write the tables of all records in a folder and return the files.
+
+    csv (tidy), md and latex give one file a table, ``<out>/<name>.<suffix>``; html gives one page,
+    ``<out>/report.html``. Raises UserError for an unknown format or a broken record.
+    """
+    found = read_records(records)
+    rows = tidy(found)
+    files: dict[str, str] = {}
+    for form in formats:
+        if form not in FORMATS:
+            raise UserError(f'unknown format "{form}"{suggest(form, FORMATS)}; there are {", ".join(FORMATS)}')
+        if form == "html":
+            files["report.html"] = render.html(sheets(rows, found), paper.SOURCE)
+        else:
+            files |= {name + FORMATS[form]: _table(name, form, rows, found) for name in NAMES}
+    for name, text in files.items():
+        atomic_write(Path(out) / name, text)
+    return [Path(out) / name for name in files]
+
+
+def _table(name: str, form: str, rows: list[dict[str, Any]], records: list[Record]) -> str:
+    if form == "csv":
+        return to_csv([row for row in rows if row["table"] == name])
+    return {"md": render.markdown, "latex": render.latex}[form](sheets(rows, records, [name]))
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """Tidy rows as CSV: six digits of every float, empty where a column does not apply."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_plain(row[key]) for key in COLUMNS] for row in rows)
+    return text.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def print_tables(records: Iterable[Record], console: Console | None = None, names: Iterable[str] = PRINTED) -> None:
+    """Print the named tables in the paper's layout."""
+    from rich.console import Console
+
+    records = list(records)
+    render.show(sheets(tidy(records), records, names), console or Console())

@@ -1,0 +1,156 @@
+"""Records -> tidy rows: one number a row, seeds put together, with the columns of every ``results/tables/*.csv``.
+
+Runs that differ in anything but the seed never share a row: where model, scale, machine and corpus are the same,
+the settings that differ become the row's ``variant``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from infini_bench.metrics.intervals import wilson
+from infini_bench.report import paper
+from infini_bench.report.compare import deltas, mean_interval
+from infini_bench.report.records import UNHASHED, Record, current
+
+Row = dict[str, Any]
+
+COLUMNS = (
+    "table,model,variant,protocol,condition,dataset,split,length,position,metric,value,ci_low,ci_high,n,seeds,"
+    "params,train_tokens,state_floats,device,scale,commit,paper_value"
+).split(",")
+TABLES = {"lm": "table2_lm", "passkey": "table3_passkey", "booksum": "table4_booksum"}
+NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum")
+MODELS = ("transformer_xl", "local_block", "local_sliding", "full", "infini_linear", "infini_delta")
+POSITIONS = ("start", "middle", "end_outside", "end")
+PROPORTIONS = ("exact_match", "token_accuracy")
+# What an evaluation covers, not what it measures: rows carry it, so runs that differ in it may meet in one table.
+COVERAGE = ("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls")
+FACTS = ("table", "model", "variant", "device", "scale")
+CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
+
+
+def tidy(records: Iterable[Record]) -> list[Row]:
+    """All tables' rows in printing order.
+
+    Beside COLUMNS a row has ``config`` (of its newest run) and ``records`` (ids), for layouts and the page.
+    """
+    measured = measurements(records)
+    cells: dict[tuple, dict[int, Row]] = defaultdict(dict)
+    for row in measured:  # oldest first, so a newer measurement of the same seed replaces an older one
+        cells[tuple(row[key] for key in CELL)][row["seed"]] = row
+    rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
+    rows += [_summed_up(group, values) for group, values in deltas(measured)]
+    for row in rows:
+        row["paper_value"] = paper.value(row["table"], row)
+    return sorted(rows, key=_order)
+
+
+def measurements(records: Iterable[Record]) -> list[Row]:
+    """One row for each metric row of each finished evaluation, oldest first, with its seed."""
+    done = [r for r in current(records) if r.kind == "eval" and r.status == "done" and r.task in TABLES]
+    variants = _variants(done)
+    return [_measurement(record, metric, variants[record.id]) for record in done for metric in record.metrics]
+
+
+def _measurement(record: Record, metric: dict[str, Any], variant: str | None) -> Row:
+    table = TABLES[record.task]
+    if record.task == "lm" and metric.get("position") is not None:
+        table = "lm_position"
+    commit = (record.git_commit or "")[:10] + ("-dirty" if record.git_dirty else "")
+    return {
+        **{key: metric.get(key) for key in (*COLUMNS, "extra")},
+        "table": table,
+        "model": record.config["model"],
+        "variant": variant,
+        "params": record.params,
+        "train_tokens": record.train.get("tokens"),
+        "state_floats": record.state_floats,
+        "device": record.device,
+        "scale": record.config["scale"],
+        "commit": commit or None,
+        "seed": record.seed,
+        "config": record.config,
+        "records": [record.id],
+    }
+
+
+def _variants(records: list[Record]) -> dict[str, str | None]:
+    """Record id -> the settings that tell it from other runs of the same model, scale, machine and corpus."""
+    groups: dict[tuple, list[tuple[str, dict[str, str]]]] = defaultdict(list)
+    for r in records:
+        place = (r.task, r.config["model"], r.config["scale"], r.device, r.config["data"]["name"])
+        groups[place].append((r.id, _setup(r)))
+    names: dict[str, str | None] = {}
+    for group in groups.values():
+        keys = sorted({key for _, setup in group for key in setup})
+        differing = [key for key in keys if len({setup.get(key) for _, setup in group}) > 1]
+        for record_id, setup in group:
+            names[record_id] = " ".join(f"{key}={setup.get(key)}" for key in differing) or None
+    return names
+
+
+def _setup(record: Record) -> dict[str, str]:
+    """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``."""
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat[prefix] = value if isinstance(value, str) else json.dumps(value)
+
+    walk("", {key: value for key, value in record.config.items() if key not in (*UNHASHED, "seed")})
+    walk("", {key: getattr(record, key) for key in ("task_version", "data_fingerprint", "tokenizer_fingerprint")})
+    return {key: value for key, value in flat.items() if key not in (*COVERAGE, "data.cache_dir")}
+
+
+def _aggregate(rows: list[Row]) -> Row:
+    """Rows of one cell, one a seed. Proportions are pooled (Wilson); other metrics are averaged over seeds."""
+    values = [row["value"] for row in rows]
+    first = rows[0]
+    if None in values:  # a run that gave no finite number: shown as such, not averaged away
+        return _summed_up(rows, (None, None, None, first["n"]))
+    if first["metric"] in PROPORTIONS:
+        n = sum(row["n"] for row in rows)
+        hits = round(sum(row["value"] / 100 * row["n"] for row in rows))
+        low, high = wilson(hits, n)
+        return _summed_up(rows, (100 * hits / n, 100 * low, 100 * high, n))
+    if len(rows) == 1:
+        return _summed_up(rows, (first["value"], first["ci_low"], first["ci_high"], first["n"]))
+    return _summed_up(rows, (*mean_interval(values), first["n"]))
+
+
+def _summed_up(rows: list[Row], measured: tuple) -> Row:
+    """One row for all seeds with ``measured`` = (value, ci_low, ci_high, n)."""
+    newest = rows[-1]
+    trained = [row["train_tokens"] for row in rows if row["train_tokens"] is not None]
+    commits = sorted({row["commit"] for row in rows if row["commit"]})
+    return {
+        **newest,
+        **dict(zip(("value", "ci_low", "ci_high", "n"), measured, strict=True)),
+        "seeds": len({row["seed"] for row in rows}),
+        "train_tokens": round(sum(trained) / len(trained)) if trained else None,
+        "commit": "+".join(commits) or None,
+        "records": sorted({record for row in rows for record in row["records"]}),
+    }
+
+
+def rank(names: tuple[str, ...], name: str | None) -> tuple[int, float, str]:
+    """Sort key: known names in their order, then numbers (depths), then the rest; none first."""
+    if name is None:
+        return (-1, 0.0, "")
+    try:
+        return (len(names), float(name), "")
+    except ValueError:
+        return (names.index(name), 0.0, "") if name in names else (len(names) + 1, 0.0, name)
+
+
+def _order(row: Row) -> tuple:
+    plain = [str(row[key] or "") for key in ("scale", "device", "dataset", "split", "variant", "protocol")]
+    place = (row["length"] or 0, rank(POSITIONS, row["position"]), str(row["condition"] or ""), row["metric"])
+    return (NAMES.index(row["table"]), plain[:4], rank(MODELS, row["model"]), plain[4:], place)

@@ -1,0 +1,41 @@
+"""The machine a run trains on: device, precision and processes, through accelerate."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+
+from infini_bench.errors import UserError
+from infini_bench.schema import RunConfig
+
+
+def build_accelerator(cfg: RunConfig) -> Accelerator:
+    """Device and autocast of ``cfg``; under ``torchrun`` or ``accelerate launch`` one process a device, with DDP.
+
+    ``auto`` precision is bf16 on a GPU and float32 on a CPU. Raises UserError for a GPU that is not there.
+    """
+    gpu = torch.cuda.is_available() and cfg.device != "cpu"
+    if cfg.device.startswith("cuda") and not gpu:
+        raise UserError(f"device={cfg.device} was asked for, but PyTorch sees no GPU; use device=cpu or device=auto.")
+    if ":" in cfg.device:
+        torch.cuda.set_device(torch.device(cfg.device))
+    bf16 = gpu if cfg.trainer.precision == "auto" else cfg.trainer.precision == "bf16"
+    # accelerate keeps the first run's settings for the whole process; the jobs of a sweep have their own
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if bf16 else "no",
+        gradient_accumulation_steps=cfg.trainer.accumulate,
+        # a gate gets no gradient while no sequence is longer than a segment
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

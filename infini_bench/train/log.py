@@ -1,0 +1,50 @@
+"""metrics.jsonl: one JSON line a logged step, each step once, also after any number of crashes and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from infini_bench.errors import UserError
+from infini_bench.files import atomic_write
+
+
+class MetricsLog:
+    """Appends lines to ``path``, first dropping what a dead run logged after ``step`` (0 = everything)."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_log(path) if line["step"] <= step]
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict) -> None:
+        """Appends a line and hands it to the system, so that killing this process loses nothing of it."""
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"Cannot write {self.path}: {error.strerror}; free some space and resume.") from error
+
+    def sync(self) -> None:
+        """Forces the lines to the disk: a checkpoint is never newer than its log."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """Lines of a log; a last line that a crash cut off is left out. Raises UserError for any other broken line."""
+    if not path.exists():
+        return []
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    del unfinished  # what follows the last line end: nothing, or a line cut off in the middle
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise UserError(f"{path}, line {number} is not JSON; remove that line and resume.") from error
+    return entries

@@ -1,0 +1,96 @@
+"""Optimizer, parameter groups and learning-rate schedule.
+
+The rate is a pure function of the step, so nothing of it needs to be stored for an exact resume.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from infini_bench.errors import UserError
+from infini_bench.schema import TrainerConfig
+
+GATE = "memory_gate"
+
+
+def parameter_groups(model: nn.Module, cfg: TrainerConfig) -> list[dict]:
+    """Groups ``gates``, ``no_decay`` and ``decay``, each with its rate before the schedule in ``base_lr``.
+
+    A gate is one scalar a head that decides whether the memory is used at all: it has its own rate, and weight
+    decay would pull it to one half. Norms, biases and embeddings (a tied head included) are not decayed.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[str, list] = {"gates": [], "no_decay": [], "decay": []}
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-1] == GATE:
+            kind = "gates"
+        else:
+            kind = "no_decay" if parameter.ndim < 2 or id(parameter) in embeddings else "decay"
+        groups[kind].append(parameter)
+    gate_lr = cfg.lr if cfg.gate_lr is None else cfg.gate_lr
+    rates = {"gates": (gate_lr, 0.0), "no_decay": (cfg.lr, 0.0), "decay": (cfg.lr, cfg.weight_decay)}
+    return [
+        {"name": kind, "params": params, "base_lr": rates[kind][0], "lr": rates[kind][0], "weight_decay": rates[kind][1]}
+        for kind, params in groups.items()
+        if params
+    ]
+
+
+def build_optimizer(model: nn.Module, cfg: TrainerConfig) -> torch.optim.Optimizer:
+    """AdamW, or Adafactor as the paper used it (rate times the parameter's root mean square)."""
+    groups = parameter_groups(model, cfg)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2))
+    if cfg.optimizer == "adafactor":
+        for group in groups:
+            if group["name"] == "gates":
+                # a gate that starts at 0 has no root mean square to be scaled by: its rate is absolute
+                group["eps"] = (None, 1.0)
+        return torch.optim.Adafactor(groups)
+    raise UserError(f'trainer.optimizer must be "adamw" or "adafactor", not "{cfg.optimizer}".')
+
+
+def lr_factor(update: int, cfg: TrainerConfig) -> float:
+    """Share of the base rate at update 1, 2, ... ``steps``: linear warm-up, then a cosine down to ``min_lr``."""
+    if update <= cfg.warmup:
+        return update / cfg.warmup
+    progress = (update - cfg.warmup) / (cfg.steps - cfg.warmup)
+    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, update: int, cfg: TrainerConfig) -> dict[str, float]:
+    """Sets every group's rate for this update; returns the rates by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * lr_factor(update, cfg)
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors named ``<parameter>/<key>``, independent of group order."""
+    named = {
+        f"{name}/{key}": value.detach()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {name: value.contiguous() for name, value in named.items()}
+
+
+def load_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts the tensors of ``state_tensors`` back. Raises KeyError for a tensor of an unknown parameter."""
+    own = optimizer.state_dict()
+    pairs = zip(own["param_groups"], optimizer.param_groups, strict=True)
+    numbers = {id(p): n for saved, group in pairs for n, p in zip(saved["params"], group["params"], strict=True)}
+    by_name = {name: numbers[id(parameter)] for name, parameter in model.named_parameters()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        state.setdefault(by_name[name], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def grouped_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that are trained."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,112 @@
+"""What a run needs to go on exactly where it was, beside weights and optimizer state."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from infini_bench.config import build_config, to_dict
+from infini_bench.data import Tokenizer
+from infini_bench.errors import UserError
+from infini_bench.files import read_json
+from infini_bench.models import MemoryLlamaForCausalLM, load_model
+from infini_bench.schema import RunConfig
+from infini_bench.train.checkpoint import Checkpoints, verify
+
+# what may change when a run is resumed: nothing here has a part in a step's numbers, but for ``steps``, which a
+# user sets to train longer (the schedule then is that of the longer run)
+FREE = {"steps", "log_every", "validate_every", "validate_rows", "save_every", "keep"}
+PINNED = ("seed", "decoder", "memory", "data", "task", "trainer")
+
+
+@dataclass
+class TrainState:
+    """Counters of a run after ``step`` updates.
+
+    cursor: rows drawn, all processes together. seconds: of all sessions. loss: of the last step, nats.
+    best_loss: lowest validation loss. data: the task's fingerprint. There is no generator state, because each
+    step seeds its own from (seed, step, process), and none for the data, because a batch is a function of the
+    cursor.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    best_loss: float | None = None
+    curriculum: dict = field(default_factory=dict)
+    processes: int = 1
+    data: str = ""
+    torch: str = torch.__version__
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Resumed:
+    """A checkpoint read in whole."""
+
+    name: str
+    state: TrainState
+    model: MemoryLlamaForCausalLM
+    optimizer: dict[str, torch.Tensor]
+    tokenizer: Tokenizer
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that ``resume=`` means: itself, or that of one of its checkpoints."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (run / "config.json").exists():
+        raise UserError(f"resume={path} is no run folder (it has no config.json); give the folder of a training run.")
+    return run
+
+
+def read_checkpoint(path: Path, keep: int) -> Resumed | None:
+    """The checkpoint ``path``, or the last one of run folder ``path``; None if the run died before its first.
+
+    Raises UserError naming the file if anything of it is missing or damaged.
+    """
+    run = run_of(path)
+    index = Checkpoints(run, keep).index()
+    name = index["last"] if run == path else path.name
+    if name is None:
+        return None
+    folder = run / "checkpoints" / name
+    if name not in index["kept"]:
+        raise UserError(f"{folder} is no finished checkpoint; there are {', '.join(index['kept'])} beside it.")
+    verify(folder)
+    return Resumed(
+        name,
+        TrainState(**read_json(folder / "state.json")),
+        load_model(folder / "model"),
+        load_file(folder / "optimizer.safetensors"),
+        Tokenizer.load(folder / "tokenizer"),
+    )
+
+
+def check_same_run(run: Path, cfg: RunConfig) -> None:
+    """Raises UserError if ``cfg`` would not continue the run of that folder but be another one."""
+    before, now = (pinned(c) for c in (build_config(read_json(run / "config.json")), cfg))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{run} was trained with {key}={before.get(key)}, not {now.get(key)}; resume it without that "
+                "override, or start a new run."
+            )
+
+
+def pinned(cfg: RunConfig) -> dict[str, str]:
+    """Dotted key -> JSON of every setting that must not change at a resume."""
+    flat = {}
+    for section, value in to_dict(cfg).items():
+        if section in PINNED:
+            values = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{section}.{key}".rstrip("."): json.dumps(v) for key, v in values.items()}
+    free = {f"trainer.{key}" for key in FREE} | {"data.cache_dir"}
+    return {key: value for key, value in flat.items() if key not in free}

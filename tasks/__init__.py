@@ -1,0 +1,28 @@
+"""The tasks, one file each: what a model trains on and how it is judged. Imported as ``infini_bench.tasks``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if "." not in __name__:
+    raise ImportError("import infini_bench.tasks, not tasks: two copies of a module are two different modules")
+
+if TYPE_CHECKING:
+    from infini_bench.data import Tokenizer
+    from infini_bench.schema import RunConfig
+
+    from .base import Task
+
+TASKS = {"lm": "LM", "passkey": "Passkey", "booksum": "Booksum"}  # module -> class
+
+
+def build_task(cfg: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
+    """The task that ``cfg.task.name`` names. tokenizer: that of a checkpoint; unset = the task's own."""
+    from infini_bench.errors import UserError
+    from infini_bench.units import suggest
+
+    name = cfg.task.name
+    if name not in TASKS:
+        raise UserError(f'There is no task "{name}"{suggest(name, TASKS)}; choose one of {", ".join(TASKS)}.')
+    return getattr(import_module(f".{name}", __name__), TASKS[name])(cfg, tokenizer)

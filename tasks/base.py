@@ -1,0 +1,117 @@
+"""What every task gives: training batches that are a pure function of the cursor, and an evaluation.
+
+Shapes: B batch, T targets of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infini_bench.data import Document, Tokenizer, build_tokenizer, load_documents
+from infini_bench.metrics.intervals import Interval
+from infini_bench.progress import NullProgress, Progress
+from infini_bench.schema import RunConfig
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """``loss = (weights * nll).sum()``, the mean over rows of each row's weighted loss.
+
+    tokens: (B, T + 1) int64; inputs are ``[:, :-1]``, targets ``[:, 1:]``. weights: (B, T) float32, 0 where
+    nothing is asked. task_weights: (B, T) float32, 1 where the target belongs to the task's answer; None = all.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    task_weights: Tensor | None = None
+
+
+class Task(ABC):
+    """Base of the tasks. Nothing is loaded before it is asked for."""
+
+    name: str
+    version: str  # goes up whenever the same model would get other numbers
+    score: tuple[str, ...]  # metrics that a table shows first
+
+    def __init__(self, cfg: RunConfig, tokenizer: Tokenizer | None = None):
+        self.cfg = cfg
+        self.task: Any = cfg.task
+        self._given_tokenizer = tokenizer
+        self._documents: dict[str, list[Document]] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, or the one that the data config asks for."""
+        return self._given_tokenizer or self._build_tokenizer()
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of what is asked: the documents, or the prompt and its settings."""
+
+    @abstractmethod
+    def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
+        """Rows number ``cursor`` ... ``cursor + rows - 1`` of a split: a pure function of these and the seed.
+
+        segments: length in segments of the model while a curriculum runs; unset = the task's own length.
+        """
+
+    @abstractmethod
+    def evaluate(self, model, progress: Progress | NullProgress | None = None) -> list[Row]:
+        """Metric rows (see `row`) of a model that `infini_bench.models` made; the model is left as it was."""
+
+    def documents(self, split: str, pairs: bool = False) -> list[Document]:
+        """Documents of a split, read once. pairs: they must have summaries."""
+        if split not in self._documents:
+            self._documents[split] = load_documents(self.cfg.data, split, pairs=pairs)
+        return self._documents[split]
+
+    def _build_tokenizer(self) -> Tokenizer:
+        return build_tokenizer(self.cfg.data, lambda: (d.text for d in self.documents("train")))
+
+    def row(self, metric: str, value: float, interval: Interval | None = None, **columns: Any) -> Row:
+        """A metric row: the table's columns that a task knows, None where one does not apply.
+
+        columns: table, split, length, position, condition, protocol, n, extra. A value that is no number stays
+        empty, and ``extra["not_finite"]`` says what it was.
+        """
+        blank: Row = dict.fromkeys(("table", "split", "length", "position", "condition", "protocol", "n"))
+        extra = dict(columns.pop("extra", {}))
+        if not math.isfinite(value):
+            extra["not_finite"] = str(value)
+        limits = interval if interval is not None and all(map(math.isfinite, interval)) else (None, None)
+        measured = {"metric": metric, "value": value if math.isfinite(value) else None}
+        bounds = {"ci_low": limits[0], "ci_high": limits[1]}
+        return {"dataset": self.cfg.data.name, **blank, **columns, **measured, **bounds, "extra": extra}
+
+
+def mean_over_rows(weights: Tensor) -> Tensor:
+    """Weights (B, T) scaled so that each row's sum is 1 / B; a row of zeros stays one."""
+    return weights / weights.sum(1, keepdim=True).clamp_min(1e-12) / len(weights)
+
+
+def aligned(chunk: int, segment: int, rows: int = 1) -> int:
+    """Tokens of each row in a call of at most ``chunk`` tokens, in whole segments and at least one."""
+    return max(segment, chunk // rows // segment * segment)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the mode that was before after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,191 @@
+"""Passkey prompts of any length, made lazily from a few tokenised pieces.
+
+A prompt is ``task line, filler sentences, needle, filler sentences, question`` joined by single spaces; the
+five filler sentences run in a cycle that starts with the first and goes on behind the needle. The wording is
+the paper's (appendix, version 2) with "ack again" put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from infini_bench.data import Tokenizer
+from infini_bench.errors import UserError
+
+TASK_LINE = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+
+
+def prompt_text(key: str, before: int, sentences: int) -> str:
+    """The prompt as text: ``before`` of the filler sentences stand in front of the needle."""
+    filler = [FILLER[i % len(FILLER)] for i in range(sentences)]
+    return " ".join([TASK_LINE, *filler[:before], NEEDLE.format(key=key), *filler[before:], QUESTION])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt's tokens, as pieces (array, phase, length) of which token j is ``array[(phase + j) % size]``.
+
+    needle: where it starts and stops, question: where it starts, all in tokens from the prompt's start.
+    """
+
+    pieces: tuple[tuple[np.ndarray, int, int], ...]
+    needle: tuple[int, int]
+    question: int
+    answer: np.ndarray
+
+    def __len__(self) -> int:
+        return sum(length for _, _, length in self.pieces)
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop), int32; only these are made."""
+        stop = len(self) if stop is None else stop
+        parts, offset = [np.empty(0, np.int32)], 0
+        for array, phase, length in self.pieces:
+            a, b = max(start - offset, 0), min(stop - offset, length)
+            if a < b:
+                parts.append(array.take(np.arange(phase + a, phase + b), mode="wrap"))
+            offset += length
+        return np.concatenate(parts)
+
+
+def side_by_side(prompts: list[Prompt], start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+    """Chunks (prompts, t <= size) of prompts of one length, from token start to stop."""
+    for a in range(start, stop, size):
+        yield np.stack([prompt.tokens(a, min(a + size, stop)) for prompt in prompts])
+
+
+class Haystack:
+    """Makes prompts for one tokenizer and one number of digits.
+
+    Raises UserError if the tokenizer merges across the pieces' borders, or gives keys of equal length different
+    numbers of tokens: then no prompt could be made in pieces.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, digits: int):
+        self.tokenizer, self.digits = tokenizer, digits
+        self.head = tokenizer.encode(TASK_LINE)
+        sentences = [self._piece(sentence) for sentence in FILLER]
+        self.cycle = np.concatenate(sentences)
+        self.ends = np.cumsum([0, *map(len, sentences)])
+        self._check()
+
+    def key(self, rng: np.random.Generator) -> str:
+        """A random key; its first digit is not 0."""
+        low = 10 ** (self.digits - 1)
+        return str(rng.integers(low, 10 * low))
+
+    def prompt(self, key: str, before: int, sentences: int) -> Prompt:
+        """The prompt with ``before`` of ``sentences`` filler sentences in front of the needle, and its answer."""
+        needle = self._piece(NEEDLE.format(key=key))
+        question, answer = self._question(key)
+        first, filler = self.filler_tokens(before), self.filler_tokens(sentences)
+        start = len(self.head) + first
+        pieces = (
+            (self.head, 0, len(self.head)),
+            (self.cycle, 0, first),
+            (needle, 0, len(needle)),
+            (self.cycle, first % len(self.cycle), filler - first),
+            (question, 0, len(question)),
+        )
+        asked = len(self.head) + filler + len(needle)
+        return Prompt(pieces, (start, start + len(needle)), asked, answer)
+
+    def filler_tokens(self, sentences: int) -> int:
+        """Tokens of the first ``sentences`` filler sentences."""
+        cycles, rest = divmod(sentences, len(FILLER))
+        return int(cycles * len(self.cycle) + self.ends[rest])
+
+    @cached_property
+    def shortest(self) -> int:
+        """Tokens of a prompt without filler, and its answer."""
+        prompt = self.prompt("1" * self.digits, 0, 0)
+        return len(prompt) + len(prompt.answer)
+
+    def sentences(self, length: int) -> int:
+        """Filler sentences that fit when prompt and answer may take ``length`` tokens; UserError if none can."""
+        room = length - self.shortest
+        if room < 0:
+            raise UserError(f"Ask for at least {self.shortest} tokens: the passkey prompt does not fit in {length}.")
+        cycles, rest = divmod(room, len(self.cycle))
+        return cycles * len(FILLER) + int(np.searchsorted(self.ends, rest, side="right")) - 1
+
+    def place(self, depth: str, sentences: int, segment: int) -> int:
+        """Filler sentences in front of the needle at a depth (see tasks/passkey.py); UserError if impossible."""
+        prompt = self.prompt("1" * self.digits, sentences, sentences)
+        if depth == "end":
+            if prompt.needle[0] // segment != (len(prompt) - 1) // segment:
+                raise self._impossible("end", "needle and question in one segment", prompt, segment)
+            return sentences
+        if depth == "end_outside":
+            return self._outside(prompt, sentences, segment)
+        percent = {"start": 0.0, "middle": 50.0}.get(depth)
+        return round(sentences * (float(depth) if percent is None else percent) / 100)
+
+    def _outside(self, prompt: Prompt, sentences: int, segment: int) -> int:
+        """The latest place where the needle lies wholly in the segment before that of the question's start."""
+        start, stop = prompt.needle
+        wanted = prompt.question // segment - 1
+        for before in range(sentences, -1, -1):
+            back = self.filler_tokens(sentences) - self.filler_tokens(before)
+            first, last = (start - back) // segment, (stop - 1 - back) // segment
+            if first == last == wanted:
+                return before
+            if last < wanted:
+                break
+        raise self._impossible("end_outside", "needle in the segment before the question", prompt, segment)
+
+    def _impossible(self, depth: str, what: str, prompt: Prompt, segment: int) -> UserError:
+        needle, question = prompt.needle[1] - prompt.needle[0], len(prompt) - prompt.question
+        return UserError(
+            f'Choose another length or leave out depth "{depth}" ({what}): with segments of {segment} tokens, a '
+            f"needle of {needle} and a question of {question}, a prompt of {len(prompt)} tokens has no such place."
+        )
+
+    def _piece(self, sentence: str) -> np.ndarray:
+        """Tokens of `` sentence`` behind another sentence."""
+        return self._after(self.tokenizer.encode(FILLER[-1]), f"{FILLER[-1]} {sentence}")
+
+    def _question(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Question and answer tokens. The answer is the shortest tail that spells the key, so that a space of
+        its own belongs to the question."""
+        both = self._piece(f"{QUESTION} {key}")
+        tails = (i for i in range(len(both) - 1, 0, -1) if self.tokenizer.decode(both[i:]).strip() == key)
+        border = next(tails, None)
+        if border is None:
+            raise UserError(f"Use another tokenizer: {self.tokenizer.name} does not keep the key apart from its question.")
+        return both[:border], both[border:]
+
+    def _after(self, head: np.ndarray, text: str) -> np.ndarray:
+        ids = self.tokenizer.encode(text)
+        if not np.array_equal(ids[: len(head)], head):
+            raise UserError(f"Use another tokenizer: {self.tokenizer.name} merges tokens across sentences.")
+        return ids[len(head) :]
+
+    def _check(self) -> None:
+        """A small prompt in pieces equals the tokenised text, and keys have one length."""
+        shapes = set()
+        for digit in "1234567890":
+            key = "1" + digit * (self.digits - 1)
+            prompt = self.prompt(key, 3, 7)
+            whole = self.tokenizer.encode(f"{prompt_text(key, 3, 7)} {key}")
+            if not np.array_equal(np.concatenate([prompt.tokens(), prompt.answer]), whole):
+                raise UserError(f"Use another tokenizer: {self.tokenizer.name} merges tokens across sentences.")
+            shapes.add((len(prompt), len(prompt.answer)))
+        if len(shapes) > 1:
+            raise UserError(f"Use another tokenizer: {self.tokenizer.name} gives keys different numbers of tokens.")

@@ -1,0 +1,210 @@
+"""Passkey retrieval (Table 3): a random number hidden in repeated text, asked for at the end.
+
+Protocol, version 1. Prompt: tasks/haystack.py. Key: ``digits`` random digits, the first not 0. Prompt and answer
+take at most the requested length, and fall short of it by less than one filler sentence.
+
+Depths: a percentage p puts p % of the filler sentences (rounded) in front of the needle; ``start`` = 0,
+``middle`` = 50; ``end``: directly before the question, which must leave needle and question in one segment;
+``end_outside``: the last place where the needle lies wholly in the segment before the one in which the question
+starts. Segments are the model's, counted from the prompt's start.
+
+* ``exact_match``: percent of trials whose greedily generated answer tokens all are right.
+* ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %.
+
+Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
+Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used; only the
+prompt's last segment needs reading then. Keys depend on seed, length, depth and trial alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+
+import numpy as np
+import torch
+
+from infini_bench.data import build_tokenizer
+from infini_bench.errors import UserError
+from infini_bench.metrics.retrieval import exact_match, token_accuracy
+from infini_bench.progress import NullProgress
+from infini_bench.stream import feed, generate, prefill
+from infini_bench.units import parse_depth, parse_length
+
+from .base import Batch, Row, Task, aligned, evaluating, mean_over_rows
+from .haystack import FILLER, NEEDLE, QUESTION, TASK_LINE, Haystack, Prompt, prompt_text, side_by_side
+
+VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One length and depth of the grid; ``before`` of ``sentences`` filler sentences precede the needle."""
+
+    length: int
+    depth: str
+    sentences: int
+    before: int
+
+
+@dataclass
+class Answers:
+    """Answer tokens (trials, A): asked for, generated, and most probable under teacher forcing."""
+
+    expected: list[np.ndarray]
+    generated: list[np.ndarray]
+    forced: list[np.ndarray]
+
+
+class Passkey(Task):
+    name = "passkey"
+    version = "1"
+    score = ("exact_match", "token_accuracy")
+
+    @property
+    def fingerprint(self) -> str:
+        wording = "\n".join([TASK_LINE, *FILLER, NEEDLE, QUESTION, str(self.task.digits), self.version])
+        return sha256(wording.encode()).hexdigest()[:16]
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        return Haystack(self.tokenizer, self.task.digits)
+
+    def _build_tokenizer(self):
+        data = replace(self.cfg.data, vocab_size=min(self.cfg.data.vocab_size, VOCAB_SIZE))
+        texts = [prompt_text(digit * self.task.digits, 2, 5) for digit in "0123456789"]
+        return build_tokenizer(data, lambda: texts)
+
+    # Training ----------------------------------------------------------------------------------------------
+
+    def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
+        """Prompt and answer in exactly ``segments`` segments of inputs, padded behind the answer.
+
+        The needle's depth is uniform; so is the number of filler sentences among those with which the answer
+        ends in the last segment. Loss: the mean over answer tokens + ``lm_weight`` x the mean over the others.
+        """
+        segment, segments = self.cfg.memory.segment, segments or self.task.segments
+        examples = [self._example(number, segments * segment + 1, segment, split) for number in range(cursor, cursor + rows)]
+        tokens, answer, rest = (torch.from_numpy(np.stack(part)) for part in zip(*examples, strict=True))
+        weights = mean_over_rows(answer) + self.task.lm_weight * mean_over_rows(rest)
+        return Batch(tokens, weights, answer)
+
+    def _example(self, number: int, length: int, segment: int, split: str) -> tuple[np.ndarray, ...]:
+        """Tokens (length,), and masks (length - 1,) of the answer's targets and of all others."""
+        rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
+        most = self.haystack.sentences(length)
+        least = self.haystack.sentences(max(length - segment, self.haystack.shortest)) + 1
+        sentences = int(rng.integers(min(least, most), most + 1))
+        prompt = self.haystack.prompt(self.haystack.key(rng), int(rng.integers(0, sentences + 1)), sentences)
+        end = len(prompt) + len(prompt.answer)
+        tokens = np.full(length, self.tokenizer.eos_id, np.int64)
+        tokens[:end] = np.concatenate([prompt.tokens(), prompt.answer])
+        answer, rest = np.zeros((2, length - 1), np.float32)
+        rest[: len(prompt) - 1] = 1
+        answer[len(prompt) - 1 : end - 1] = 1
+        return tokens, answer, rest
+
+    # Evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self, model, progress=None) -> list[Row]:
+        """All lengths and depths; what prompts have in common is read once for all of them."""
+        cells = self.cells(model.segment)
+        rows: dict[Cell, list[Row]] = {}
+        with evaluating(model), (progress or NullProgress()).task("passkey", self._work(cells)) as bar:
+            state, read = None, 0
+            for cell in sorted(cells, key=lambda cell: cell.before):
+                prompts = self.prompts(cell)
+                start = prompts[0].needle[0]
+                size = aligned(self.task.chunk, model.segment)
+                state = feed(model, side_by_side(prompts[:1], read, start, size), state, bar)
+                read = start
+                rows[cell] = self._rows(cell, prompts, model, state, bar)
+        return [row for cell in cells for row in rows[cell]]
+
+    def cells(self, segment: int) -> list[Cell]:
+        """The grid in the order asked for; a cell that cannot be made is a UserError before anything runs."""
+        cells = []
+        for length in map(parse_length, self.task.lengths):
+            sentences = self.haystack.sentences(length)
+            for depth in map(parse_depth, self.task.depths):
+                cells.append(Cell(length, depth, sentences, self.haystack.place(depth, sentences, segment)))
+        return list(dict.fromkeys(cells))
+
+    def prompts(self, cell: Cell) -> list[Prompt]:
+        """The trials of a cell; they differ in the key only."""
+        prompts = []
+        for trial in range(self.task.trials):
+            seed = [self.cfg.seed, cell.length, zlib.crc32(cell.depth.encode()), trial]
+            key = self.haystack.key(np.random.default_rng(seed))
+            prompts.append(self.haystack.prompt(key, cell.before, cell.sentences))
+        return prompts
+
+    def _work(self, cells: list[Cell]) -> int:
+        """Tokens to read, controls left out."""
+        starts = [self.prompts(cell)[0].needle[0] for cell in cells]
+        behind = sum(len(self.prompts(cell)[0]) - start for cell, start in zip(cells, starts, strict=True))
+        return max(starts) + self.task.trials * behind
+
+    def _rows(self, cell: Cell, prompts: list[Prompt], model, state, bar) -> list[Row]:
+        first, segment = prompts[0], model.segment
+        border = (len(first) - 1) // segment * segment
+        conditions = {"constant": (state, first.needle[0])}
+        if self.task.controls:
+            conditions["memory_off"] = (None, border)
+        extra = {
+            "segments": first.question // segment - (first.needle[1] - 1) // segment,
+            "tokens": len(first) + len(first.answer),
+            "digits": self.task.digits,
+        }
+        rows = []
+        for condition, (start_state, start) in conditions.items():
+            answers = Answers([], [], [])
+            for group in self._groups(prompts):
+                if condition == "memory_off":
+                    with model.memory_off():
+                        self._answer(model, group, start_state, start, None, answers)
+                else:
+                    self._answer(model, group, start_state, start, bar, answers)
+            rows += self._score(cell, condition, answers, extra)
+        return rows
+
+    def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+        for first in range(0, len(prompts), self.task.batch):
+            yield prompts[first : first + self.task.batch]
+
+    def _answer(self, model, prompts: list[Prompt], state, start: int, bar, answers: Answers) -> None:
+        """Read prompts side by side from ``start``, where one row's ``state`` stands; collect their answers."""
+        if state is not None:
+            state = state.select_rows(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
+        expected = np.stack([prompt.answer for prompt in prompts])
+        size = aligned(self.task.chunk, model.segment, len(prompts))
+        logits, state = prefill(model, side_by_side(prompts, start, len(prompts[0]), size), state, bar)
+        answers.expected.append(expected)
+        answers.generated.append(generate(model, logits, state, expected.shape[1]))
+        answers.forced.append(forced(model, logits, state, expected))
+
+    def _score(self, cell: Cell, condition: str, answers: Answers, extra: dict) -> list[Row]:
+        expected = np.concatenate(answers.expected)
+        exact = exact_match(np.concatenate(answers.generated), expected)
+        tokens = token_accuracy(np.concatenate(answers.forced), expected)
+        columns = {"table": "table3_passkey", "length": cell.length, "position": cell.depth}
+        columns |= {"condition": condition, "protocol": self.task.protocol}
+        rows = []
+        chances = (100 / (9 * 10 ** (self.task.digits - 1)), 10.0)
+        for metric, score, chance in zip(self.score, (exact, tokens), chances, strict=True):
+            row_extra = {**extra, "chance": chance}
+            rows.append(self.row(metric, score.value, (score.low, score.high), n=score.n, extra=row_extra, **columns))
+        return rows
+
+
+@torch.no_grad()
+def forced(model, logits, state, expected_BA: np.ndarray) -> np.ndarray:
+    """The most probable token at each answer position, given the right tokens before it: (B, A)."""
+    best = [logits.argmax(-1, keepdim=True)]
+    if expected_BA.shape[1] > 1:
+        known = torch.from_numpy(expected_BA[:, :-1].astype(np.int64)).to(model.device)
+        best.append(model.step(known, state)[0].argmax(-1))
+    return torch.cat(best, dim=1).cpu().numpy()

@@ -1,0 +1,33 @@
+"""Fixtures of all tests: fixed seeds, one thread, and small models of every kind."""
+
+import pytest
+import torch
+
+from infini_bench.schema import DecoderConfig, MemoryConfig
+
+MEMORIES = {
+    "infini_linear": {"kind": "compressive", "update": "linear"},
+    "infini_delta": {"kind": "compressive", "update": "delta"},
+    "transformer_xl": {"kind": "xl"},
+    "local_block": {"kind": "block"},
+    "local_sliding": {"kind": "sliding"},
+    "full": {"kind": "full"},
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=MEMORIES)
+def memory(request) -> MemoryConfig:
+    """Each memory in turn, segments of 8 tokens."""
+    return MemoryConfig(segment=8, **MEMORIES[request.param])
+
+
+@pytest.fixture
+def decoder() -> DecoderConfig:
+    """Three layers with grouped keys, and weights large enough that logits differ visibly."""
+    return DecoderConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48, init_std=0.2)

@@ -1,0 +1,146 @@
+"""Every memory against its slow float64 reference and against a public peer: outputs, state, gradients."""
+
+import pytest
+import torch
+from conftest import MEMORIES
+from infini_transformer_pytorch.infini_transformer import FastweightMemory, Memories
+
+from infini_bench.memory import build_memory, reference
+from infini_bench.memory.features import FEATURES
+from infini_bench.schema import MemoryConfig
+
+B, H, G, D, N = 2, 4, 2, 6, 5
+
+
+def rope_table(span, size=D, theta=10000.0, dtype=torch.float64):
+    angle = torch.arange(span)[:, None] * theta ** (-torch.arange(size // 2, dtype=dtype) / (size // 2))
+    angle = torch.cat([angle, angle], -1)[None]
+    return angle.cos(), angle.sin()
+
+
+def qkv(tokens, heads=H, groups=G):
+    shapes = [(B, tokens, heads, D), (B, tokens, groups, D), (B, tokens, groups, D)]
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def make(**kwargs):
+    mem = build_memory(MemoryConfig(segment=N, **kwargs), H, G, D).double()
+    if hasattr(mem, "memory_gate"):
+        mem.memory_gate.data = torch.randn(H, dtype=torch.float64)
+    return mem
+
+
+def slow(mem, q, k, v):
+    if mem.cfg.kind == "compressive":
+        rows = [
+            reference.compressive(a, b, c, mem.memory_gate, N, mem.cfg.update, mem.cfg.features)
+            for a, b, c in zip(q, k, v, strict=True)
+        ]
+        return torch.stack([r[0] for r in rows])
+    return torch.stack([reference.window(a, b, c, N, mem.cfg.kind, mem.cfg.window) for a, b, c in zip(q, k, v, strict=True)])
+
+
+@pytest.mark.parametrize("tokens", [1, N - 1, N, 3 * N, 4 * N + 3])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_outputs_and_gradients_equal_the_reference(name, tokens):
+    mem, (q, k, v) = make(**MEMORIES[name]), qkv(tokens)
+    rope = rope_table(mem.span or tokens)
+    fast, expected = mem(q, k, v, rope)[0], slow(mem, q, k, v)
+    # compressive memories keep M and z in float32 whatever the model's dtype
+    tolerance = 2e-6 if mem.cfg.kind == "compressive" else 1e-12
+    assert (fast - expected).abs().max() < tolerance
+    wanted = [q, k, v, *mem.parameters()]
+    weight = torch.randn_like(fast)
+    ours = torch.autograd.grad((fast * weight).sum(), wanted, allow_unused=True)
+    theirs = torch.autograd.grad((expected * weight).sum(), wanted, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = (torch.zeros(1) if g is None else g for g in (a, b))
+        assert (a - b).abs().max() < 20 * tolerance
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_states_equal_the_reference(update, features):
+    mem, (q, k, v) = make(kind="compressive", update=update, features=features), qkv(3 * N + 2)
+    _, state = mem(q, k, v, rope_table(N))
+    for row in range(B):
+        _, M, z = reference.compressive(q[row], k[row], v[row], mem.memory_gate, N, update, features)
+        assert (state["M"][row] - M).abs().max() < 1e-5 * M.abs().max()
+        assert (state["z"][row] - z).abs().max() < 1e-5 * z.abs().max()
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_gradients_of_the_state_reach_the_first_segment(update):
+    mem, (q, k, v) = make(kind="compressive", update=update), qkv(4 * N)
+    _, state = mem(q, k, v, rope_table(N))
+    M = torch.stack([reference.compressive(q[r], k[r], v[r], mem.memory_gate, N, update)[1] for r in range(B)])
+    weight = torch.randn_like(M)
+    ours = torch.autograd.grad((state["M"] * weight).sum(), [k, v])
+    theirs = torch.autograd.grad((M * weight).sum(), [k, v])
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+        assert a[:, 0].abs().max() > 0
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gradient_depth_cuts_at_its_boundaries_and_keeps_values(update, depth):
+    full, cut = make(kind="compressive", update=update), make(kind="compressive", update=update, gradient_depth=depth)
+    cut.load_state_dict(full.state_dict())
+    q, k, v = qkv(6 * N)
+    a, b = full(q, k, v, rope_table(N))[0], cut(q, k, v, rope_table(N))[0]
+    assert (a - b).abs().max() < 1e-6
+    reach = torch.autograd.grad(b[:, 5 * N :].sum(), v)[0].abs().sum((0, 2, 3)).view(6, N).sum(1) > 0
+    first = 5 // depth * depth  # the last boundary at which gradients stop
+    assert reach.tolist() == [s >= first for s in range(6)]
+    halves = torch.cat([b_ for b_ in two_calls(cut, q, k, v)], 1)  # the cut counts segments of the document
+    again = torch.autograd.grad(halves[:, 5 * N :].sum(), v)[0]
+    assert (again - torch.autograd.grad(cut(q, k, v, rope_table(N))[0][:, 5 * N :].sum(), v)[0]).abs().max() < 1e-6
+
+
+def two_calls(mem, q, k, v):
+    at = 3 * N + 2
+    first, state = mem(q[:, :at], k[:, :at], v[:, :at], rope_table(N))
+    return first, mem(q[:, at:], k[:, at:], v[:, at:], rope_table(N), state)[0]
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_public_peer_agrees_on_memory_and_read_out(update):
+    """infini-transformer-pytorch 0.2.1: one key-value head a query head, and its gate weights the local side."""
+    mem = build_memory(MemoryConfig(kind="compressive", update=update, segment=N), H, H, D)
+    mem.memory_gate.data = torch.randn(H)
+    q, k, v = (x.detach().float() for x in qkv(4 * N, H, H))
+    rope = rope_table(N, dtype=torch.float32)
+    peer = FastweightMemory(H, use_mem_delta_rule=update == "delta")
+    peer.head_gates.data = -mem.memory_gate.data
+    ours, state = mem(q, k, v, rope)
+    with torch.no_grad():
+        memories: Memories | None = None
+        for s in range(4):
+            part = slice(s * N, s * N + N)
+            local = mem(q[:, part], k[:, part], v[:, part], rope)[0].transpose(1, 2)
+            heads = [x[:, part].transpose(1, 2) for x in (q, k, v)]
+            theirs = peer.retrieve_and_add_to_output(local, heads[0], memories)
+            assert (ours[:, part].transpose(1, 2) - theirs).abs().max() < 2e-5
+            memories = peer.create_new_memories(heads[1], heads[2], memories)
+        assert (state["M"] - memories.kv_mem).abs().max() < 1e-4
+        assert (state["z"] - memories.k_norm).abs().max() < 1e-4
+
+
+def test_split_gates_start_on_both_sides():
+    mem = build_memory(MemoryConfig(gate_start=0.5, gate_split=2.0), 4, 2, 8)
+    assert mem.memory_gate.tolist() == [-1.5, 2.5, -1.5, 2.5]
+
+
+def test_state_stays_float32_under_bfloat16_and_autocast():
+    mem = build_memory(MemoryConfig(segment=N), H, G, D)
+    q, k, v = (x.detach().bfloat16() for x in qkv(3 * N))
+    rope = rope_table(N, dtype=torch.bfloat16)
+    out, state = mem(q, k, v, rope)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, auto = mem(q, k, v, rope)
+    assert out.dtype == torch.bfloat16
+    for s in (state, auto):
+        assert s["M"].dtype == s["z"].dtype == torch.float32
+    exact = mem(q.float(), k.float(), v.float(), rope_table(N, dtype=torch.float32))[1]
+    assert (auto["M"] - exact["M"]).abs().max() < 1e-5

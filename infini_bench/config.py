@@ -32,7 +32,8 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     task = container.get("task", {})
     name = task.get("name") if isinstance(task, Mapping) else task
     if name not in TASKS:
-        raise UserError(f'unknown task "{name}"{suggest(str(name), TASKS)}; there are {", ".join(TASKS)}')
+        there = f"choose one of {', '.join(TASKS)}"
+        raise UserError(f'There is no task "{name}"{suggest(str(name), TASKS)}; {there}.')
     cfg = _build(RunConfig, container, "", {"task": TASKS[name]})
     for key, value in _leaves(cfg):
         _check(key, value)
@@ -45,7 +46,7 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
-    """Plain nested dictionaries, as stored in records and in ``config.json``; `build_config` reads them back."""
+    """Plain nested dictionaries, as in records and in ``config.json``; `build_config` reads them back."""
     return dataclasses.asdict(cfg)
 
 
@@ -57,18 +58,22 @@ def known_keys(task: str) -> list[str]:
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> UserError:
-    """The error for a dotted key that does not exist; suggests the same last part elsewhere, or a near spelling."""
-    known = [*known]
-    leaf = key.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == leaf]
-    near = f' (did you mean "{same[0]}"?)' if same else suggest(key, known)
-    return UserError(f'unknown setting "{key}"{near}; `infini-bench train --cfg job` lists all settings')
+    """The error for a dotted key that does not exist: another task's, misplaced, or misspelt."""
+    owners = [task for task in TASKS if key in known_keys(task)]
+    if owners:
+        return UserError(f"The setting {key} belongs to task={owners[0]}; leave it out.")
+    section, _, leaf = key.rpartition(".")
+    leaves = {other.rpartition(".")[2]: other for other in known}
+    near = suggest(leaf, [name for name, other in leaves.items() if other.rpartition(".")[0] == section])
+    near = f' (did you mean "{leaves[leaf]}"?)' if leaf in leaves else near.replace('"', f'"{section}.', 1)
+    near = (near or suggest(key, leaves.values())).replace('".', '"')
+    return UserError(f'There is no setting "{key}"{near}; `infini-bench train --cfg job` lists all.')
 
 
 def _build(cls: type, values: Any, prefix: str, subclasses: dict[str, type]) -> Any:
     """An instance of the dataclass ``cls``, strictly from ``values``."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{prefix.rstrip('.')} must be a group of settings, not {values!r}")
+        raise UserError(f"{prefix.rstrip('.')} must be a group of settings, not {_shown(values)}.")
     types = typing.get_type_hints(cls)
     for key in values:
         if key not in types:
@@ -87,7 +92,7 @@ def _convert(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
     except ValidationError as err:
         key = re.split(r"[.\[]", str(err.full_key))[0]
         wanted = _in_words(typing.get_type_hints(cls)[key])
-        raise UserError(f"{prefix}{key} must be {wanted}, not {_shown(values[key])}") from err
+        raise UserError(f"{prefix}{key} must be {wanted}, not {_shown(values[key])}.") from err
     plain = OmegaConf.to_container(merged)
     assert isinstance(plain, dict)
     return {str(key): plain[key] for key in values}
@@ -171,21 +176,25 @@ def _check(key: str, value: Any) -> None:
     holds, words = _RULES.get(key, _POSITIVE if numeric else _ANY)
     finite = not numeric or abs(value) < float("inf")
     if value is not None and not (finite and holds(value)):
-        raise UserError(f"{key} must be {words or 'a finite number'}, not {value}")
+        raise UserError(f"{key} must be {words or 'a finite number'}, not {value}.")
 
 
 def _check_decoder(cfg: RunConfig) -> None:
     d = cfg.decoder
     if d.head_dim is None and d.dim % d.heads:
-        raise UserError(f"decoder.dim={d.dim} is not a multiple of decoder.heads={d.heads}; change one of them")
+        raise UserError(f"decoder.dim={d.dim} is not a multiple of decoder.heads={d.heads}; change one.")
     if (d.head_dim or d.dim // d.heads) % 2:
-        raise UserError("the head size (decoder.head_dim, or dim / heads) must be even, for the rotary embedding")
+        raise UserError(
+            "The head size (decoder.head_dim, or dim / heads) must be even for the rotary embedding."
+        )
     if d.heads % (d.kv_heads or d.heads):
-        raise UserError(f"decoder.heads={d.heads} is not a multiple of decoder.kv_heads={d.kv_heads}")
+        raise UserError(
+            f"decoder.heads={d.heads} is not a multiple of decoder.kv_heads={d.kv_heads}; change one."
+        )
 
 
 def _check_sources(cfg: RunConfig) -> None:
     if cfg.data.source == "local" and not cfg.data.path:
-        raise UserError("data.path is not set; write data.path=FILE_OR_FOLDER")
+        raise UserError("data.path is not set; write data.path=FILE_OR_FOLDER.")
     if cfg.data.source == "hub" and not cfg.data.hub_id:
-        raise UserError("data.hub_id is not set; write data.hub_id=OWNER/NAME")
+        raise UserError("data.hub_id is not set; write data.hub_id=OWNER/NAME.")

@@ -93,4 +93,3 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:  # broken JSON or not UTF-8
         raise UserError(f"{path} is broken ({error}); delete it, or restore it from a copy.") from error
-

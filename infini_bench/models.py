@@ -153,6 +153,15 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
                 raise ValueError("cache_implementation cannot be chosen: the memory's state is the cache")
             model_kwargs["past_key_values"] = MemoryCache.empty(len(self.model.layers))
 
+    def compile_layers(self) -> None:
+        """torch.compile the parts that all layers share, each once for all layers; in place.
+
+        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes.
+        """
+        for layer in self.model.layers:
+            for part in (layer.self_attn.memory, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                part.compile(dynamic=False)
+
     @property
     def memories(self) -> list[Any]:
         """The ``Memory`` of every layer."""

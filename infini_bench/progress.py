@@ -111,8 +111,8 @@ class _Bar(_Silent):
 
 class _Lines(_Silent):
     def __init__(self, progress: Progress, description: str, total: int):
-        self.progress, self.description, self.total, self.done, self.open = progress, description, total, 0, True
-        self.started = progress.clock()
+        self.progress, self.description, self.total = progress, description, total
+        self.started, self.done, self.open = progress.clock(), 0, True
 
     def advance(self, n: int = 1) -> None:
         self.done += n

@@ -59,7 +59,7 @@ class DataConfig:
     path: str | None = None  # local: a file or folder
     hub_id: str | None = None  # hub: e.g. emozilla/pg19
     hub_config: str | None = None  # hub: configuration name, if the set has several
-    hub_revision: str | None = None  # hub: branch, tag or commit; refs/convert/parquet has sets with a script as Parquet
+    hub_revision: str | None = None  # hub: branch or commit; refs/convert/parquet: a script's rows
     text_column: str = "text"
     id_column: str | None = None  # unset = running number
     title_column: str | None = None

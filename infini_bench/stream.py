@@ -1,7 +1,7 @@
 """The only way evaluation reads long input: chunk by chunk, with the state carried, in constant memory.
 
-A model here is anything with ``step``, ``losses`` and ``device`` as `infini_bench.models` has them. States are
-values: none of these functions changes the one it is given, so one can be kept and continued twice.
+A model here is anything with ``step``, ``losses`` and ``device`` as `infini_bench.models` has them. States
+are values: none of these functions changes the one it is given, so one can be kept and continued twice.
 
 Shapes: B batch, T tokens, t tokens of one chunk, V vocabulary.
 """
@@ -32,8 +32,8 @@ def stream_losses(
 ) -> tuple[np.ndarray, State]:
     """Loss in nats of every token but the first: (B, T - 1) float32, and the state.
 
-    The state has seen all tokens but the last, so the next call starts with that one: calls on ``ids[a:b + 1]``
-    and ``ids[b:c + 1]`` give together the losses of one call on ``ids[a:c + 1]``.
+    The state has seen all tokens but the last, so the next call starts with that one: calls on
+    ``ids[a:b + 1]`` and ``ids[b:c + 1]`` give together the losses of one call on ``ids[a:c + 1]``.
     """
     losses = []
     for inputs, targets in zip(chunked(ids_BT[:, :-1], chunk), chunked(ids_BT[:, 1:], chunk), strict=True):
@@ -44,9 +44,7 @@ def stream_losses(
 
 
 @torch.no_grad()
-def feed(
-    model, chunks: Iterable[np.ndarray], state: State = None, progress: Handle | None = None
-) -> State:
+def feed(model, chunks: Iterable[np.ndarray], state: State = None, progress: Handle | None = None) -> State:
     """The state after reading all chunks (B, t); no logits are computed."""
     for chunk in chunks:
         _, state = model.step(_tensor(chunk, model), state, keep="none")
@@ -58,7 +56,10 @@ def feed(
 def prefill(
     model, chunks: Iterable[np.ndarray], state: State = None, progress: Handle | None = None
 ) -> tuple[Tensor, State]:
-    """Logits after the last token, (B, V) float32, and the state. Chunks (B, t) may be made as they are read."""
+    """Logits after the last token, (B, V) float32, and the state.
+
+    Chunks (B, t) may be made as they are read; two of them exist at a time.
+    """
     chunks = iter(chunks)
     last = next(chunks, None)
     if last is None:
@@ -88,18 +89,21 @@ def generate(
     """Tokens (B, new) int64 that follow `prefill`'s logits and state, one step at a time.
 
     A row ends with its first ``eos_id`` and stays at it; generation ends when all rows have, or after
-    ``max_new_tokens``. Sampling draws from the smallest set of tokens that holds ``top_p`` of the mass at this
-    temperature, with ``generator`` (on any device; its own state decides, never the global one).
+    ``max_new_tokens``. Sampling draws from the smallest set of tokens that holds ``top_p`` of the mass at
+    this temperature, with ``generator`` (on any device; its own state decides, never the global one).
     """
-    if not greedy and generator is None:
-        raise ValueError("sampling needs a torch.Generator, so that the run can be repeated")
     tokens: list[Tensor] = []
     done_B1 = torch.zeros(len(logits_BV), 1, dtype=torch.bool, device=logits_BV.device)
     while len(tokens) < max_new_tokens:
         if tokens:
             logits, state = model.step(tokens[-1], state, keep="last")
             logits_BV = logits[:, -1]
-        next_B1 = logits_BV.argmax(-1, keepdim=True) if greedy else sample(logits_BV, temperature, top_p, generator)
+        if greedy:
+            next_B1 = logits_BV.argmax(-1, keepdim=True)
+        elif generator is None:
+            raise ValueError("sampling needs a torch.Generator, so that the run can be repeated")
+        else:
+            next_B1 = sample(logits_BV, temperature, top_p, generator)
         if eos_id is not None:
             next_B1 = next_B1.masked_fill(done_B1, eos_id)
             done_B1 |= next_B1 == eos_id

@@ -24,13 +24,13 @@ def parse_length(text: str | int) -> int:
     """
     match = _LENGTH.fullmatch(str(text).strip())
     if match is None:
-        raise UserError(f'"{text}" is not a length; write a number of tokens such as 512, 4K or 1M')
+        raise UserError(f'"{text}" is not a length; write a number of tokens such as 512, 4K or 1M.')
     whole, fraction, suffix = match.group(1), match.group(2) or "", match.group(3).upper()
     tokens, remainder = divmod(int(whole + fraction) * _FACTORS[suffix], 10 ** len(fraction))
     if remainder:
-        raise UserError(f'the length "{text}" is not a whole number of tokens')
+        raise UserError(f'The length "{text}" is not a whole number of tokens.')
     if tokens == 0:
-        raise UserError(f'the length "{text}" is empty; it must be at least 1 token')
+        raise UserError(f'The length "{text}" is empty; it must be at least 1 token.')
     return tokens
 
 
@@ -53,10 +53,10 @@ def parse_depth(text: str | int) -> str:
     match = _PERCENT.fullmatch(word)
     if match is None:
         choices = "start, middle, end, end_outside or a percentage such as 25"
-        raise UserError(f'"{text}" is not a depth{suggest(word, NAMED_DEPTHS)}; write {choices}')
+        raise UserError(f'"{text}" is not a depth{suggest(word, NAMED_DEPTHS)}; write {choices}.')
     fraction = (match.group(2) or "").rstrip("0")
     if int(match.group(1)) > 100 or (int(match.group(1)) == 100 and fraction):
-        raise UserError(f'the depth "{text}" lies outside 0-100 %')
+        raise UserError(f'The depth "{text}" lies outside 0-100 %.')
     return str(int(match.group(1))) + (f".{fraction}" if fraction else "")
 
 

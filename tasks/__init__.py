@@ -1,4 +1,4 @@
-"""The tasks, one file each: what a model trains on and how it is judged. Imported as ``infini_bench.tasks``."""
+"""The tasks, one file each: what a model trains on and how it is judged; import ``infini_bench.tasks``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if "." not in __name__:
-    raise ImportError("import infini_bench.tasks, not tasks: two copies of a module are two different modules")
+    raise ImportError("import infini_bench.tasks, not tasks: two copies of a module would differ")
 
 if TYPE_CHECKING:
     from infini_bench.data import Tokenizer

@@ -29,7 +29,7 @@ class Batch:
     """``loss = (weights * nll).sum()``, the mean over rows of each row's weighted loss.
 
     tokens: (B, T + 1) int64; inputs are ``[:, :-1]``, targets ``[:, 1:]``. weights: (B, T) float32, 0 where
-    nothing is asked. task_weights: (B, T) float32, 1 where the target belongs to the task's answer; None = all.
+    nothing is asked. task_weights: (B, T) float32, 1 where the target is part of the answer; None = all.
     """
 
     tokens: Tensor
@@ -83,10 +83,10 @@ class Task(ABC):
     def row(self, metric: str, value: float, interval: Interval | None = None, **columns: Any) -> Row:
         """A metric row: the table's columns that a task knows, None where one does not apply.
 
-        columns: table, split, length, position, condition, protocol, n, extra. A value that is no number stays
+        columns: split, length, position, condition, protocol, n, extra. A value that is no number stays
         empty, and ``extra["not_finite"]`` says what it was.
         """
-        blank: Row = dict.fromkeys(("table", "split", "length", "position", "condition", "protocol", "n"))
+        blank: Row = dict.fromkeys(("split", "length", "position", "condition", "protocol", "n"))
         extra = dict(columns.pop("extra", {}))
         if not math.isfinite(value):
             extra["not_finite"] = str(value)
@@ -99,6 +99,11 @@ class Task(ABC):
 def mean_over_rows(weights: Tensor) -> Tensor:
     """Weights (B, T) scaled so that each row's sum is 1 / B; a row of zeros stays one."""
     return weights / weights.sum(1, keepdim=True).clamp_min(1e-12) / len(weights)
+
+
+def has_controls(cfg: RunConfig, model: Any) -> bool:
+    """Whether to measure what memory brings: asked for, and there is one that can be switched off."""
+    return cfg.task.controls and model.has_memory  # type: ignore[attr-defined]
 
 
 def aligned(chunk: int, segment: int, rows: int = 1) -> int:

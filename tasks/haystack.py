@@ -39,7 +39,7 @@ def prompt_text(key: str, before: int, sentences: int) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt's tokens, as pieces (array, phase, length) of which token j is ``array[(phase + j) % size]``.
+    """One prompt as pieces (array, phase, length), of which token j is ``array[(phase + j) % size]``.
 
     needle: where it starts and stops, question: where it starts, all in tokens from the prompt's start.
     """
@@ -73,8 +73,8 @@ def side_by_side(prompts: list[Prompt], start: int, stop: int, size: int) -> Ite
 class Haystack:
     """Makes prompts for one tokenizer and one number of digits.
 
-    Raises UserError if the tokenizer merges across the pieces' borders, or gives keys of equal length different
-    numbers of tokens: then no prompt could be made in pieces.
+    Raises UserError if the tokenizer merges across the pieces' borders, or gives keys of equal length
+    different numbers of tokens: then no prompt could be made in pieces.
     """
 
     def __init__(self, tokenizer: Tokenizer, digits: int):
@@ -91,7 +91,7 @@ class Haystack:
         return str(rng.integers(low, 10 * low))
 
     def prompt(self, key: str, before: int, sentences: int) -> Prompt:
-        """The prompt with ``before`` of ``sentences`` filler sentences in front of the needle, and its answer."""
+        """The prompt with ``before`` of ``sentences`` filler sentences in front of the needle."""
         needle = self._piece(NEEDLE.format(key=key))
         question, answer = self._question(key)
         first, filler = self.filler_tokens(before), self.filler_tokens(sentences)
@@ -118,15 +118,17 @@ class Haystack:
         return len(prompt) + len(prompt.answer)
 
     def sentences(self, length: int) -> int:
-        """Filler sentences that fit when prompt and answer may take ``length`` tokens; UserError if none can."""
+        """Filler sentences that fit when prompt and answer may take ``length`` tokens."""
         room = length - self.shortest
         if room < 0:
-            raise UserError(f"Ask for at least {self.shortest} tokens: the passkey prompt does not fit in {length}.")
+            raise UserError(
+                f"The passkey prompt does not fit in {length} tokens; ask for {self.shortest} or more."
+            )
         cycles, rest = divmod(room, len(self.cycle))
         return cycles * len(FILLER) + int(np.searchsorted(self.ends, rest, side="right")) - 1
 
     def place(self, depth: str, sentences: int, segment: int) -> int:
-        """Filler sentences in front of the needle at a depth (see tasks/passkey.py); UserError if impossible."""
+        """Filler sentences in front of the needle at a depth, as tasks/passkey.py defines it."""
         prompt = self.prompt("1" * self.digits, sentences, sentences)
         if depth == "end":
             if prompt.needle[0] // segment != (len(prompt) - 1) // segment:
@@ -138,7 +140,7 @@ class Haystack:
         return round(sentences * (float(depth) if percent is None else percent) / 100)
 
     def _outside(self, prompt: Prompt, sentences: int, segment: int) -> int:
-        """The latest place where the needle lies wholly in the segment before that of the question's start."""
+        """The last place where the needle lies wholly in the segment before that of the question's start."""
         start, stop = prompt.needle
         wanted = prompt.question // segment - 1
         for before in range(sentences, -1, -1):
@@ -153,8 +155,8 @@ class Haystack:
     def _impossible(self, depth: str, what: str, prompt: Prompt, segment: int) -> UserError:
         needle, question = prompt.needle[1] - prompt.needle[0], len(prompt) - prompt.question
         return UserError(
-            f'Choose another length or leave out depth "{depth}" ({what}): with segments of {segment} tokens, a '
-            f"needle of {needle} and a question of {question}, a prompt of {len(prompt)} tokens has no such place."
+            f'Choose another length or leave out depth "{depth}" ({what}): a prompt of {len(prompt)} tokens '
+            f"in segments of {segment}, a needle of {needle} and a question of {question}, has no such place."
         )
 
     def _piece(self, sentence: str) -> np.ndarray:
@@ -168,24 +170,26 @@ class Haystack:
         tails = (i for i in range(len(both) - 1, 0, -1) if self.tokenizer.decode(both[i:]).strip() == key)
         border = next(tails, None)
         if border is None:
-            raise UserError(f"Use another tokenizer: {self.tokenizer.name} does not keep the key apart from its question.")
+            raise self._unfit("does not keep the key apart from the question")
         return both[:border], both[border:]
 
     def _after(self, head: np.ndarray, text: str) -> np.ndarray:
         ids = self.tokenizer.encode(text)
         if not np.array_equal(ids[: len(head)], head):
-            raise UserError(f"Use another tokenizer: {self.tokenizer.name} merges tokens across sentences.")
+            raise self._unfit("merges tokens across sentences")
         return ids[len(head) :]
 
     def _check(self) -> None:
         """A small prompt in pieces equals the tokenised text, and keys have one length."""
-        shapes = set()
-        for digit in "1234567890":
-            key = "1" + digit * (self.digits - 1)
+        rng, shapes = np.random.default_rng(0), set()
+        for key in {self.key(rng) for _ in range(32)}:
             prompt = self.prompt(key, 3, 7)
             whole = self.tokenizer.encode(f"{prompt_text(key, 3, 7)} {key}")
             if not np.array_equal(np.concatenate([prompt.tokens(), prompt.answer]), whole):
-                raise UserError(f"Use another tokenizer: {self.tokenizer.name} merges tokens across sentences.")
+                raise self._unfit("merges tokens across sentences")
             shapes.add((len(prompt), len(prompt.answer)))
         if len(shapes) > 1:
-            raise UserError(f"Use another tokenizer: {self.tokenizer.name} gives keys different numbers of tokens.")
+            raise self._unfit("gives keys of equal length different numbers of tokens")
+
+    def _unfit(self, reason: str) -> UserError:
+        return UserError(f"Use another tokenizer for passkey: {self.tokenizer.name} {reason}.")

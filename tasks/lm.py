@@ -1,8 +1,8 @@
 """Language modelling over whole documents (Table 2).
 
 Protocol, version 1. Each document of ``task.split`` is read once, in order, with the state carried from its
-first token to its last (or to ``max_tokens``). A document of T tokens has T - 1 targets: its first token is read
-but not predicted, and its nats, tokens and bytes are not counted; its words are (PG-19's fixed word count).
+first token to its last (or to ``max_tokens``). A document of T tokens has T - 1 targets: its first token is
+read but not predicted, and counts neither as a token nor with its bytes. Words are those of the whole text.
 
 * ``token_ppl``, ``word_ppl``: exp(total nats / total targets), exp(total nats / total words).
 * ``bits_per_byte``, ``bits_per_token``: total nats / ln 2 / total UTF-8 bytes, or targets.
@@ -10,11 +10,12 @@ but not predicted, and its nats, tokens and bytes are not counted; its words are
 * ``bits_per_byte_other_memory``: every segment of the document starts from the state that the next document
   of the split, cyclically, has at the same token position; if that one is shorter, from its state at its last
   whole segment. Left out when the split has one document only.
+  Both controls are left out for models without a memory that could be switched off.
 * ``unigram_bits_per_token``: counts of the train split plus one, the same targets.
-* ``loss`` by position: nats per target at positions p = 2^k ... 2^(k+1) - 1, counted from 0; ``position`` = 2^k.
+* ``loss`` by position: nats per target at positions 2^k ... 2^(k+1) - 1, from 0; ``position`` holds 2^k.
 
-Intervals: percentile bootstrap over documents. ``extra`` of the bits_per_byte rows keeps every document's sums,
-so that differences between models can be paired.
+Intervals: percentile bootstrap over documents. ``extra`` of the bits_per_byte rows keeps the sums of every
+document, so that differences between models can be paired.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from infini_bench.metrics.perplexity import bits_per, interval, mean_nats, perpl
 from infini_bench.progress import Handle, NullProgress
 from infini_bench.stream import feed, stream_losses
 
-from .base import Batch, Row, Task, aligned, evaluating, mean_over_rows
+from .base import Batch, Row, Task, aligned, evaluating, has_controls, mean_over_rows
 
 CONTROLS = ("memory_off", "other_memory")
 
@@ -61,7 +62,7 @@ class LM(Task):
         return data.fingerprint([*self.documents("train"), *self.documents(self.task.split)])
 
     def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
-        """Pieces of ``task.sequence`` tokens, each from one document, from its start; see `data.Sequences`."""
+        """`Sequences` of ``task.sequence`` tokens, each from one document; ``segments`` crops them."""
         tokens, weights = self.sequences(split).rows(cursor, rows)
         if segments is not None:
             length = segments * self.cfg.memory.segment
@@ -79,7 +80,7 @@ class LM(Task):
         return [*self._summary(texts, losses), *self._by_position(losses)]
 
     def texts(self) -> list[Text]:
-        """The evaluated documents, cut to ``max_documents`` and ``max_tokens``; those under 2 tokens are left out."""
+        """The evaluated documents within ``max_documents`` and ``max_tokens`` that have any target."""
         store, limit = self.store(self.task.split), self.task.max_tokens
         texts = []
         for i in range(len(store))[: self.task.max_documents]:
@@ -93,14 +94,14 @@ class LM(Task):
                 first = len(self.tokenizer.decode(ids[:1]).encode())
                 texts.append(Text(store.ids[i], ids, words, size - first))
         if not texts:
-            raise UserError(f'Give data.name={self.cfg.data.name} a document with text in its "{self.task.split}" split.')
+            raise UserError(f'Add text to split "{self.task.split}": no document has two tokens.')
         return texts
 
     def _losses(self, model, texts: list[Text], progress) -> dict[str | None, list[np.ndarray]]:
         """Losses (T - 1,) of every document, by condition; None = as trained."""
         n, segment = len(texts), model.segment
         chunk = aligned(self.task.chunk, segment)
-        controls = [c for c in CONTROLS if self.task.controls and (c == "memory_off" or n > 1)]
+        controls = [c for c in CONTROLS if has_controls(self.cfg, model) and (c == "memory_off" or n > 1)]
         total = sum(len(text.ids) - 1 for text in texts) * (1 + len(controls))
         losses: dict[str | None, list[np.ndarray]] = {c: [] for c in (None, *controls)}
         with evaluating(model), progress.task("lm", total) as bar:
@@ -123,12 +124,13 @@ class LM(Task):
 
         def add(metric, measure, nats, units, extra):
             bounds = interval(measure, nats, units, seed=self.cfg.seed)
-            columns = {"table": "table2_lm", "split": self.task.split, "length": self.task.max_tokens}
+            columns = {"split": self.task.split, "length": self.task.max_tokens}
             rows.append(self.row(metric, measure(nats, units), bounds, n=len(texts), extra=extra, **columns))
 
         for condition, by_document in losses.items():
             nats = [float(loss.sum(dtype=np.float64)) for loss in by_document]
-            sums = {"documents": [t.id for t in texts], "nats": nats, "tokens": tokens, "words": words, "bytes": sizes}
+            sums = {"documents": [t.id for t in texts], "nats": nats, "tokens": tokens}
+            sums |= {"words": words, "bytes": sizes}
             if condition is None:
                 add("token_ppl", perplexity, nats, tokens, limits)
                 add("word_ppl", perplexity, nats, words, limits)
@@ -146,10 +148,11 @@ class LM(Task):
                 bins = [loss[low - 1 : 2 * low - 1] for loss in by_document if len(loss) >= low]
                 nats, counts = [float(b.sum(dtype=np.float64)) for b in bins], [len(b) for b in bins]
                 bounds = interval(mean_nats, nats, counts, seed=self.cfg.seed)
-                columns = {"table": "lm_position", "split": self.task.split, "condition": condition}
+                columns = {"split": self.task.split, "condition": condition}
                 extra = {"first": low, "last": 2 * low - 1, "tokens": sum(counts)}
                 value = mean_nats(nats, counts)
-                rows.append(self.row("loss", value, bounds, position=str(low), n=len(bins), extra=extra, **columns))
+                columns |= {"position": str(low), "n": len(bins), "extra": extra}
+                rows.append(self.row("loss", value, bounds, **columns))
         return rows
 
     def _unigram_nats(self, texts: list[Text]) -> list[float]:
@@ -171,7 +174,7 @@ class LM(Task):
 def other_memory_losses(
     model, own: np.ndarray, other: np.ndarray, segment: int, progress: Handle | None = None
 ) -> np.ndarray:
-    """Losses (1, T - 1) of ``own`` (1, T), each segment of it from the state of ``other`` at the same position.
+    """Losses (1, T - 1) of ``own`` (1, T), each segment from the state of ``other`` at the same position.
 
     Segment by segment, since within a longer call the document's own segments would fill the memory.
     """

@@ -1,26 +1,26 @@
 """Passkey retrieval (Table 3): a random number hidden in repeated text, asked for at the end.
 
-Protocol, version 1. Prompt: tasks/haystack.py. Key: ``digits`` random digits, the first not 0. Prompt and answer
-take at most the requested length, and fall short of it by less than one filler sentence.
+Protocol, version 1. Prompt: tasks/haystack.py. Key: ``digits`` random digits, the first not 0. Prompt and
+answer take at most the requested length, and fall short of it by less than one filler sentence.
 
 Depths: a percentage p puts p % of the filler sentences (rounded) in front of the needle; ``start`` = 0,
 ``middle`` = 50; ``end``: directly before the question, which must leave needle and question in one segment;
-``end_outside``: the last place where the needle lies wholly in the segment before the one in which the question
-starts. Segments are the model's, counted from the prompt's start.
+``end_outside``: the last place where the needle lies wholly in the segment before the one in which the
+question starts. Segments are the model's, counted from the prompt's start.
 
 * ``exact_match``: percent of trials whose greedily generated answer tokens all are right.
 * ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %.
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
-Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used; only the
-prompt's last segment needs reading then. Keys depend on seed, length, depth and trial alone.
+Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
+the prompt's last segment is read; left out for models without a memory that could be switched off.
+Keys depend on seed, length, depth and trial alone.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -29,12 +29,13 @@ import torch
 
 from infini_bench.data import build_tokenizer
 from infini_bench.errors import UserError
+from infini_bench.metrics.intervals import Interval
 from infini_bench.metrics.retrieval import exact_match, token_accuracy
 from infini_bench.progress import NullProgress
 from infini_bench.stream import feed, generate, prefill
 from infini_bench.units import parse_depth, parse_length
 
-from .base import Batch, Row, Task, aligned, evaluating, mean_over_rows
+from .base import Batch, Row, Task, aligned, evaluating, has_controls, mean_over_rows
 from .haystack import FILLER, NEEDLE, QUESTION, TASK_LINE, Haystack, Prompt, prompt_text, side_by_side
 
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
@@ -48,15 +49,6 @@ class Cell:
     depth: str
     sentences: int
     before: int
-
-
-@dataclass
-class Answers:
-    """Answer tokens (trials, A): asked for, generated, and most probable under teacher forcing."""
-
-    expected: list[np.ndarray]
-    generated: list[np.ndarray]
-    forced: list[np.ndarray]
 
 
 class Passkey(Task):
@@ -84,10 +76,17 @@ class Passkey(Task):
         """Prompt and answer in exactly ``segments`` segments of inputs, padded behind the answer.
 
         The needle's depth is uniform; so is the number of filler sentences among those with which the answer
-        ends in the last segment. Loss: the mean over answer tokens + ``lm_weight`` x the mean over the others.
+        ends in the last segment. Loss: mean over answer tokens + ``lm_weight`` x the mean over the others.
         """
-        segment, segments = self.cfg.memory.segment, segments or self.task.segments
-        examples = [self._example(number, segments * segment + 1, segment, split) for number in range(cursor, cursor + rows)]
+        segment = self.cfg.memory.segment
+        length = (segments or self.task.segments) * segment + 1
+        if length < self.haystack.shortest:
+            needed = -(-(self.haystack.shortest - 1) // segment)
+            raise UserError(
+                f"Set task.segments and trainer.curriculum to {needed} or more: the shortest passkey prompt "
+                f"fills that many segments of {segment} tokens."
+            )
+        examples = [self._example(number, length, segment, split) for number in range(cursor, cursor + rows)]
         tokens, answer, rest = (torch.from_numpy(np.stack(part)) for part in zip(*examples, strict=True))
         weights = mean_over_rows(answer) + self.task.lm_weight * mean_over_rows(rest)
         return Batch(tokens, weights, answer)
@@ -96,7 +95,8 @@ class Passkey(Task):
         """Tokens (length,), and masks (length - 1,) of the answer's targets and of all others."""
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
         most = self.haystack.sentences(length)
-        least = self.haystack.sentences(max(length - segment, self.haystack.shortest)) + 1
+        shorter = length - segment  # prompts up to this length end before the last segment
+        least = self.haystack.sentences(shorter) + 1 if shorter >= self.haystack.shortest else 0
         sentences = int(rng.integers(min(least, most), most + 1))
         prompt = self.haystack.prompt(self.haystack.key(rng), int(rng.integers(0, sentences + 1)), sentences)
         end = len(prompt) + len(prompt.answer)
@@ -149,54 +149,46 @@ class Passkey(Task):
         return max(starts) + self.task.trials * behind
 
     def _rows(self, cell: Cell, prompts: list[Prompt], model, state, bar) -> list[Row]:
+        """Rows of one cell; ``state`` has read what stands in front of the needle."""
         first, segment = prompts[0], model.segment
-        border = (len(first) - 1) // segment * segment
-        conditions = {"constant": (state, first.needle[0])}
-        if self.task.controls:
-            conditions["memory_off"] = (None, border)
         extra = {
             "segments": first.question // segment - (first.needle[1] - 1) // segment,
             "tokens": len(first) + len(first.answer),
             "digits": self.task.digits,
         }
-        rows = []
-        for condition, (start_state, start) in conditions.items():
-            answers = Answers([], [], [])
-            for group in self._groups(prompts):
-                if condition == "memory_off":
-                    with model.memory_off():
-                        self._answer(model, group, start_state, start, None, answers)
-                else:
-                    self._answer(model, group, start_state, start, bar, answers)
-            rows += self._score(cell, condition, answers, extra)
+        answers = self._answer(model, prompts, state, first.needle[0], bar)
+        rows = self._score(cell, "constant", extra, *answers)
+        if has_controls(self.cfg, model):
+            border = (len(first) - 1) // segment * segment
+            with model.memory_off():
+                rows += self._score(cell, "memory_off", extra, *self._answer(model, prompts, None, border))
         return rows
 
-    def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-        for first in range(0, len(prompts), self.task.batch):
-            yield prompts[first : first + self.task.batch]
+    def _answer(self, model, prompts: list[Prompt], state, start: int, bar=None) -> tuple[np.ndarray, ...]:
+        """Read prompts from token ``start``, where one row's ``state`` stands, ``task.batch`` side by side.
 
-    def _answer(self, model, prompts: list[Prompt], state, start: int, bar, answers: Answers) -> None:
-        """Read prompts side by side from ``start``, where one row's ``state`` stands; collect their answers."""
-        if state is not None:
-            state = state.select_rows(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
-        expected = np.stack([prompt.answer for prompt in prompts])
-        size = aligned(self.task.chunk, model.segment, len(prompts))
-        logits, state = prefill(model, side_by_side(prompts, start, len(prompts[0]), size), state, bar)
-        answers.expected.append(expected)
-        answers.generated.append(generate(model, logits, state, expected.shape[1]))
-        answers.forced.append(forced(model, logits, state, expected))
+        Returns answer tokens (trials, A): asked for, generated, most probable under teacher forcing.
+        """
+        parts = []
+        for group in (prompts[i : i + self.task.batch] for i in range(0, len(prompts), self.task.batch)):
+            rows = torch.zeros(len(group), dtype=torch.long, device=model.device)
+            copies = None if state is None else state.select_rows(rows)
+            size = aligned(self.task.chunk, model.segment, len(group))
+            logits, read = prefill(model, side_by_side(group, start, len(group[0]), size), copies, bar)
+            expected = np.stack([prompt.answer for prompt in group])
+            generated = generate(model, logits, read, expected.shape[1])
+            parts.append((expected, generated, forced(model, logits, read, expected)))
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-    def _score(self, cell: Cell, condition: str, answers: Answers, extra: dict) -> list[Row]:
-        expected = np.concatenate(answers.expected)
-        exact = exact_match(np.concatenate(answers.generated), expected)
-        tokens = token_accuracy(np.concatenate(answers.forced), expected)
-        columns = {"table": "table3_passkey", "length": cell.length, "position": cell.depth}
+    def _score(self, cell: Cell, condition: str, extra: dict, expected, generated, best) -> list[Row]:
+        columns = {"length": cell.length, "position": cell.depth}
         columns |= {"condition": condition, "protocol": self.task.protocol}
+        exact, tokens = exact_match(generated, expected), token_accuracy(best, expected)
+        chance = 100 / (9 * 10 ** (self.task.digits - 1))
         rows = []
-        chances = (100 / (9 * 10 ** (self.task.digits - 1)), 10.0)
-        for metric, score, chance in zip(self.score, (exact, tokens), chances, strict=True):
-            row_extra = {**extra, "chance": chance}
-            rows.append(self.row(metric, score.value, (score.low, score.high), n=score.n, extra=row_extra, **columns))
+        for metric, share, by_chance in (("exact_match", exact, chance), ("token_accuracy", tokens, 10.0)):
+            columns |= {"n": share.n, "extra": {**extra, "chance": by_chance}}
+            rows.append(self.row(metric, share.value, Interval(share.low, share.high), **columns))
         return rows
 
 

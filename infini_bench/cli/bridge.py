@@ -1,20 +1,22 @@
 """The one place that knows Hydra: composing, checking, completing and launching what follows a verb.
 
-Typer owns verbs, options and help; Hydra owns overrides, sweeps and launchers. Hydra's own entry point runs with
-``sys.argv`` swapped, so that every launcher and sweeper works; everything is composed and checked before.
+Typer owns verbs, options and help; Hydra owns overrides, sweeps and launchers. Hydra's own entry point runs
+with ``sys.argv`` swapped, so that every launcher and sweeper works; all is composed and checked before.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_loader import ConfigLoader
@@ -37,7 +39,6 @@ from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 
 MODULE, CONFIG, VERSION = "infini_bench.conf", "config", "1.3"
-PLURALS = {"model": "models", "task": "tasks", "data": "data", "experiment": "experiments"}  # of `infini-bench ls`
 
 
 # --- composing and checking -----------------------------------------------------------------------------
@@ -51,10 +52,13 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
             _check_group(override, loader, overrides)
         try:
             config = hydra.compose(CONFIG, [*overrides])
-            container = OmegaConf.to_container(config, resolve=True)
+            return _build(config)
         except (HydraException, OmegaConfBaseException) as err:
             raise _explain(err, parsed, loader) from err
-    assert isinstance(container, dict)
+
+
+def _build(config: DictConfig) -> RunConfig:
+    container: Any = OmegaConf.to_container(config, resolve=True)
     return build_config(container)
 
 
@@ -76,7 +80,7 @@ def search_path(config_dir: Path | None) -> list[str]:
     if config_dir is None:
         return []
     if not config_dir.is_dir():
-        raise UserError(f"--config-dir {config_dir} is no folder")
+        raise UserError(f"--config-dir {config_dir} is no folder; give one laid out as conf/.")
     return [f"hydra.searchpath=[{quote(f'file://{config_dir.resolve()}')}]"]
 
 
@@ -88,6 +92,10 @@ def quote(value: str) -> str:
 
 @contextmanager
 def _loader() -> Iterator[ConfigLoader]:
+    """Hydra's view of ``conf/`` and of the dataclasses; inside a job it is there already."""
+    if GlobalHydra.instance().is_initialized():
+        yield GlobalHydra.instance().config_loader()
+        return
     store = ConfigStore.instance()
     base = to_dict(RunConfig())
     del base["task"]
@@ -105,7 +113,7 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except (OverrideParseException, HydraException) as err:
-            raise UserError(f'"{text}" is not a setting; write key=value, such as trainer.steps=100') from err
+            raise UserError(f'"{text}" is no setting; write key=value, such as trainer.steps=100.') from err
     return parsed
 
 
@@ -115,10 +123,10 @@ def _check_group(override: Override, loader: ConfigLoader, overrides: Sequence[s
     group, value = override.key_or_group, override.value()
     options = loader.get_group_options(group, ObjectType.CONFIG, CONFIG, search)
     if override.is_sweep_override():
-        raise UserError(f'"{override.input_line}" has several values; add -m to run them one after the other')
+        raise UserError(f'"{override.input_line}" has several values; add -m to run one after the other.')
     if options and isinstance(value, str) and value not in options:
-        there = f"`infini-bench ls {PLURALS[group]}` lists all" if group in PLURALS else f"there are {', '.join(options)}"
-        raise UserError(f'unknown {group} "{value}"{suggest(value, options)}; {there}')
+        there = f"choose one of {', '.join(options)}"
+        raise UserError(f'There is no {group} "{value}"{suggest(value, options)}; {there}.')
 
 
 def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
@@ -132,7 +140,7 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
     for override in parsed:
         key = override.key_or_group
         if key == "data.filter" or key.startswith("data.filter."):
-            return UserError("a filter is added with a plus sign: +data.filter.COLUMN=VALUE")
+            return UserError("A filter is added with a plus sign: +data.filter.COLUMN=VALUE.")
         if override.type is OverrideType.CHANGE and key not in known and not override.is_hydra_override():
             return unknown_setting(key, known)
     return UserError(" ".join(str(err).split("\n")[0].split()))
@@ -153,11 +161,27 @@ def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show:
     if multirun and not show:
         overrides.append(f"hydra.sweep.dir={quote(str(sweep))}")
         print(f"{len(configs)} jobs, log in {sweep}")
+    caught: list[Exception] = []
     task = {"train": train_job, "eval": eval_job}[verb]
-    entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)(task)
+    entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)
     with _argv([jobs.PROGRAM, *flags, *overrides]), _plain_errors():
-        entry()
+        entry(task if multirun else _catching(task, caught))()
+    if caught:
+        raise caught[0]
     return jobs.summarize(sweep) if multirun and not show else 0
+
+
+def _catching(task: Callable[[DictConfig], None], caught: list[Exception]) -> Callable[[DictConfig], None]:
+    """``task`` with its exception kept for us: Hydra would print a line of its own about it."""
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except Exception as err:
+            caught.append(err)
+
+    return job
 
 
 def train_job(cfg: DictConfig) -> None:
@@ -172,11 +196,13 @@ def eval_job(cfg: DictConfig) -> None:
 
 def _job(verb: str, cfg: DictConfig) -> None:
     config = HydraConfig.get()
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
     overrides = [*config.overrides.task]
     search = [text for text in config.overrides.hydra if text.startswith("hydra.searchpath=")]
-    job = jobs.Job(verb, build_config(container), overrides, _given(overrides), search)
+
+    def recompose(more: list[str]) -> RunConfig:
+        return compose_run([*search, *overrides, *more])
+
+    job = jobs.Job(verb, _build(cfg), overrides, _given(overrides), recompose)
     if config.mode is RunMode.MULTIRUN:
         job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
     else:
@@ -185,7 +211,8 @@ def _job(verb: str, cfg: DictConfig) -> None:
 
 def _given(overrides: Sequence[str]) -> frozenset[str]:
     """Dotted names of what the user set; choosing an option of a group sets the group's name."""
-    return frozenset(override.key_or_group for override in OverridesParser.create().parse_overrides([*overrides]))
+    parsed = OverridesParser.create().parse_overrides([*overrides])
+    return frozenset(override.key_or_group for override in parsed)
 
 
 @contextmanager
@@ -216,8 +243,8 @@ def _plain_errors() -> Iterator[None]:
 def complete(words: Sequence[str], incomplete: str) -> list[str]:
     """What may stand for ``incomplete`` after the overrides ``words``.
 
-    bash hands over ``model=inf`` as three words, other shells as one: the line is joined again, and in bash the
-    part before ``=`` is taken off the answers.
+    bash hands over ``model=inf`` as three words, other shells as one: the line is joined again, and in bash
+    the part before ``=`` is taken off the answers.
     """
     line = re.sub(r"\s*=\s*", "=", " ".join([*words, incomplete]))
     with _loader() as loader:
@@ -226,5 +253,3 @@ def complete(words: Sequence[str], incomplete: str) -> list[str]:
     own = [text for text in found if incomplete.startswith("hydra") or not re.match("hydra|schema", text)]
     split = bool(equals) and (incomplete == "=" or "=" not in incomplete)
     return [text.removeprefix(f"{key}=") if split else text for text in own]
-
-

@@ -13,7 +13,8 @@ from infini_bench.errors import UserError
 from infini_bench.schema import DataConfig
 from infini_bench.units import suggest
 
-Row = tuple[str, Mapping[str, Any]]  # where the row stands, for messages ("books.jsonl, line 3"), and its columns
+# Where a row stands, for messages ("books.jsonl, line 3"), and its columns.
+Row = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def fingerprint(documents: Iterable[Document]) -> str:
     return hash_texts(document.digest for document in documents)[:16]
 
 
-def documents_from(rows: Iterable[Row], data: DataConfig) -> list[Document]:
-    """Documents of a table's rows, after ``data.filter``; rows of the same id and text become one document.
+def documents_from(rows: Iterable[Row], data: DataConfig, limit: int | None = None) -> list[Document]:
+    """The first ``limit`` documents of a table's rows, after ``data.filter``.
 
-    Some sets have a row for each pair of a book and a summary: the book is kept once, with all summaries.
+    Some sets have a row for each pair of a book and a summary: rows of the same text and id (if there is a
+    ``data.id_column``) become one document with all their summaries.
     Raises ``UserError`` naming the row if a column is missing or its content is of no use.
     """
     documents: dict[tuple[str, str], Document] = {}
@@ -67,8 +69,11 @@ def documents_from(rows: Iterable[Row], data: DataConfig) -> list[Document]:
         if any(_reach(row, name, where) != value for name, value in data.filter.items()):
             continue
         document = _document(where, row, number, data)
-        # Two texts under one id are two documents, so the text belongs to the key.
-        key = (document.id, hash_texts([document.text])) if data.id_column else (document.id, "")
+        key = document.id, document.text  # two texts under one id are two documents
+        if key not in documents and len(documents) == limit:
+            if data.id_column is None:
+                break
+            continue  # a later row can still bring a summary of what is there
         if key in documents:
             old = documents[key]
             new = (summary for summary in document.summaries if summary not in old.summaries)
@@ -90,7 +95,8 @@ def _document(where: str, row: Mapping[str, Any], number: int, data: DataConfig)
 def _column(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
     if name not in row:
         there = ", ".join(row)
-        raise UserError(f'{where}: no column "{name}"{suggest(name, row)}; set data.{key} to one of: {there}.')
+        hint = suggest(name, row)
+        raise UserError(f'{where}: no column "{name}"{hint}; set data.{key} to one of: {there}.')
     return row[name]
 
 
@@ -113,8 +119,8 @@ def _summaries(value: Any, where: str, column: str) -> list[Summary]:
     if isinstance(value, str):
         return [Summary(column, _text(value, where, column))]
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-        sources = value.get("source", [column] * len(value["text"]))
-        value = [{"source": source, "text": text} for source, text in zip(sources, value["text"], strict=True)]
+        pairs = zip(value.get("source", [column] * len(value["text"])), value["text"], strict=True)
+        value = [{"source": source, "text": text} for source, text in pairs]
     if not isinstance(value, list):
         raise UserError(f'{where}: column "{column}" is neither a text nor a list of {{source, text}}.')
     entries = [{"text": entry} if isinstance(entry, str) else entry for entry in value]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from infini_bench.data.documents import Document, Row, documents_from
 from infini_bench.data.local import SPLIT_NAMES
@@ -27,22 +28,22 @@ def load_hub(data: DataConfig, split: str) -> list[Document]:
         with writing(datasets.config.HF_DATASETS_CACHE):
             splits = datasets.load_dataset(data.hub_id, data.hub_config, revision=data.hub_revision)
     except (OSError, RuntimeError, ValueError) as error:
-        # Not found, no network, a gated set (OSError), a loading script (RuntimeError), no such configuration.
+        # Not found, no network, gated (OSError); a loading script (RuntimeError); no such configuration.
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(
-            f"cannot load {data.hub_id} from the hub: {reason}; offline, download its files elsewhere and pass "
-            "data=local data.path=FOLDER with the same data.*_column."
+            f"cannot load {data.hub_id} from the hub: {reason}; offline, download its files elsewhere and "
+            "pass data=local data.path=FOLDER with the same data.*_column."
         ) from error
     name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
     if name is None:
         raise UserError(f"{data.hub_id} has no {split} split; it has: {', '.join(splits)}.")
-    documents = documents_from(_rows(splits[name], data, name), data)
+    documents = documents_from(_rows(splits[name], data, name), data, data.max_documents)
     if not documents:
         raise UserError(f"no row of {data.hub_id} {name} passes data.filter={data.filter}.")
     return documents
 
 
-def _rows(rows, data: DataConfig, name: str) -> Iterator[Row]:
+def _rows(rows: Iterable[Mapping[str, Any]], data: DataConfig, name: str) -> Iterator[Row]:
     """Rows with text: nobody can mend somebody else's empty rows, so they are left out and counted."""
     empty = 0
     for number, row in enumerate(rows, 1):

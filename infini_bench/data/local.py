@@ -5,7 +5,7 @@ Splits, in this order:
 - sub-folders ``train``, ``validation``, ``test`` (also ``valid``, ``val``, ``dev``);
 - file names: ``train.jsonl``, ``test-00000-of-00002.parquet``, ``books_val.parquet``;
 - neither: one document in ten is for validation and one in ten for test, by the order of the hashes of their
-  texts, so neither names nor the order of files matter; one or two documents alone are cut in three by length.
+  texts, so neither names nor the order of files matter; one or two documents are cut in three by length.
 
 In a folder with ``.jsonl`` or ``.parquet`` files a ``.txt`` is taken for a note and left out.
 """
@@ -36,10 +36,13 @@ HELD_OUT_SHARE = 10  # one document in so many for validation, and for test
 def load_local(data: DataConfig, split: str) -> list[Document]:
     """Documents of one split of ``data.path``. Raises ``UserError`` naming the file and line at fault."""
     if data.path is None:
-        raise UserError("data=local needs data.path=, a file or a folder of .txt, .jsonl, .jsonl.xz or .parquet.")
+        raise UserError(
+            "data=local needs data.path=, a file or folder of .txt, .jsonl, .jsonl.xz or .parquet."
+        )
     path = Path(data.path).expanduser()
     files, named = _files_of(path, split)
-    documents = _read(files, path, data)
+    limit = data.max_documents if named else None  # unnamed splits are shares of the whole
+    documents = _read(files, path, data, limit)
     return documents if named else _share_out(documents, path, split)
 
 
@@ -56,8 +59,12 @@ def _files_of(path: Path, split: str) -> tuple[list[Path], bool]:
 
 
 def _by_folder(path: Path) -> dict[str, list[Path]]:
-    folders = {split: [path / name for name in names if (path / name).is_dir()] for split, names in SPLIT_NAMES.items()}
-    return {split: [file for one in found for file in _find(one)] for split, found in folders.items() if found}
+    groups: dict[str, list[Path]] = {}
+    for split, names in SPLIT_NAMES.items():
+        for name in names:
+            if (path / name).is_dir():
+                groups.setdefault(split, []).extend(_find(path / name))
+    return groups
 
 
 def _by_name(path: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -92,17 +99,15 @@ def _find(folder: Path) -> list[Path]:
     return found
 
 
-def _read(files: list[Path], root: Path, data: DataConfig) -> list[Document]:
-    if files[0].suffix == ".txt":
-        columns = DataConfig(text_column="text", id_column="id", title_column="title")
-        data = replace(data, **{key: getattr(columns, key) for key in _COLUMNS})
-    documents = documents_from((row for file in files for row in _rows(file, root)), data)
+def _read(files: list[Path], root: Path, data: DataConfig, limit: int | None) -> list[Document]:
+    if files[0].suffix == ".txt":  # the columns are ours, see _txt
+        data = replace(data, text_column="text", id_column="id", title_column="title")
+        data = replace(data, summary_column=None, filter={})
+    documents = documents_from((row for file in files for row in _rows(file, root)), data, limit)
     if not documents:
-        raise UserError(f"{root} holds no document" + (f" that passes data.filter={data.filter}." if data.filter else "."))
+        passing = f" that passes data.filter={data.filter}" if data.filter else ""
+        raise UserError(f"{root} holds no document{passing}.")
     return documents
-
-
-_COLUMNS = ("text_column", "id_column", "title_column", "summary_column", "filter")
 
 
 def _rows(file: Path, root: Path) -> Iterator[Row]:
@@ -124,8 +129,8 @@ def _txt(file: Path, root: Path) -> Row:
     try:
         text = content.decode("utf-8-sig")  # the mark that some editors put first is not text
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file.") from error
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(f"{file}, line {line}: not UTF-8 (byte 0x{byte:02x}); convert the file.") from error
     name = file.stem if root.is_file() else file.relative_to(root).with_suffix("").as_posix()
     return str(file), {"id": name, "title": file.stem, "text": text.replace("\r\n", "\n")}
 
@@ -138,7 +143,7 @@ def _jsonl(file: Path) -> Iterator[Row]:
                 if line.strip():
                     yield f"{file}, line {number}", _parse(line, file, number)
         except (lzma.LZMAError, EOFError) as error:
-            raise UserError(f"{file} is a broken or cut xz file after line {number}; copy it again.") from error
+            raise UserError(f"{file} is broken or cut after line {number}; copy it again.") from error
 
 
 def _parse(line: bytes, file: Path, number: int) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def _share_out(documents: list[Document], path: Path, split: str) -> list[Docume
 def _cut(document: Document, path: Path, split: str) -> Document:
     """First 80 %, next 10 % or last 10 % of a document, cut at line ends."""
     if document.summaries:
-        raise UserError(f"{path}: one or two documents cannot be split; give train, validation and test files.")
+        raise UserError(f"{path}: too few pairs to split; give train, validation and test files.")
     length = len(document.text)
     ends = [document.text.find("\n", length * tenths // 10) + 1 or length * tenths // 10 for tenths in (8, 9)]
     part = {"train": slice(ends[0]), "validation": slice(*ends), "test": slice(ends[1], None)}[split]

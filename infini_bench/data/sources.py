@@ -21,7 +21,7 @@ def load_documents(data: DataConfig, split: str, pairs: bool = False) -> list[Do
     Args:
         data: where they come from.
         split: train, validation or test.
-        pairs: every document must have a summary. The embedded source then gives its chronicles, else its plays.
+        pairs: every document must have a summary. Embedded are then the chronicles, else the plays.
 
     Raises ``UserError`` for whatever is missing, empty or broken.
     """
@@ -29,11 +29,15 @@ def load_documents(data: DataConfig, split: str, pairs: bool = False) -> list[Do
         raise UserError(f'"{split}" is not a split{suggest(split, SPLITS)}; use {", ".join(SPLITS)}.')
     if pairs and data.source != "embedded" and data.summary_column is None:
         raise UserError(f"data={data.name} has no summaries; name their column with data.summary_column=.")
+    if data.max_documents is not None and data.max_documents < 1:
+        raise UserError(
+            f"data.max_documents={data.max_documents} leaves nothing; use 1 or more, or leave it out."
+        )
     documents = _load(data, split, pairs)[: data.max_documents]
     lacking = [document.id for document in documents if not document.summaries] if pairs else []
     if lacking:
         raise UserError(
-            f'{len(lacking)} of {len(documents)} documents of data={data.name} ({split}) have no summary in '
+            f"{len(lacking)} of {len(documents)} documents of data={data.name} ({split}) have no summary in "
             f'"{data.summary_column}", the first is {lacking[0]}; remove them or drop them with data.filter.'
         )
     return documents
@@ -46,4 +50,5 @@ def _load(data: DataConfig, split: str, pairs: bool) -> list[Document]:
         return load_local(data, split)
     if data.source == "hub":
         return load_hub(data, split)
-    raise UserError(f'data.source="{data.source}" is unknown{suggest(data.source, SOURCES)}; use {", ".join(SOURCES)}.')
+    hint = suggest(data.source, SOURCES)
+    raise UserError(f'data.source="{data.source}" is unknown{hint}; use {", ".join(SOURCES)}.')

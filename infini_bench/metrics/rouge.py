@@ -23,8 +23,9 @@ Pair = tuple[str, str]  # prediction, reference
 _PARALLEL_FROM = 500_000_000  # characters x characters of all pairs: some ten seconds on one core
 _SCORES: dict[str, np.ndarray] = {}  # by hash of the pair: the same pair is scored once a process
 
-_BORDER = re.compile(r"[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
-_ABBREVIATIONS = frozenset("mr mrs ms dr st prof capt col gen lt rev hon jr sr esq vs no vol e.g i.e".split())
+_OPENING, _CLOSING = "\"'\u201c\u2018([", "\"'\u201d\u2019)]"
+_BORDER = re.compile(rf"[.!?]+[{re.escape(_CLOSING)}]*\s+(?=[{re.escape(_OPENING)}]*[A-Z0-9])")
+_ABBREVIATIONS = re.compile("mr|mrs|ms|dr|st|prof|capt|col|gen|lt|rev|hon|jr|sr|esq|vs|no|vol|e\\.g|i\\.e")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -64,6 +65,19 @@ def score_pairs(pairs: Sequence[Pair], processes: int | None = None) -> np.ndarr
     return np.array([_SCORES[key] for key in keys]).reshape(-1, len(KINDS))
 
 
+def score_documents(predictions: list[list[str]], references: list[list[str]]) -> list[list[np.ndarray]]:
+    """For each document and each of its predictions, the scores against its references: (references, 4)."""
+    documents = list(zip(predictions, references, strict=True))
+    pairs = [(text, goal) for texts, goals in documents for text in texts for goal in goals]
+    scores = iter(score_pairs(pairs))
+    return [[np.stack([next(scores) for _ in goals]) for _ in texts] for texts, goals in documents]
+
+
+def has_words(text: str) -> bool:
+    """Whether ROUGE sees anything in a text."""
+    return re.search(r"[a-z0-9]", text.lower()) is not None
+
+
 def score_pair(pair: Pair) -> np.ndarray:
     """F1 x 100 of one (prediction, reference): (4,) float64 in the order of `KINDS`."""
     prediction, reference = ("\n".join(split_sentences(text)) for text in pair)
@@ -94,8 +108,8 @@ def _scorer() -> RougeScorer:
 def _abbreviated(text: str) -> bool:
     """Does text, up to and with a candidate's first mark, end in an abbreviation's point?"""
     words = text.rstrip().rsplit(maxsplit=1)
-    word = words[-1].lstrip("\"'“‘([") if words else ""
+    word = words[-1].lstrip(_OPENING) if words else ""
     if not word.endswith("."):
         return False
     stem = word[:-1]
-    return stem.lower() in _ABBREVIATIONS or bool(re.fullmatch(r"[A-Z]", stem))
+    return bool(_ABBREVIATIONS.fullmatch(stem.lower()) or re.fullmatch("[A-Z]", stem))

@@ -11,21 +11,23 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+Seed = tuple[int, int]  # of the training, of the evaluation
 Estimate = tuple[float, float | None, float | None]  # value, ci_low, ci_high
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # t, 97.5 %, 1..10 degrees of freedom
+# Student's t at 97.5 % for 1, 2 ... 10 degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 REFERENCES = ("local_block", "transformer_xl")
 RESAMPLES = 2000
 # Two models are compared when all of this is the same: one budget, one corpus, one machine.
-BUDGET = ("scale", "device", "dataset", "split", "train_tokens")
+BUDGET = ("scale", "device", "dataset", "split", "length", "train_tokens")
 
 
 def mean_interval(values: list[float]) -> Estimate:
     """Mean of at least two seeds' values and its Student interval."""
     degrees = len(values) - 1
     z = NormalDist().inv_cdf(0.975)
-    # beyond the table: the Cornish-Fisher expansion, right to three digits there
+    # beyond the table: the Cornish-Fisher expansion, right to 0.003 there
     beyond = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
     t = STUDENT[degrees - 1] if degrees <= len(STUDENT) else beyond
     middle, spread = mean(values), t * stdev(values) / math.sqrt(len(values))
@@ -33,33 +35,33 @@ def mean_interval(values: list[float]) -> Estimate:
 
 
 def deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
-    """For each model and reference on one budget: (rows to head the result, (value, ci_low, ci_high, n documents)).
+    """Each model against each reference on one budget: (a row a seed, (value, ci_low, ci_high, n documents)).
 
-    Only seeds that both have are compared. The reference's name goes into the rows' ``condition``.
+    Only seeds that both have are compared. The reference's name is the rows' ``condition``.
     """
-    runs: dict[tuple, dict[int, Row]] = defaultdict(dict)
+    runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
     for row in measured:
-        if row["metric"] == "bits_per_byte" and row["position"] is None and row["condition"] is None:
+        if row["table"] == "table2_lm" and row["metric"] == "bits_per_byte":
             runs[row["model"], row["variant"], *(row[key] for key in BUDGET)][row["seed"]] = row
     for (model, variant, *budget), by_seed in runs.items():
         for reference in REFERENCES:
-            others = {key[1]: run for key, run in runs.items() if key[0] == reference and list(key[2:]) == budget}
+            others = {key[1]: run for key, run in runs.items() if (key[0], *key[2:]) == (reference, *budget)}
             other = others.get(variant) if len(others) != 1 else next(iter(others.values()))
-            seeds = sorted(by_seed.keys() & other.keys()) if other else []
-            if model == reference or not other or not seeds or not _same_documents(by_seed, other, seeds):
-                continue
-            heads = [
-                {**by_seed[seed], "metric": "delta_bits_per_byte", "condition": reference,
-                 "records": by_seed[seed]["records"] + other[seed]["records"]}
-                for seed in seeds
-            ]  # fmt: skip
-            pairs = [(by_seed[seed]["extra"], other[seed]["extra"]) for seed in seeds]
-            yield heads, (*paired_delta(pairs), len(pairs[0][0]["documents"]))
+            pairs = [(row, other[seed]) for seed, row in by_seed.items() if seed in other] if other else []
+            if model != reference and pairs and _same_documents(pairs):
+                heads = [_head(left, right, reference) for left, right in pairs]
+                estimate = paired_delta([(left["extra"], right["extra"]) for left, right in pairs])
+                yield heads, (*estimate, len(pairs[0][0]["extra"]["documents"]))
 
 
-def _same_documents(left: dict[int, Row], right: dict[int, Row], seeds: list[int]) -> bool:
-    read = [(run[seed].get("extra") or {}) for run in (left, right) for seed in seeds]
-    return all(extra.get("documents") and extra["documents"] == read[0]["documents"] for extra in read)
+def _head(left: Row, right: Row, reference: str) -> Row:
+    names = {"metric": "delta_bits_per_byte", "condition": reference}
+    return {**left, **names, "records": left["records"] + right["records"]}
+
+
+def _same_documents(pairs: list[tuple[Row, Row]]) -> bool:
+    read = [row["extra"]["documents"] for pair in pairs for row in pair]
+    return all(documents == read[0] for documents in read)
 
 
 def paired_delta(pairs: list[tuple[dict, dict]], resamples: int = RESAMPLES) -> Estimate:
@@ -67,8 +69,8 @@ def paired_delta(pairs: list[tuple[dict, dict]], resamples: int = RESAMPLES) -> 
     (none with one seed and one document).
 
     pairs: for each seed the two runs' ``nats`` and ``bytes``, one entry a document, documents in one order.
-    Documents and seeds are drawn with replacement; a draw of documents serves both models and all seeds, since
-    they all read the same ones. Legend: R resamples, S seeds, D documents.
+    Documents and seeds are drawn with replacement; a draw of documents serves both models and all seeds,
+    since they all read the same ones. Legend: R resamples, S seeds, D documents.
     """
     n_bytes_D = np.asarray(pairs[0][0]["bytes"], dtype=np.float64)
     nats_SD = np.array([np.subtract(left["nats"], right["nats"]) for left, right in pairs])

@@ -1,7 +1,7 @@
 """What the paper reports, as data: Munkhdalai et al., "Leave No Context Behind", arXiv 2404.07143v2.
 
-Nothing here is measured by us, and no difference to it is computed: corpora, tokenizer, scale and budget differ.
-Tables 1-4 and Figure 4 are the same in v1 and v2. Lengths are tokens (K = 1024). Percentages are 0..100.
+Nothing here is measured by us, and no difference to it is computed: corpora, tokenizer, scale and budget
+differ. Tables 1-4 and Figure 4 are the same in v1 and v2. Lengths are tokens (K = 1024).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ SOURCE = "Munkhdalai et al. 2024, arXiv 2404.07143v2"
 HEADER = "paper (other data, tokenizer, scale)"
 K = 1024
 
-# Table 1, floats of context memory. N segment, l layers, H heads, dk = dv head size, c compressed slots,
-# r compression ratio, p summary vectors, m accumulation steps, S segments: footprint, context length, update, retrieval.
+# Table 1: floats of context memory, context length, update, retrieval. N segment, l layers, H heads, dk = dv
+# head size, c compressed slots, r compression ratio, p summary vectors, m accumulation steps, S segments.
 TABLE1 = {
     "transformer_xl": ("(dk+dv) H N l", "N l", "discarded", "dot-product attention"),
     "compressive": ("d_model (c+N) l", "(c r + N) l", "discarded", "dot-product attention"),
@@ -21,8 +21,8 @@ TABLE1 = {
     "infini": ("dk (dv+1) H l", "N S", "incremental", "linear attention"),
 }
 
-# Table 2: average token-level perplexity; memory in floats as printed (millions). The Transformer-XL and Memorizing
-# rows equal, digit for digit, Table 4 of the Memorizing Transformers paper (2022): another budget and optimizer.
+# Table 2: average token-level perplexity; memory in floats as printed. The Transformer-XL and Memorizing rows
+# equal, digit for digit, Table 4 of the Memorizing Transformers paper (2022), which had another budget.
 TABLE2 = {
     "transformer_xl": {"memory": 50e6, "pg19": 11.88, "arxiv_math": 2.42},
     "memorizing": {"memory": 183e6, "pg19": 11.37, "arxiv_math": 2.26},
@@ -32,17 +32,29 @@ TABLE2 = {
 }
 TABLE2_100K = {"infini_linear": 2.21, "infini_delta": 2.20}  # arxiv_math, trained at 100K instead of 32K
 
-# Table 3: passkey, token-level retrieval accuracy (the paper does not define it), start/middle/end. The paper's
-# "end" lies inside the last local window. "paper": 400 fine-tuning steps at 5K on a 1B model.
+# Table 3: passkey, token-level accuracy (not defined in the paper), start/middle/end. The paper's "end" lies
+# in the last local window. "paper": 400 fine-tuning steps at 5K on a 1B model.
 TABLE3_LENGTHS = (32 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
 TABLE3 = {
     ("infini_linear", "zero_shot"): ((14, 13, 98), (11, 14, 100), (6, 3, 100), (6, 7, 99), (8, 6, 98)),
     ("infini_delta", "zero_shot"): ((13, 11, 99), (6, 9, 99), (7, 5, 99), (6, 8, 97), (7, 6, 97)),
-    ("infini_linear", "paper"): ((100, 100, 100), (100, 100, 100), (100, 100, 100), (97, 99, 100), (96, 94, 100)),
-    ("infini_delta", "paper"): ((100, 100, 100), (100, 100, 99), (100, 100, 99), (100, 100, 100), (100, 100, 100)),
+    ("infini_linear", "paper"): (
+        (100, 100, 100),
+        (100, 100, 100),
+        (100, 100, 100),
+        (97, 99, 100),
+        (96, 94, 100),
+    ),
+    ("infini_delta", "paper"): (
+        (100, 100, 100),
+        (100, 100, 99),
+        (100, 100, 99),
+        (100, 100, 100),
+        (100, 100, 100),
+    ),
 }
 
-# Table 4: BookSum, 500K input, 8B model; the first four rows are those of the Unlimiformer paper. "overall" is the
+# Table 4: BookSum, 500K input, 8B model; the first four rows are the Unlimiformer paper's. "overall" is the
 # geometric mean of the other three, which the paper does not say but all six rows fit.
 TABLE4 = {
     "bart": {"rouge1": 36.4, "rouge2": 7.6, "rougeL": 15.3, "overall": 16.2},
@@ -58,13 +70,13 @@ FIGURE4 = {16 * K: 18.02, 32 * K: 18.83, 64 * K: 18.71, 128 * K: 19.43, 256 * K:
 
 
 def value(table: str, row: dict) -> float | None:
-    """The paper's number for a tidy row of the same model, metric, corpus or length, or None if it has none."""
-    model, metric, control = row["model"], row["metric"], row["condition"]
+    """The paper's number for a tidy row of the same model, metric, corpus or length; None if it has none."""
+    model, metric, condition = row["model"], row["metric"], row["condition"]
     if table == "table2_lm" and metric == "token_ppl":
         return TABLE2.get(model, {}).get(row["dataset"])
-    if table == "table3_passkey" and metric == "token_accuracy" and control != "memory_off":
+    if table == "table3_passkey" and metric == "token_accuracy" and condition != "memory_off":
         return _passkey(model, "zero_shot" if row["protocol"] == "zero_shot" else "paper", row)
-    if table == "table4_booksum" and control is None:
+    if table == "table4_booksum" and condition == "pairwise":
         return TABLE4.get(model, {}).get(metric)
     return None
 

@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "nu
 
 @dataclass
 class Record:
-    """One run of one verb. Metric rows have the keys of ``tasks/base.py`` (``None`` where one does not apply)."""
+    """One run of one verb. Metric rows are those of ``tasks/base.py``, None where a key does not apply."""
 
     id: str
     kind: str  # train | eval
@@ -54,7 +54,9 @@ class Record:
     state_floats: int | None = None  # carried over a segment boundary, one sequence
     peak_bytes: int | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    train: dict[str, Any] = field(default_factory=dict)  # train: its summary; eval: the train record's id, hash, tokens
+    train: dict[str, Any] = field(
+        default_factory=dict
+    )  # train: its summary; eval: the train record's id, hash, tokens
     error: str | None = None
     schema: int = SCHEMA
 
@@ -142,7 +144,7 @@ def _parse(line: str, path: Path, number: int) -> Record:
         return Record.from_json(line)
     except ValueError as error:
         raise UserError(
-            f"{path}, line {number}, is no readable record ({error}); delete the line or restore the file from git."
+            f"{path}, line {number}, is no readable record ({error}); delete the line or restore the file."
         ) from None
 
 
@@ -156,7 +158,9 @@ def current(records: Iterable[Record]) -> list[Record]:
 
 def find_done(folder: Path | str, kind: str, config_hash: str) -> Record | None:
     """The newest finished record of the same run, if there is one."""
-    same = [r for r in read_records(folder) if (r.kind, r.config_hash, r.status) == (kind, config_hash, "done")]
+    same = [
+        r for r in read_records(folder) if (r.kind, r.config_hash, r.status) == (kind, config_hash, "done")
+    ]
     return max(same, key=lambda r: (r.started, r.id), default=None)
 
 
@@ -175,7 +179,9 @@ def git_state() -> tuple[str | None, bool | None]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -193,7 +199,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The machine in words: the CPU's model and usable cores, or the GPU's name (the only case that needs torch)."""
+    """The machine in words: the CPU's model and usable cores, or the GPU's name (which needs torch)."""
     if device.startswith("cuda"):
         import torch
 
@@ -201,7 +207,9 @@ def device_name(device: str) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"CPU {model}, {cores} cores"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -10,8 +11,9 @@ from rich.text import Text
 from infini_bench.report.layouts import Sheet
 
 LATEX = str.maketrans({
-    "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$", "–": "--", "…": r"\ldots{}",
+    "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#",
+    "$": r"\$", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$", "—": "--", "…": r"\ldots{}",
 })  # fmt: skip
 
 PAGE = """<!doctype html>
@@ -67,9 +69,13 @@ def _markdown(sheet: Sheet) -> str:
     if sheet.rows:
         header = [column.title for column in sheet.columns]
         rule = [":--", *("--:" for _ in header[1:])]
-        parts.append("\n".join("| " + " | ".join(map(_flat, row)) + " |" for row in [header, rule, *sheet.rows]))
+        parts.append(
+            "\n".join("| " + " | ".join(map(_flat, row)) + " |" for row in [header, rule, *sheet.rows])
+        )
     if sheet.failures:
-        parts.append("\n".join(["Runs without a result:", "", *(f"- {_flat(text)}" for text in sheet.failures)]))
+        parts.append(
+            "\n".join(["Runs without a result:", "", *(f"- {_flat(text)}" for text in sheet.failures)])
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,28 +102,44 @@ def _latex(sheet: Sheet) -> str:
     ]
     caption = rf"\caption{{{f'{sheet.title}. {sheet.caption}'.translate(LATEX)}}}"
     failures = [f"% without a result: {text}" for text in sheet.failures]
-    return "\n".join([r"\begin{table}", r"\centering", caption, *(body if sheet.rows else []), *failures, r"\end{table}"]) + "\n"
+    return (
+        "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                caption,
+                *(body if sheet.rows else []),
+                *failures,
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
 
 
 def html(sheets: list[Sheet], source: str) -> str:
     from jinja2 import Environment
 
-    return Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(sheets=sheets, source=source)
+    return (
+        Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(sheets=sheets, source=source)
+    )
 
 
 def show(sheets: list[Sheet], console: Console) -> None:
-    """Print the sheets with their narrow columns; lines are never cut, even where there is no terminal."""
+    """Print the sheets with their narrow columns."""
     for sheet in sheets:
-        console.print(_terminal(sheet), soft_wrap=not console.is_terminal)
+        console.print(_terminal(sheet))
 
 
 def _terminal(sheet: Sheet) -> RenderableType:
     parts: list[RenderableType] = [Text(sheet.title, style="bold")]
     shown = [i for i, column in enumerate(sheet.columns) if not column.wide]
     if sheet.rows:
-        table = Table(show_lines=False, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i in shown:
-            table.add_column(sheet.columns[i].title, justify="right" if i else "left")
+            table.add_column(
+                sheet.columns[i].title, justify="right" if i else "left", no_wrap=i == 0, overflow="fold"
+            )
         for row in sheet.rows:
             table.add_row(*(Text(row[i]) for i in shown))
         parts.append(table)

@@ -19,6 +19,7 @@ from infini_bench.units import suggest
 if TYPE_CHECKING:
     from rich.console import Console
 
+FILE_WIDTH = 140  # columns, where the output is no terminal
 FORMATS = {"csv": ".csv", "md": ".md", "latex": ".tex", "html": ".html"}
 PRINTED = ("table2_lm", "table3_passkey", "table4_booksum")
 
@@ -34,7 +35,9 @@ def write_report(records: Path | str, out: Path | str, formats: Iterable[str] = 
     files: dict[str, str] = {}
     for form in formats:
         if form not in FORMATS:
-            raise UserError(f'unknown format "{form}"{suggest(form, FORMATS)}; there are {", ".join(FORMATS)}')
+            raise UserError(
+                f'unknown format "{form}"{suggest(form, FORMATS)}; there are {", ".join(FORMATS)}'
+            )
         if form == "html":
             files["report.html"] = render.html(sheets(rows, found), paper.SOURCE)
         else:
@@ -63,9 +66,14 @@ def _plain(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def print_tables(records: Iterable[Record], console: Console | None = None, names: Iterable[str] = PRINTED) -> None:
+def print_tables(
+    records: Iterable[Record], console: Console | None = None, names: Iterable[str] = PRINTED
+) -> None:
     """Print the named tables in the paper's layout."""
     from rich.console import Console
 
     records = list(records)
-    render.show(sheets(tidy(records), records, names), console or Console())
+    if console is None:
+        console = Console()
+        console.width = console.width if console.is_terminal else FILE_WIDTH
+    render.show(sheets(tidy(records), records, names), console)

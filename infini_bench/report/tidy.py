@@ -1,7 +1,7 @@
-"""Records -> tidy rows: one number a row, seeds put together, with the columns of every ``results/tables/*.csv``.
+"""Records -> tidy rows: one number a row, seeds put together, with the columns of ``results/tables/*.csv``.
 
-Runs that differ in anything but the seed never share a row: where model, scale, machine and corpus are the same,
-the settings that differ become the row's ``variant``.
+Runs that differ in anything but the seed never share a row: where model, scale, machine and corpus are the
+same, the settings that differ become the row's ``variant``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from infini_bench.report.records import UNHASHED, Record, current
 
 Row = dict[str, Any]
 
-COLUMNS = (
-    "table,model,variant,protocol,condition,dataset,split,length,position,metric,value,ci_low,ci_high,n,seeds,"
-    "params,train_tokens,state_floats,device,scale,commit,paper_value"
-).split(",")
+COLUMNS = [
+    *("table", "model", "variant", "protocol", "condition", "dataset", "split", "length", "position"),
+    *("metric", "value", "ci_low", "ci_high", "n", "seeds"),
+    *("params", "train_tokens", "state_floats", "device", "scale", "commit", "paper_value"),
+]
 TABLES = {"lm": "table2_lm", "passkey": "table3_passkey", "booksum": "table4_booksum"}
 NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum")
 MODELS = ("transformer_xl", "local_block", "local_sliding", "full", "infini_linear", "infini_delta")
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")
-# What an evaluation covers, not what it measures: rows carry it, so runs that differ in it may meet in one table.
+# What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = ("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls")
+MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
 
@@ -39,7 +41,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     Beside COLUMNS a row has ``config`` (of its newest run) and ``records`` (ids), for layouts and the page.
     """
     measured = measurements(records)
-    cells: dict[tuple, dict[int, Row]] = defaultdict(dict)
+    cells: dict[tuple, dict[tuple[int, int], Row]] = defaultdict(dict)
     for row in measured:  # oldest first, so a newer measurement of the same seed replaces an older one
         cells[tuple(row[key] for key in CELL)][row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
@@ -50,20 +52,18 @@ def tidy(records: Iterable[Record]) -> list[Row]:
 
 
 def measurements(records: Iterable[Record]) -> list[Row]:
-    """One row for each metric row of each finished evaluation, oldest first, with its seed."""
-    done = [r for r in current(records) if r.kind == "eval" and r.status == "done" and r.task in TABLES]
+    """One row for each metric row of each finished evaluation, oldest first, with its seed and ``extra``."""
+    done = [r for r in current(records) if r.kind == "eval" and r.status == "done"]
     variants = _variants(done)
     return [_measurement(record, metric, variants[record.id]) for record in done for metric in record.metrics]
 
 
 def _measurement(record: Record, metric: dict[str, Any], variant: str | None) -> Row:
-    table = TABLES[record.task]
-    if record.task == "lm" and metric.get("position") is not None:
-        table = "lm_position"
+    by_position = record.task == "lm" and metric["position"] is not None
     commit = (record.git_commit or "")[:10] + ("-dirty" if record.git_dirty else "")
     return {
         **{key: metric.get(key) for key in (*COLUMNS, "extra")},
-        "table": table,
+        "table": "lm_position" if by_position else TABLES[record.task],
         "model": record.config["model"],
         "variant": variant,
         "params": record.params,
@@ -72,7 +72,7 @@ def _measurement(record: Record, metric: dict[str, Any], variant: str | None) ->
         "device": record.device,
         "scale": record.config["scale"],
         "commit": commit or None,
-        "seed": record.seed,
+        "seed": (record.train.get("seed", record.seed), record.seed),  # of the training, of the evaluation
         "config": record.config,
         "records": [record.id],
     }
@@ -105,12 +105,13 @@ def _setup(record: Record) -> dict[str, str]:
             flat[prefix] = value if isinstance(value, str) else json.dumps(value)
 
     walk("", {key: value for key, value in record.config.items() if key not in (*UNHASHED, "seed")})
-    walk("", {key: getattr(record, key) for key in ("task_version", "data_fingerprint", "tokenizer_fingerprint")})
+    walk("", {key: getattr(record, key) for key in MEASURED_WITH})
+    walk("trained", {key: record.train.get(key) for key in ("task", "data", "steps")})
     return {key: value for key, value in flat.items() if key not in (*COVERAGE, "data.cache_dir")}
 
 
 def _aggregate(rows: list[Row]) -> Row:
-    """Rows of one cell, one a seed. Proportions are pooled (Wilson); other metrics are averaged over seeds."""
+    """A cell's rows, one a seed, as one: proportions are pooled (Wilson), other metrics averaged."""
     values = [row["value"] for row in rows]
     first = rows[0]
     if None in values:  # a run that gave no finite number: shown as such, not averaged away
@@ -133,7 +134,7 @@ def _summed_up(rows: list[Row], measured: tuple) -> Row:
     return {
         **newest,
         **dict(zip(("value", "ci_low", "ci_high", "n"), measured, strict=True)),
-        "seeds": len({row["seed"] for row in rows}),
+        "seeds": len({trained for trained, _ in (row["seed"] for row in rows)}),
         "train_tokens": round(sum(trained) / len(trained)) if trained else None,
         "commit": "+".join(commits) or None,
         "records": sorted({record for row in rows for record in row["records"]}),

@@ -1,14 +1,14 @@
 """Checkpoints that a crash at any moment cannot break, and that are never loaded half.
 
-A run folder holds ``config.json``, ``metrics.jsonl`` and ``checkpoints/``; in there ``index.json`` names the last
-and the best checkpoint and all that are kept, each a folder that stands alone:
+A run folder holds ``config.json``, ``metrics.jsonl`` and ``checkpoints/``; in there ``index.json`` names the
+last and the best checkpoint and all that are kept, each a folder that stands alone:
 
     step-000200/  model/  tokenizer/  config.json  optimizer.safetensors  state.json  checksums.json
 
 A checkpoint is written to a hidden folder, forced to the disk and renamed; then the index, replaced in one
-operation, names it; then old ones are deleted. What the index does not name does not count and is removed at the
-next resume. ``checksums.json`` has the SHA-256 of every other file. A folder with ``model/``, ``tokenizer/``,
-``config.json`` and ``checksums.json`` alone (a shipped model) can be loaded for evaluation.
+operation, names it; then old ones are deleted. What the index does not name does not count and is removed by
+the next start. ``checksums.json`` has the SHA-256 of every other file. Without optimizer and state (a shipped
+model) the folder still loads for evaluation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Checkpoints:
     def index(self) -> dict:
         """``{"last": name or None, "best": name or None, "kept": [names, oldest first]}``."""
         path = self.folder / "index.json"
-        return read_json(path) if path.exists() else {"last": None, "best": None, "kept": []}
+        if path.exists():
+            return read_json(path)
+        found = sorted(path.parent.name for path in self.folder.glob(f"step-*/{CHECKSUMS}"))
+        return {"last": found[-1] if found else None, "best": None, "kept": found}
 
     def save(self, step: int, write: Callable[[Path], None], best: bool) -> Path:
         """Makes the checkpoint of ``step``; ``write`` fills a folder. Raises UserError if the disk refuses.
@@ -85,6 +88,8 @@ class Checkpoints:
             for path in self.folder.iterdir():
                 if path.is_dir() and path.name not in index["kept"]:
                     shutil.rmtree(path)
+                elif path.is_file() and path.name != "index.json":
+                    path.unlink()
 
 
 @contextmanager
@@ -94,8 +99,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"Cannot write a checkpoint in {folder} ({error}); free some space or allow writing there, then resume: "
-            "what was saved before is intact."
+            f"Cannot write a checkpoint in {folder} ({error}); free some space or allow writing there, then "
+            "resume: what was saved before is intact."
         ) from error
 
 
@@ -133,18 +138,21 @@ def digest(path: Path) -> str:
 
 
 def verify(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
-    """Raises UserError naming the first file of ``parts`` (beginnings of paths) that is missing or not as written."""
+    """Raises UserError naming the first file that is missing or not as written.
+
+    parts: beginnings of the paths that matter.
+    """
     expected: dict[str, str] = read_json(folder / CHECKSUMS)
     for part in parts:
         if not any(name.startswith(part) for name in expected):
             raise UserError(f"{folder / CHECKSUMS} names no {part}; copy the checkpoint again.")
     for name, value in expected.items():
-        if name.startswith(parts):
-            path = folder / name
-            if not path.is_file():
-                raise UserError(f"Checkpoint file {path} is missing; copy it again, or use another checkpoint.")
-            if digest(path) != value:
-                raise UserError(f"Checkpoint file {path} is damaged; copy it again, or use another checkpoint.")
+        path = folder / name
+        if not name.startswith(parts):
+            continue
+        if not path.is_file() or digest(path) != value:
+            what = "damaged" if path.is_file() else "missing"
+            raise UserError(f"Checkpoint file {path} is {what}; restore it, or use another checkpoint.")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -163,7 +171,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint_model(path: Path) -> tuple[MemoryLlamaForCausalLM, Tokenizer, RunConfig]:
-    """Model (float32, CPU), tokenizer and configuration of a run folder (its last checkpoint) or checkpoint folder.
+    """Model (float32, CPU), tokenizer and configuration of a checkpoint, or of a run's last checkpoint.
 
     Raises UserError, naming the file, for what is missing, damaged or of another architecture.
     """

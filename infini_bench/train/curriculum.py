@@ -12,9 +12,9 @@ PATIENCE = 10  # steps at a level before it can be left: about what the running 
 
 @dataclass
 class Curriculum:
-    """Where a run stands in ``trainer.curriculum``; with an empty list there is one level, the task's own length.
+    """Where a run stands in ``trainer.curriculum``; an empty list is one level, the task's own length.
 
-    level: index of the level. smoothed: running mean of the task loss in nats at this level. steps: at this level.
+    level: index of the level. smoothed: running mean of the task loss in nats, and steps, both at this level.
     """
 
     cfg: TrainerConfig
@@ -34,7 +34,7 @@ class Curriculum:
 
     @property
     def rows(self) -> int:
-        """Rows of a micro-batch: ``batch`` at the longest level, more of them at shorter ones (same tokens)."""
+        """Rows of a micro-batch: ``batch`` at the longest level, more at shorter ones (same tokens)."""
         if self.segments is None or self.longest is None:
             return self.cfg.batch
         return self.cfg.batch * self.longest // self.segments

@@ -13,13 +13,13 @@ from infini_bench.schema import RunConfig
 
 
 def build_accelerator(cfg: RunConfig) -> Accelerator:
-    """Device and autocast of ``cfg``; under ``torchrun`` or ``accelerate launch`` one process a device, with DDP.
+    """Device and autocast of ``cfg``; under ``torchrun`` or ``accelerate launch`` DDP over their processes.
 
     ``auto`` precision is bf16 on a GPU and float32 on a CPU. Raises UserError for a GPU that is not there.
     """
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     if cfg.device.startswith("cuda") and not gpu:
-        raise UserError(f"device={cfg.device} was asked for, but PyTorch sees no GPU; use device=cpu or device=auto.")
+        raise UserError(f"PyTorch sees no GPU for device={cfg.device}; use device=cpu or device=auto.")
     if ":" in cfg.device:
         torch.cuda.set_device(torch.device(cfg.device))
     bf16 = gpu if cfg.trainer.precision == "auto" else cfg.trainer.precision == "bf16"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line a logged step, each step once, also after any number of crashes and resumes."""
+"""metrics.jsonl: one JSON line a logged step, each step once, also after crashes and resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class MetricsLog:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(f"Cannot write {self.path}: {error.strerror}; free some space and resume.") from error
+            raise UserError(
+                f"Cannot write {self.path} ({error.strerror}); free some space and resume."
+            ) from error
 
     def sync(self) -> None:
         """Forces the lines to the disk: a checkpoint is never newer than its log."""
@@ -36,7 +38,7 @@ class MetricsLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Lines of a log; a last line that a crash cut off is left out. Raises UserError for any other broken line."""
+    """Lines of a log, without a last one that a crash cut off. Raises UserError for any other broken line."""
     if not path.exists():
         return []
     *lines, unfinished = path.read_bytes().split(b"\n")

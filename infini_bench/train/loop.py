@@ -1,45 +1,36 @@
-"""The training loop: one budget, one optimizer and one log for every memory and task.
-
-A step draws ``rows x accumulate x processes`` rows, ``cursor`` ... ``cursor + that - 1``, so that a batch is a
-function of the cursor alone and a resumed run replays nothing.
-"""
+"""The training loop: one budget, one optimizer and one log for every memory and task."""
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from infini_bench.config import to_dict
 from infini_bench.errors import UserError
 from infini_bench.files import write_json
-from infini_bench.models import build_model, save_model
+from infini_bench.models import MemoryLlamaForCausalLM, build_model, save_model
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.schema import RunConfig
 from infini_bench.tasks import build_task
-from infini_bench.tasks.base import Batch
-from infini_bench.train.checkpoint import Checkpoints
+from infini_bench.train.checkpoint import Checkpoints, find_checkpoint
 from infini_bench.train.curriculum import Curriculum
 from infini_bench.train.device import build_accelerator, peak_bytes
 from infini_bench.train.log import MetricsLog
-from infini_bench.train.loss import SequenceLoss
-from infini_bench.train.optim import build_optimizer, grouped_parameters, load_state_tensors, set_lr, state_tensors
+from infini_bench.train.optim import load_state_tensors, state_tensors
 from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import Resumed, TrainState, check_same_run, read_checkpoint, run_of
+from infini_bench.train.step import Stepper, StepStats
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave. Losses in nats; None where nothing was measured (a run interrupted before)."""
+    """What a run gave. Losses in nats; ``best_loss`` is the lowest validation loss, None before the first."""
 
     folder: Path
     checkpoint: Path  # the last one
@@ -47,7 +38,7 @@ class TrainResult:
     tokens: int
     seconds: float
     final_loss: float | None
-    best_loss: float | None  # validation
+    best_loss: float | None
     parameters: int
     non_embedding_parameters: int
     state_floats: int
@@ -58,58 +49,38 @@ class TrainResult:
     interrupted: bool
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """One update, averaged over all its rows. Losses in nats."""
-
-    loss: float
-    task_loss: float
-    grad_norm: float
-    rates: dict[str, float]
-    tokens: int
-    segments: int | None
-    stop: bool
-
-
 def train(cfg: RunConfig, folder: Path, progress: Progress | NullProgress | None = None) -> TrainResult:
     """Trains ``cfg`` in ``folder``, or goes on with the run (or run's checkpoint) that ``cfg.resume`` names.
 
-    Raises UserError for what the user can put right: a folder in use, a damaged checkpoint, a full disk, a loss
-    that is no number. SIGINT and SIGTERM end the run after the current step with a checkpoint.
+    Raises UserError for what the user can put right: a folder in use, a damaged checkpoint, a full disk, a
+    loss that is no number. SIGINT and SIGTERM end the run after the current step with a checkpoint.
     """
     resume = Path(cfg.resume) if cfg.resume else None
-    folder = run_of(resume) if resume else Path(folder)
     with StopRequest() as stop:
-        return Trainer(cfg, folder, resume, stop).run(progress or NullProgress())
+        trainer = Trainer(cfg, run_of(resume) if resume else Path(folder), resume)
+        return trainer.run(stop, progress or NullProgress())
 
 
 class Trainer:
-    """One run: everything that is alive between two steps."""
+    """One run: everything that is alive between two steps. ``log`` is None but on the main process."""
 
-    def __init__(self, cfg: RunConfig, folder: Path, resume: Path | None, stop: StopRequest) -> None:
-        self.cfg, self.folder, self.stop = cfg, folder, stop
-        self.accelerator = build_accelerator(cfg)
+    def __init__(self, cfg: RunConfig, folder: Path, resume: Path | None) -> None:
+        self.cfg, self.folder = cfg, folder
         self.checkpoints = Checkpoints(folder, cfg.trainer.keep)
         resumed = self.open_folder(resume)
+        self.accelerator = build_accelerator(cfg)
         self.task = build_task(cfg, resumed.tokenizer if resumed else None)
-        if resumed:
-            self.model = resumed.model
-        else:
-            torch.manual_seed(cfg.seed)
-            self.model = build_model(cfg.decoder, cfg.memory, self.task.tokenizer.vocab_size)
-        self.loss = SequenceLoss(self.model, cfg.trainer.checkpoint_segments, cfg.trainer.compile)
-        self.net, self.optimizer = self.accelerator.prepare(self.loss, build_optimizer(self.model, cfg.trainer))
+        self.model = resumed.model if resumed else self.new_model()
+        self.stepper = Stepper(cfg, self.accelerator, self.task, self.model)
         self.curriculum = Curriculum(cfg.trainer)
         self.state = TrainState(processes=self.accelerator.num_processes, data=self.task.fingerprint)
         if resumed:
             self.restore(resumed)
-        self.started, self.started_seconds = time.perf_counter(), self.state.seconds
         self.log: MetricsLog | None = None
         if self.accelerator.is_main_process:
-            self.checkpoints.rewind(resumed.name if resumed else None)
-            write_json(folder / "config.json", to_dict(cfg))
-            self.log = MetricsLog(folder / "metrics.jsonl", self.state.step)
+            self.log = self.prepare_folder(resumed)
         self.accelerator.wait_for_everyone()
+        self.window = [0, 0.0]  # tokens and seconds of the steps since the last log line
 
     def open_folder(self, resume: Path | None) -> Resumed | None:
         """What to continue from; None at the start of a run. Nothing is changed yet."""
@@ -118,76 +89,153 @@ class Trainer:
             return read_checkpoint(resume, self.cfg.trainer.keep)
         if self.checkpoints.index()["last"] and not self.cfg.force:
             raise UserError(
-                f"{self.folder} already holds a run; continue it with resume={self.folder}, or overwrite it with "
-                "force=true."
+                f"{self.folder} already holds a run; continue it with resume={self.folder}, or overwrite it "
+                "with force=true."
             )
         return None
 
+    def prepare_folder(self, resumed: Resumed | None) -> MetricsLog:
+        """Makes the folder hold the run up to here and no more: no later step, no left-over of a crash."""
+        self.checkpoints.rewind(resumed.name if resumed else None)
+        for name in ("config.json", "metrics.jsonl"):
+            for left_over in self.folder.glob(f".{name}.*"):
+                left_over.unlink()
+        write_json(self.folder / "config.json", to_dict(self.cfg))
+        return MetricsLog(self.folder / "metrics.jsonl", self.state.step)
+
+    def new_model(self) -> MemoryLlamaForCausalLM:
+        torch.manual_seed(self.cfg.seed)
+        return build_model(self.cfg.decoder, self.cfg.memory, self.task.tokenizer.vocab_size)
+
     def restore(self, resumed: Resumed) -> None:
-        """Puts optimizer, counters and curriculum back. Raises UserError if data or processes are others now."""
-        before = resumed.state
-        if before.data != self.state.data:
+        """Puts optimizer, counters and curriculum back. Raises UserError if data or processes changed."""
+        before, now = resumed.state, self.state
+        if before.data != now.data:
             raise UserError(f"The data of {self.folder} changed since it was trained; start a new run.")
-        if before.processes != self.state.processes:
+        if before.processes != now.processes:
             raise UserError(
-                f"{self.folder} was trained by {before.processes} processes, not {self.state.processes}; resume it "
-                "with as many, or its batches would be others."
+                f"{self.folder} was trained by {before.processes} processes, not {now.processes}; resume it "
+                "with as many, because its batches depend on their number."
             )
-        if before.torch != torch.__version__:
-            self.say(f"note: trained with torch {before.torch} so far; losses may differ in the last digits")
+        if before.torch != now.torch:
+            self.say(f"Trained with torch {before.torch} so far: from here on, last digits may differ.")
         self.state = before
         self.curriculum.load(before.curriculum)
-        load_state_tensors(self.model, self.optimizer, resumed.optimizer)
+        load_state_tensors(self.model, self.stepper.optimizer, resumed.optimizer)
 
-    def run(self, progress: Progress | NullProgress) -> TrainResult:
-        """All steps that are left."""
-        interrupted = False
+    def run(self, stop: StopRequest, progress: Progress | NullProgress) -> TrainResult:
+        """All steps that are left, or those until a stop is requested."""
+        steps, interrupted = self.cfg.trainer.steps, False
         try:
-            with progress.task(f"train {self.cfg.model}", self.cfg.trainer.steps) as bar:
+            with progress.task(f"train {self.cfg.model}", steps) as bar:
                 bar.advance(self.state.step)
-                window = time.perf_counter(), self.state.tokens
-                while self.state.step < self.cfg.trainer.steps and not interrupted:
-                    stats = self.step()
-                    interrupted = stats.stop and self.state.step < self.cfg.trainer.steps
-                    window = self.after_step(stats, window, interrupted)
+                while self.state.step < steps and not interrupted:
+                    began, tokens = time.perf_counter(), self.state.tokens
+                    stats = self.step(stop)
+                    interrupted = stats.stop and self.state.step < steps
+                    seconds = time.perf_counter() - began
+                    self.state.seconds += seconds
+                    self.window = [self.window[0] + self.state.tokens - tokens, self.window[1] + seconds]
+                    self.after_step(stats, interrupted)
                     bar.advance(1)
         finally:
             if self.log:
                 self.log.close()
         if interrupted:
-            self.say(
-                f"Interrupted at step {self.state.step} and saved; go on with: infini-bench train resume={self.folder}"
-            )
+            self.say(f"Saved at step {self.state.step}; go on with: infini-bench train resume={self.folder}")
         return self.result(interrupted)
 
-    def step(self) -> StepStats:
-        """One update of the weights."""
-        cfg, rows, segments = self.cfg.trainer, self.curriculum.rows, self.curriculum.segments
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(np.random.SeedSequence([self.cfg.seed, self.state.step, rank]).generate_state(1)[0].item())
-        rates = set_lr(self.optimizer, self.state.step + 1, cfg)
-        sums = torch.zeros(3, device=self.accelerator.device)
-        tokens = 0
-        for micro in range(cfg.accumulate):
-            cursor = self.state.cursor + (micro * processes + rank) * rows
-            batch = self.task.batch(cursor, rows, segments)
-            with self.accelerator.accumulate(self.net):
-                loss, parts = self.forward(batch)
-                self.accelerator.backward(loss)
-            sums += torch.cat([loss.detach()[None], parts])
-            tokens += batch.weights.numel() * processes
-        norm = self.accelerator.clip_grad_norm_(grouped_parameters(self.optimizer), cfg.clip)
-        stop = torch.tensor([float(self.stop.requested)], device=sums.device)
-        sums = self.accelerator.reduce(torch.cat([sums, stop]), "sum")
-        total, task_sum, task_count, stops, grad_norm = torch.cat([sums, norm.detach()[None]]).tolist()
-        mean = total / (cfg.accumulate * processes)
-        self.check_finite(mean, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.state.step += 1
-        self.state.cursor += rows * cfg.accumulate * processes
-        self.state.tokens += tokens
-        self.state.loss = mean
-        task_loss = task_sum / task_count
-        self.curriculum.update(task_loss)
-        return StepStats(mean, task_loss, grad_norm, rates, tokens, segments, stops > 0)
+    def step(self, stop: StopRequest) -> StepStats:
+        try:
+            return self.stepper.step(self.state, self.curriculum, stop)
+        except FloatingPointError as error:
+            last = self.checkpoints.index()["last"]
+            saved = (
+                f"the last good checkpoint is {self.checkpoints.folder / last}"
+                if last
+                else "nothing was saved"
+            )
+            raise UserError(
+                f"{error}; {saved}; lower trainer.lr or trainer.gate_lr, or raise trainer.warmup."
+            ) from error
+
+    def after_step(self, stats: StepStats, interrupted: bool) -> None:
+        """Validation, log line and checkpoint, where they are due."""
+        trainer, step = self.cfg.trainer, self.state.step
+
+        def due(every: int | None) -> bool:
+            return step == trainer.steps or (every is not None and step % every == 0)
+
+        validation = self.stepper.validate(self.curriculum.longest) if due(trainer.validate_every) else None
+        best = validation is not None and (self.state.best_loss is None or validation < self.state.best_loss)
+        if best:
+            self.state.best_loss = validation
+        if self.log and (due(trainer.log_every) or validation is not None):
+            self.log.write(self.line(stats, validation))
+        if due(trainer.save_every) or best or interrupted:
+            self.save(best)
+
+    def line(self, stats: StepStats, validation: float | None) -> dict:
+        """The log's line for this step. Losses in nats; rate and peak are those of this process."""
+        (tokens, seconds), self.window = self.window, [0, 0.0]
+        rates = stats.rates
+        line: dict[str, Any] = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "loss": stats.loss,
+            "task_loss": stats.task_loss,
+            "lr": rates.get("decay", rates.get("no_decay")),
+            "gate_lr": rates.get("gates"),
+            "grad_norm": stats.grad_norm,
+            "level": stats.segments,
+            "tokens_per_s": round(tokens / seconds, 1),
+            "peak_bytes": peak_bytes(self.accelerator.device),
+        }
+        if validation is not None:
+            line["validation_loss"] = validation
+        gates = self.model.gates()
+        if gates is not None:
+            parts = {"mean": gates.mean(1), "min": gates.amin(1), "max": gates.amax(1)}
+            line["gates"] = {name: value.tolist() for name, value in parts.items()}
+        return line
+
+    def save(self, best: bool) -> None:
+        """Checkpoint of this step, written by the main process."""
+        if self.log:
+            self.log.sync()
+            self.checkpoints.save(self.state.step, self.write_checkpoint, best)
+        self.accelerator.wait_for_everyone()
+
+    def write_checkpoint(self, folder: Path) -> None:
+        self.state.curriculum = self.curriculum.state()
+        save_model(self.model, folder / "model")
+        self.task.tokenizer.save(folder / "tokenizer")
+        write_json(folder / "config.json", to_dict(self.cfg))
+        save_file(state_tensors(self.model, self.stepper.optimizer), folder / "optimizer.safetensors")
+        write_json(folder / "state.json", self.state.to_dict())
+
+    def result(self, interrupted: bool) -> TrainResult:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        embedding = self.model.model.embed_tokens.weight.numel()
+        return TrainResult(
+            folder=self.folder,
+            checkpoint=find_checkpoint(self.folder),
+            steps=self.state.step,
+            tokens=self.state.tokens,
+            seconds=self.state.seconds,
+            final_loss=self.state.loss,
+            best_loss=self.state.best_loss,
+            parameters=parameters,
+            non_embedding_parameters=parameters - embedding,
+            state_floats=self.model.state_floats(),
+            peak_bytes=peak_bytes(self.accelerator.device),
+            task_version=self.task.version,
+            data_fingerprint=self.task.fingerprint,
+            tokenizer_fingerprint=self.task.tokenizer.fingerprint,
+            interrupted=interrupted,
+        )
+
+    def say(self, text: str) -> None:
+        """Tells the user something, once however many processes there are."""
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr)

@@ -6,12 +6,15 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_bench.cache import MemoryCache
+from infini_bench.models import MemoryLlamaForCausalLM
 
 
 class SequenceLoss(nn.Module):
@@ -23,31 +26,35 @@ class SequenceLoss(nn.Module):
     memory itself keeps to by the segment's number in the document), and they equal those of one call.
     """
 
-    def __init__(self, model: nn.Module, segments: int | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self, model: MemoryLlamaForCausalLM, segments: int | None = None, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokens = None if segments is None else segments * model.segment
-        self.losses: Callable = torch.compile(model.losses) if compiled else model.losses
+        self.losses: Callable[..., Any] = torch.compile(model.losses) if compiled else model.losses
 
     def forward(self, tokens: Tensor, weights: Tensor, task_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T+1); weights and task_weights (B, T). Returns the loss and sum(task_weights * nll), nats."""
+        """tokens (B, T+1); weights and task_weights (B, T).
+
+        Returns the loss in nats, and (3,) without gradient: the loss, sum(task_weights * nll) and
+        sum(task_weights).
+        """
         ids, targets = tokens[:, :-1], tokens[:, 1:]
         step = self.tokens or ids.shape[1]
+        call = partial(checkpoint, self.one_call, use_reentrant=False) if self.tokens else self.one_call
         state: dict[str, Tensor] = {}
-        loss = task_loss = torch.zeros((), device=tokens.device)
+        sums = torch.zeros(2, device=tokens.device)
         for begin in range(0, ids.shape[1], step):
-            part = [x[:, begin : begin + step] for x in (ids, targets, weights, task_weights)]
-            if self.tokens is None:
-                one, task_one, state = self.call(*part, state)
-            else:
-                one, task_one, state = checkpoint(self.call, *part, state, use_reentrant=False)
-            loss, task_loss = loss + one, task_loss + task_one
-        return loss, task_loss.detach()
+            t = slice(begin, begin + step)
+            more, state = call(ids[:, t], targets[:, t], weights[:, t], task_weights[:, t], state)
+            sums = sums + more
+        return sums[0], torch.cat([sums.detach(), task_weights.sum()[None]])
 
-    def call(
+    def one_call(
         self, ids: Tensor, targets: Tensor, weights: Tensor, task_weights: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """One call of the model; an empty state means the start of the document."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One call of the model, from an empty state at the start of the document."""
         before = MemoryCache.from_tensors(state) if state else None
         nll, after = self.losses(ids, targets, before)
-        return (weights * nll).sum(), (task_weights * nll).sum(), after.tensors()
+        return torch.stack([(weights * nll).sum(), (task_weights * nll).sum()]), after.tensors()

@@ -19,7 +19,7 @@ GATE = "memory_gate"
 def parameter_groups(model: nn.Module, cfg: TrainerConfig) -> list[dict]:
     """Groups ``gates``, ``no_decay`` and ``decay``, each with its rate before the schedule in ``base_lr``.
 
-    A gate is one scalar a head that decides whether the memory is used at all: it has its own rate, and weight
+    A gate is one scalar a head that decides whether the memory is used at all: it has its own rate, and
     decay would pull it to one half. Norms, biases and embeddings (a tied head included) are not decayed.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -32,10 +32,10 @@ def parameter_groups(model: nn.Module, cfg: TrainerConfig) -> list[dict]:
         groups[kind].append(parameter)
     gate_lr = cfg.lr if cfg.gate_lr is None else cfg.gate_lr
     rates = {"gates": (gate_lr, 0.0), "no_decay": (cfg.lr, 0.0), "decay": (cfg.lr, cfg.weight_decay)}
+    named = [(kind, params, *rates[kind]) for kind, params in groups.items() if params]
     return [
-        {"name": kind, "params": params, "base_lr": rates[kind][0], "lr": rates[kind][0], "weight_decay": rates[kind][1]}
-        for kind, params in groups.items()
-        if params
+        {"name": kind, "params": params, "base_lr": lr, "lr": lr, "weight_decay": decay}
+        for kind, params, lr, decay in named
     ]
 
 
@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, cfg: TrainerConfig) -> torch.optim.Optimiz
 
 
 def lr_factor(update: int, cfg: TrainerConfig) -> float:
-    """Share of the base rate at update 1, 2, ... ``steps``: linear warm-up, then a cosine down to ``min_lr``."""
+    """Share of the base rate at update 1, 2 ... ``steps``: linear warm-up, then a cosine to ``min_lr``."""
     if update <= cfg.warmup:
         return update / cfg.warmup
     progress = (update - cfg.warmup) / (cfg.steps - cfg.warmup)
@@ -78,11 +78,13 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     return {name: value.contiguous() for name, value in named.items()}
 
 
-def load_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     """Puts the tensors of ``state_tensors`` back. Raises KeyError for a tensor of an unknown parameter."""
     own = optimizer.state_dict()
-    pairs = zip(own["param_groups"], optimizer.param_groups, strict=True)
-    numbers = {id(p): n for saved, group in pairs for n, p in zip(saved["params"], group["params"], strict=True)}
+    in_order = [n for group in own["param_groups"] for n in group["params"]]
+    numbers = {id(p): n for p, n in zip(grouped_parameters(optimizer), in_order, strict=True)}
     by_name = {name: numbers[id(parameter)] for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():

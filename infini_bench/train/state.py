@@ -17,8 +17,8 @@ from infini_bench.models import MemoryLlamaForCausalLM, load_model
 from infini_bench.schema import RunConfig
 from infini_bench.train.checkpoint import Checkpoints, verify
 
-# what may change when a run is resumed: nothing here has a part in a step's numbers, but for ``steps``, which a
-# user sets to train longer (the schedule then is that of the longer run)
+# What may change when a run is resumed: nothing here has a part in a step's numbers but ``steps``, which a
+# user sets to train longer; the schedule is then that of the longer run.
 FREE = {"steps", "log_every", "validate_every", "validate_rows", "save_every", "keep"}
 PINNED = ("seed", "decoder", "memory", "data", "task", "trainer")
 
@@ -42,7 +42,7 @@ class TrainState:
     curriculum: dict = field(default_factory=dict)
     processes: int = 1
     data: str = ""
-    torch: str = torch.__version__
+    torch: str = str(torch.__version__)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -63,7 +63,7 @@ def run_of(path: Path) -> Path:
     """The run folder that ``resume=`` means: itself, or that of one of its checkpoints."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if not (run / "config.json").exists():
-        raise UserError(f"resume={path} is no run folder (it has no config.json); give the folder of a training run.")
+        raise UserError(f"resume={path} is no training run (it has no config.json); give a run folder.")
     return run
 
 
@@ -79,7 +79,7 @@ def read_checkpoint(path: Path, keep: int) -> Resumed | None:
         return None
     folder = run / "checkpoints" / name
     if name not in index["kept"]:
-        raise UserError(f"{folder} is no finished checkpoint; there are {', '.join(index['kept'])} beside it.")
+        raise UserError(f"{folder} is no finished checkpoint; the run has {', '.join(index['kept'])}.")
     verify(folder)
     return Resumed(
         name,
@@ -103,7 +103,7 @@ def check_same_run(run: Path, cfg: RunConfig) -> None:
 
 def pinned(cfg: RunConfig) -> dict[str, str]:
     """Dotted key -> JSON of every setting that must not change at a resume."""
-    flat = {}
+    flat: dict[str, str] = {}
     for section, value in to_dict(cfg).items():
         if section in PINNED:
             values = value if isinstance(value, dict) else {"": value}

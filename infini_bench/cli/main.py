@@ -1,0 +1,215 @@
+"""The verbs of ``infini-bench``. Thin: options become overrides, and heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from infini_bench import __version__
+from infini_bench.cli.listing import GROUPS, KINDS, list_options, list_runs
+from infini_bench.errors import UserError
+from infini_bench.units import parse_depth, parse_length, suggest
+
+INTERRUPTED = 130
+LENGTH_KEYS = {"lm": "task.max_tokens", "passkey": "task.lengths", "booksum": "task.input_tokens"}
+
+
+class Verbs(TyperGroup):
+    """What the user can put right is one sentence and exit code 2; Ctrl-C is exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Completion of ``OVERRIDES``: groups, their options and keys, as Hydra knows them."""
+    from infini_bench.cli.bridge import complete
+
+    return complete(ctx.params.get("overrides") or [], incomplete)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[OVERRIDES]...",
+        help="Settings as key=value, e.g. model=infini_delta trainer.steps=500.",
+        autocompletion=complete_override,
+    ),
+]
+Multirun = Annotated[bool, typer.Option("-m", "--multirun", help="Run every combination of the comma lists.")]
+ShowConfig = Annotated[
+    str | None, typer.Option("--cfg", "-c", metavar="job|all", help="Print the settings and stop.")
+]
+ConfigDir = Annotated[
+    Path | None, typer.Option("--config-dir", help="A folder with more YAML files, laid out as conf/.")
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"infini-bench {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def infini_bench(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Infini-attention reproduced, explained and compared under one budget."""
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    cfg: ShowConfig = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Train a model; without overrides infini_linear on the embedded text, sized for two CPU cores.
+
+    resume=RUN_FOLDER continues a run exactly where it was; a sweep started again skips what is done.
+    """
+    _launch("train", overrides or [], multirun, cfg, config_dir)
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="lm|passkey|booksum", help="The task.")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Run folder, checkpoint folder or model name; default: the latest finished run."),
+    ] = None,
+    length: Annotated[str | None, typer.Option(help="Input tokens, e.g. 4K,128K,1M (K = 1024).")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Passkey: start,middle,end,end_outside or percent.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Passkey: prompts a length and depth.")] = None,
+    multirun: Multirun = False,
+    cfg: ShowConfig = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Evaluate a trained model on a task and record the numbers."""
+    known = [name for name, _ in list_options("tasks", config_dir)]
+    if what not in known:
+        raise UserError(f'There is no task "{what}"{suggest(what, known)}; choose one of {", ".join(known)}.')
+    options = [f"task={what}", *_length_override(what, length), *_passkey_overrides(what, depths, trials)]
+    if checkpoint is not None:
+        from infini_bench.cli.bridge import quote
+
+        options.append(f"checkpoint={quote(checkpoint)}")
+    _launch("eval", [*options, *(overrides or [])], multirun, cfg, config_dir)
+
+
+@app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(help="demo, table2, table3 or table4.")],
+    scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs, records and tables.")] = None,
+) -> None:
+    """Train and evaluate all that a table of the paper needs, and print it."""
+    from infini_bench.reproduce import reproduce as run
+
+    raise typer.Exit(run(what, scale=scale, out=out, jobs=jobs))
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results/tables"),
+    formats: Annotated[
+        str, typer.Option("--format", help="csv, md, latex, html; several with commas.")
+    ] = "csv,md",
+) -> None:
+    """Make the tables from the records, beside the paper's numbers."""
+    from infini_bench.report.tables import write_report
+
+    for path in write_report(records, out, formats.split(",")):
+        print(path)
+
+
+@app.command()
+def ls(
+    kind: Annotated[str | None, typer.Argument(metavar="[models|tasks|data|experiments|runs]")] = None,
+    records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
+    config_dir: ConfigDir = None,
+) -> None:
+    """List what exists, with a line about each."""
+    if kind is not None and kind not in KINDS:
+        raise UserError(
+            f'There are no "{kind}" to list{suggest(kind, KINDS)}; choose one of {", ".join(KINDS)}.'
+        )
+    for each in [kind] if kind else KINDS:
+        found = list_options(each, config_dir) if each in GROUPS else list_runs(records)
+        width = max((len(name) for name, _ in found), default=0)
+        print(each + ("" if found else ": none yet"))
+        for name, text in found:
+            print(f"  {name:{width}}  {text}")
+
+
+@app.command()
+def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")] = False) -> None:
+    """Check this machine, and say what to do about what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from infini_bench.cli.doctor import examine
+
+    table = Table("", "what", "found", "to do", box=None)
+    broken = False
+    for finding in examine(offline):
+        mark = "[green]ok[/]" if finding.ok else "[red]missing[/]"
+        table.add_row(mark, finding.name, finding.detail, "" if finding.ok else finding.advice)
+        broken |= finding.essential and not finding.ok
+    Console().print(table)
+    raise typer.Exit(int(broken))
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="infini-bench")
+
+
+def _launch(
+    verb: str, overrides: list[str], multirun: bool, show: str | None, config_dir: Path | None
+) -> None:
+    from infini_bench.cli.bridge import launch, search_path
+
+    code = launch(verb, [*search_path(config_dir), *overrides], multirun=multirun, show=show)
+    if code:
+        raise typer.Exit(code)
+
+
+def _length_override(task: str, text: str | None) -> list[str]:
+    if text is None:
+        return []
+    lengths = [parse_length(part) for part in text.split(",")]
+    if task == "passkey":
+        return [f"task.lengths=[{','.join(map(str, lengths))}]"]
+    if len(lengths) > 1:
+        raise UserError(f"eval {task} takes one --length; for several add -m {LENGTH_KEYS[task]}={text}.")
+    return [f"{LENGTH_KEYS[task]}={lengths[0]}"]
+
+
+def _passkey_overrides(task: str, depths: str | None, trials: int | None) -> list[str]:
+    if task != "passkey" and (depths is not None or trials is not None):
+        raise UserError(f"--depths and --trials belong to eval passkey, not to eval {task}.")
+    depth = [] if depths is None else [f"task.depths=[{','.join(parse_depth(d) for d in depths.split(','))}]"]
+    return depth + ([] if trials is None else [f"task.trials={trials}"])

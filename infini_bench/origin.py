@@ -1,0 +1,152 @@
+"""Where a run starts from: the checkpoint that an evaluation reads, the run that a training continues.
+
+``given`` names the settings that the user set (dotted, or a whole section such as ``data``); None means that
+a program built the configuration on purpose and all of its task and data count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from infini_bench.config import build_config, to_dict
+from infini_bench.errors import UserError
+from infini_bench.files import read_json
+from infini_bench.report.records import read_records
+from infini_bench.schema import RunConfig
+
+Values = dict[str, Any]
+
+TRAINED = ("decoder", "memory", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
+PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
+MIXES = ("scale", "recipe", "experiment")  # groups whose choice sets the task's own settings
+
+
+def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
+    """The checkpoint folder to evaluate, and how to call it.
+
+    ``cfg.checkpoint`` is a run folder, a checkpoint folder, the name of a run or the name of a model; unset,
+    it is the shipped model or the latest finished run. model: only a run of this model will do.
+    """
+    from infini_bench.train.checkpoint import find_checkpoint
+
+    path, words = _origin(cfg, model)
+    return find_checkpoint(path), words
+
+
+def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
+    if cfg.checkpoint is not None:
+        for path in (Path(cfg.checkpoint), Path(cfg.runs) / cfg.checkpoint):
+            if path.exists():
+                return path, f"checkpoint {path}"
+        run = latest_run(cfg, cfg.checkpoint)
+        if run is None:
+            raise UserError(
+                f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run; '
+                "`infini-bench ls runs` lists what there is."
+            )
+        return run, f"{run}, the latest finished run of {cfg.checkpoint}"
+    shipped = Path(str(files("infini_bench"))) / "shipped" / cfg.task.name
+    if shipped.is_dir() and model in (None, trained_config(shipped).model):
+        return shipped, "the shipped model"
+    run = latest_run(cfg, model)
+    if run is None:
+        wanted = f" model={model}" if model else ""
+        raise UserError(
+            f"There is no finished run to evaluate; run `infini-bench train task={cfg.task.name}{wanted}` "
+            "first, or name a folder with --checkpoint."
+        )
+    return run, f"{run}, the latest finished run" + (f" of {model}" if model else "")
+
+
+def latest_run(cfg: RunConfig, model: str | None) -> Path | None:
+    """Folder of the newest finished run that is still there; one trained on ``cfg``'s task goes first."""
+    runs = [r for r in read_records(cfg.records) if r.kind == "train" and r.status == "done"]
+    fitting = [r for r in runs if model in (None, r.config["model"]) and Path(r.train["folder"]).is_dir()]
+    best = max(fitting, key=lambda r: (r.task == cfg.task.name, r.started, r.id), default=None)
+    return Path(best.train["folder"]) if best else None
+
+
+def trained_config(folder: Path) -> RunConfig:
+    """Configuration of a run folder or checkpoint folder."""
+    return build_config(read_json(folder / "config.json"))
+
+
+def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] | None) -> RunConfig:
+    """The evaluation that ``cfg`` asks of a trained model.
+
+    Model, memory, decoder, trainer, scale and tokenizer are the checkpoint's; so are seed, data and task (if
+    it is the same), apart from what the user set. Raises UserError if that is something fixed by training.
+    """
+    asked, base = to_dict(cfg), to_dict(trained)
+    for key in given or ():
+        if key.startswith(TRAINED):
+            raise UserError(f"{key} was fixed when the checkpoint was trained; leave it out, or train anew.")
+    if given is not None and "model" in given and cfg.model != trained.model:
+        raise UserError(f"The checkpoint is of model={trained.model}, not {cfg.model}; give another one.")
+    mixed = given is None or any(group in given for group in MIXES)
+    if not mixed and cfg.task.name == trained.task.name:
+        asked["task"] = _overlaid(base["task"], asked["task"], "task", given or ())
+    if given is not None and "data" not in given and "experiment" not in given:
+        asked["data"] = _overlaid(base["data"], asked["data"], "data", (*given, "data.cache_dir"))
+    asked["data"] |= {key: base["data"][key] for key in ("tokenizer", "vocab_size")}
+    inherited = ["model", "scale", "decoder", "memory", "trainer"]
+    if given is not None and "seed" not in given:
+        inherited.append("seed")  # so that tables count the seeds of the models
+    return build_config({**asked, **{key: base[key] for key in inherited}})
+
+
+def continued_run(cfg: RunConfig, given: Collection[str] | None) -> tuple[RunConfig, Path, Values]:
+    """Configuration and folder of the run that ``cfg.resume`` names, and its other lengths so far.
+
+    The last is for the record's hash: a run made longer is another run than one that long from its start.
+    """
+    from infini_bench.train.checkpoint import Checkpoints
+    from infini_bench.train.state import run_of
+
+    folder = run_of(Path(str(cfg.resume)))
+    before = trained_config(folder)
+    cfg = continued_config(cfg, before, given)
+    last = Checkpoints(folder, 1).index()["last"]
+    step = read_json(folder / "checkpoints" / last / "state.json")["step"] if last else 0
+    if step > cfg.trainer.steps:
+        raise UserError(f"{folder} is at step {step} already; give a larger trainer.steps.")
+    folders = [(r, Path(r.train["folder"])) for r in read_records(cfg.records) if "folder" in r.train]
+    lengths = {r.config["trainer"]["steps"] for r, path in folders if path.resolve() == folder.resolve()}
+    others = sorted({before.trainer.steps, *lengths} - {cfg.trainer.steps})
+    return cfg, folder, {"other_lengths": others} if others else {}
+
+
+def continued_config(cfg: RunConfig, before: RunConfig, given: Collection[str] | None) -> RunConfig:
+    """The run of ``before``, to be continued; steps, how often to log and places may be others.
+
+    Raises UserError if the user set anything else to another value than it had.
+    """
+    from infini_bench.train.state import FREE
+
+    asked, base = to_dict(cfg), to_dict(before)
+    changes: tuple[str, ...] = PLACES if given is None else tuple(given)
+    free = {*PLACES, *(f"trainer.{key}" for key in FREE)}
+    for key in changes:
+        named = f"{key}.name" if key in ("task", "data") else key
+        if key in ("recipe", "experiment") or (key not in free and _get(asked, named) != _get(base, named)):
+            raise UserError(f"{key} cannot change when a run is resumed; leave it out, or start a new run.")
+    for key in free.intersection(changes):
+        section, _, leaf = key.rpartition(".")
+        (base[section] if section else base)[leaf] = _get(asked, key)
+    return replace(build_config(base), resume=cfg.resume)
+
+
+def _overlaid(base: Values, asked: Values, section: str, given: Collection[str]) -> Values:
+    """``base`` with those keys of ``asked`` that were given as ``section.key`` (or deeper)."""
+    keys = {name.split(".")[1] for name in given if name.startswith(f"{section}.")}
+    return base | {key: asked[key] for key in keys}
+
+
+def _get(values: Values, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values

@@ -1,0 +1,68 @@
+"""Columns of a printed table, and the cells in them.
+
+A cell is text of one or more lines (value, interval, control); how lines are joined is the renderer's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+Line = list[Row]  # all tidy rows of one printed row
+
+ABSENT = "—"
+
+
+@dataclass(frozen=True)
+class Column:
+    """``wide``: left out on a terminal."""
+
+    title: str
+    cell: Callable[[Line], str]
+    wide: bool = False
+
+
+def find(line: Line, metric: str, **match: Any) -> Row | None:
+    """The line's row of a metric, without condition and position unless they are asked for."""
+    wanted = {"metric": metric, "condition": None, "position": None, **match}.items()
+    return next((row for row in line if all(row[key] == value for key, value in wanted)), None)
+
+
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    return ABSENT if value is None else f"{value:{sign},.{digits}f}"
+
+
+def measured(metric: str, digits: int, sign: str = "", **match: Any) -> Callable[[Line], str]:
+    """A cell of the metric's value with its interval on a second line."""
+
+    def cell(line: Line) -> str:
+        row = find(line, metric, **match)
+        if row is None:
+            return ABSENT
+        low, high = (number(row[key], digits, sign) for key in ("ci_low", "ci_high"))
+        interval = "" if row["ci_low"] is None else f"\n[{low}, {high}]"
+        return number(row["value"], digits, sign) + interval
+
+    return cell
+
+
+def fact(key: str) -> Callable[[Line], str]:
+    return lambda line: number(line[0][key], 0)
+
+
+def setting(group: str, key: str) -> Callable[[Line], str]:
+    return lambda line: str(line[0]["config"][group][key])
+
+
+def _name(line: Line) -> str:
+    return "\n".join(part for part in (line[0]["model"], line[0]["variant"]) if part)
+
+
+MODEL = Column("model", _name)
+SEEDS = Column("seeds", lambda line: str(max(row["seeds"] for row in line)), wide=True)
+BUDGET = [
+    Column("params", fact("params"), wide=True),
+    Column("train tokens", fact("train_tokens"), wide=True),
+]

@@ -1,0 +1,192 @@
+"""``infini-bench reproduce``: everything that a table of the paper needs, from training to the printed table.
+
+A job trains one model on one task and evaluates it; what is recorded as done is skipped, and a job that fails
+does not stop the others.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from infini_bench.errors import UserError
+from infini_bench.origin import run_folder
+from infini_bench.progress import NullProgress, Progress
+from infini_bench.report.check import Check, demo_checks
+from infini_bench.report.records import Record, config_hash, current, read_records
+from infini_bench.report.tables import PRINTED, print_tables, write_report
+from infini_bench.report.tidy import TABLES, tidy
+from infini_bench.schema import RunConfig
+from infini_bench.units import suggest
+from infini_bench.workers import Board, Relay, cores, run_all
+
+# The longest task first, so that no core idles at the end.
+PLANS = {
+    "table2": ("lm",),
+    "table3": ("passkey",),
+    "table4": ("booksum",),
+    "demo": ("passkey", "lm", "booksum"),
+}
+MODELS = ("infini_linear", "infini_delta", "transformer_xl", "local_block")
+WEIGHTS = {"train": 0.8, "eval": 0.2}  # of a job's time
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on one task."""
+
+    name: str
+    cfg: RunConfig
+    settings: list[str]  # overrides that say the same by hand
+    log: Path  # what the run prints
+
+
+@dataclass
+class Outcome:
+    """What came of a job: seconds spent on it now, and why it stopped short, if it did."""
+
+    job: Job
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    error: str | None = None
+
+
+def reproduce(
+    what: str,
+    scale: str = "laptop",
+    out: Path | str | None = None,
+    jobs: int | None = None,
+    seeds: Sequence[int] = (0,),
+    models: Sequence[str] = MODELS,
+    overrides: Sequence[str] = (),
+    progress: Progress | NullProgress | None = None,
+) -> int:
+    """Run the plan ``what`` (a key of PLANS), print its tables and return the exit code.
+
+    Records go to ``<out>/records``, run folders to ``<out>/runs``, tables to ``<out>/tables``; out unset =
+    ``runs/<what>``. jobs: how many run side by side; unset = one a core at small scales, else 1. Exit code
+    1: a job failed, or the demo did not show what it must. Raises UserError for what does not exist.
+    """
+    started = time.monotonic()
+    folder = Path(out or default_folder(what))
+    planned = plan(what, scale, folder, seeds, models, overrides)
+    workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
+    board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
+    outcomes = run_all(planned, run_job, workers, board, _lost)
+    records = [r for r in read_records(folder / "records") if r.config["scale"] == scale]
+    write_report(folder / "records", folder / "tables")
+    console = Console()
+    print_tables(records, names=[name for name in PRINTED if name in {TABLES[task] for task in PLANS[what]}])
+    checks = demo_checks(tidy(records), tuple(models)) if what == "demo" else []
+    for line in summary(outcomes, checks, records, time.monotonic() - started, workers):
+        console.print(line, soft_wrap=True)
+    console.print(
+        f"Tables: {folder / 'tables'}   records: {folder / 'records'}", soft_wrap=True, highlight=False
+    )
+    return int(any(outcome.error for outcome in outcomes) or not all(check.ok for check in checks))
+
+
+def default_folder(what: str) -> Path:
+    """Never the committed ``results/``: who wants a run there says ``--out results``."""
+    return Path("runs") / what
+
+
+def plan(
+    what: str,
+    scale: str,
+    out: Path,
+    seeds: Sequence[int],
+    models: Sequence[str],
+    overrides: Sequence[str] = (),
+) -> list[Job]:
+    """The jobs of a plan, checked and longest task first."""
+    from infini_bench.cli.bridge import compose_run
+
+    if what not in PLANS:
+        raise UserError(
+            f'There is no "{what}" to reproduce{suggest(what, PLANS)}; choose one of {", ".join(PLANS)}.'
+        )
+    places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}", *overrides)
+    jobs = []
+    for task, model in product(PLANS[what], models):
+        words = [f"model={model}", f"task={task}", *places]
+        cfg = compose_run(words)
+        for seed in seeds:
+            settings = [*words, f"seed={seed}"]
+            log = out / "logs" / f"{task}-{model}-seed{seed}.txt"
+            jobs.append(Job(f"{task} {model} seed {seed}", replace(cfg, seed=seed), settings, log))
+    return jobs
+
+
+def run_job(job: Job, board: Any) -> Outcome:
+    """Train, then evaluate. Whatever goes wrong ends up in the outcome; ``job.log`` has the details.
+
+    Raises KeyboardInterrupt if the training was asked to stop; the next time it goes on from there.
+    """
+    from infini_bench.run import run_eval, run_train
+
+    outcome = Outcome(job)
+
+    def timed(phase: str, run: Callable[..., Record], cfg: RunConfig, words: list[str]) -> Record:
+        board.put(("start", job.name, phase))
+        started = time.monotonic()
+        record = run(cfg, command=["infini-bench", phase, *words], progress=Relay(board, job.name, phase))
+        setattr(outcome, f"{phase}_seconds", time.monotonic() - started)
+        board.put(("finish", job.name, phase))
+        if record.status == "interrupted":
+            raise KeyboardInterrupt
+        return record
+
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("a", encoding="utf-8") as log, redirect_stdout(log):
+        try:
+            trained = timed("train", run_train, _startable(job.cfg), job.settings)
+            cfg = replace(job.cfg, checkpoint=str(run_folder(trained)))
+            words = [word for word in job.settings if not word.startswith(("model=", "task="))]
+            timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
+        except Exception as error:
+            traceback.print_exc(file=log)
+            outcome.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return outcome
+
+
+def _startable(cfg: RunConfig) -> RunConfig:
+    """``cfg``, set to go on with its interrupted run, or to run again if a finished run's folder is gone."""
+    digest = config_hash(asdict(cfg))
+    same = [r for r in current(read_records(cfg.records)) if (r.kind, r.config_hash) == ("train", digest)]
+    if not same or same[0].status == "failed":
+        return cfg
+    there = run_folder(same[0]).is_dir()
+    if same[0].status == "interrupted":
+        return replace(cfg, resume=str(run_folder(same[0]))) if there else cfg
+    return cfg if there else replace(cfg, force=True)
+
+
+def _lost(job: Job) -> Outcome:
+    return Outcome(job, error="its process was killed, perhaps for want of memory; use --jobs 1")
+
+
+def summary(
+    outcomes: list[Outcome], checks: list[Check], records: list[Record], seconds: float, workers: int
+) -> list[Text]:
+    """What failed, what the demo shows, and what it took."""
+    failed = [o for o in outcomes if o.error]
+    lines = [Text(f"failed: {o.job.name}: {o.error} (see {o.job.log})", "red") for o in failed]
+    for check in checks:
+        lines.append(Text(f"{'ok  ' if check.ok else 'MISS'} {check.text}", "" if check.ok else "red"))
+    if checks:
+        lines.append(Text(f"{sum(check.ok for check in checks)} of {len(checks)} checks passed.", "bold"))
+    train, evaluation = sum(o.train_seconds for o in outcomes), sum(o.eval_seconds for o in outcomes)
+    peak = max((r.peak_bytes or 0 for r in records), default=0)
+    took = f"{len(outcomes)} jobs, {workers} at a time, in {seconds:.0f} s: {train:.0f} s of training and "
+    took += f"{evaluation:.0f} s of evaluation (of what was not done before), "
+    return [*lines, Text(f"{took}at most {peak / 2**20:.0f} MiB of memory in a process.")]

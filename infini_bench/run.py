@@ -1,0 +1,203 @@
+"""One training or one evaluation from configuration to record, whatever happens in between. No Hydra here."""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infini_bench.config import to_dict
+from infini_bench.errors import UserError
+from infini_bench.files import read_json, writing
+from infini_bench.origin import continued_run, evaluated_config, find_origin, trained_config
+from infini_bench.progress import Progress
+from infini_bench.report import records
+from infini_bench.report.records import Record
+from infini_bench.schema import RunConfig
+from infini_bench.show import quiet, say, show_metrics, show_training
+
+Given = Collection[str] | None
+
+
+def run_train(
+    cfg: RunConfig, *, given: Given = None, command: list[str] | None = None, progress: Progress | None = None
+) -> Record:
+    """Train ``cfg``, or continue the run of ``cfg.resume``; returns the record, which is also written.
+
+    given: see `infini_bench.origin`. command: what to store as the command line; unset = ``sys.argv``.
+    progress: where to show it; whoever gives one does all the showing, and nothing is printed here.
+    A run that is recorded as done is not run again unless ``cfg.force``. After SIGINT or SIGTERM the record's
+    status is ``interrupted``; an exception is recorded as ``failed`` and raised again.
+    """
+    from infini_bench.train import train
+
+    if cfg.resume:
+        cfg, folder, lineage = continued_run(cfg, given)
+        record = new_record("train", cfg, command, lineage)
+    else:
+        record = new_record("train", cfg, command)
+        folder = Path(cfg.runs) / record.id
+    if done := already_done(record, cfg, progress):
+        return done
+    record.train = {"folder": str(folder)}
+    quiet()
+    with recorded(record, cfg), progress or Progress() as shown:
+        result = train(cfg, folder, shown)
+        record.status = "interrupted" if result.interrupted else "done"
+        record.task_version = result.task_version
+        record.data_fingerprint = result.data_fingerprint
+        record.tokenizer_fingerprint = result.tokenizer_fingerprint
+        record.tokens, record.params = result.tokens, result.parameters
+        record.state_floats = result.state_floats
+        keys = ("steps", "seconds", "final_loss", "best_loss", "non_embedding_parameters")
+        record.train |= {key: getattr(result, key) for key in keys}
+    if progress is None:
+        show_training(record, folder)
+    return record
+
+
+def run_eval(
+    cfg: RunConfig, *, given: Given = None, command: list[str] | None = None, progress: Progress | None = None
+) -> Record:
+    """Evaluate ``cfg.checkpoint`` (unset: the shipped model or the latest finished run) on ``cfg``'s task.
+
+    Model, memory, decoder and tokenizer are the checkpoint's. Otherwise as `run_train`.
+    """
+    model = cfg.model if given is not None and "model" in given else None
+    path, words = find_origin(cfg, model)
+    if progress is None:
+        say(f"evaluating {words}")
+    trained = trained_config(path)
+    cfg = replace(evaluated_config(cfg, trained, given), checkpoint=str(path), resume=None)
+    origin = train_reference(trained, path)
+    record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
+    if done := already_done(record, cfg, progress):
+        return done
+    record.train = origin
+    quiet()
+    with recorded(record, cfg), progress or Progress() as shown:
+        evaluate(record, cfg, path, shown)
+        record.status = "done"
+    if progress is None:
+        show_metrics(record)
+    return record
+
+
+def evaluate(record: Record, cfg: RunConfig, path: Path, progress: Progress) -> None:
+    """Fill ``record`` with what ``cfg``'s task finds out about the model of checkpoint ``path``."""
+    from infini_bench.tasks import build_task
+    from infini_bench.train import load_checkpoint_model
+
+    device = torch_device(cfg.device)
+    model, tokenizer, _ = load_checkpoint_model(path)
+    model.to(device)  # type: ignore[arg-type]
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.manual_seed(cfg.seed)
+    task = build_task(cfg, tokenizer)
+    record.task_version, record.tokenizer_fingerprint = task.version, tokenizer.fingerprint
+    record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
+    record.metrics = task.evaluate(model, progress)
+    record.data_fingerprint = task.fingerprint
+
+
+def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
+    """What an evaluation's record says about the training of checkpoint ``path``. Tokens: up to there."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    state = read_json(path / "state.json") if (path / "state.json").exists() else {}
+    counts = {"steps": state.get("step"), "tokens": state.get("tokens"), "seconds": state.get("seconds")}
+    digest = records.config_hash(to_dict(trained))
+    return {"id": run.name, "config_hash": digest, "seed": trained.seed, **counts}
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+def new_record(
+    kind: str, cfg: RunConfig, command: list[str] | None, origin: dict[str, Any] | None = None
+) -> Record:
+    """A record of a run that has not begun; origin: what else decides its result, for the hash."""
+    config = to_dict(cfg)
+    commit, dirty = records.git_state()
+    return Record(
+        id=records.new_id(kind, config),
+        kind=kind,
+        status="failed",
+        command=sys.argv if command is None else command,
+        config=config,
+        config_hash=records.config_hash({**config, **({"origin": origin} if origin else {})}),
+        seed=cfg.seed,
+        device=records.device_name(torch_device(cfg.device).type),
+        started=records.now(),
+        git_commit=commit,
+        git_dirty=dirty,
+        versions=records.versions(),
+    )
+
+
+def already_done(record: Record, cfg: RunConfig, progress: Progress | None) -> Record | None:
+    """The finished record of the same run, unless ``cfg.force``."""
+    done = None if cfg.force else records.find_done(cfg.records, record.kind, record.config_hash)
+    if done is not None and progress is None:
+        say(f"already done: {done.id} (force=true runs it again)")
+    return done
+
+
+@contextmanager
+def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
+    """Whatever happens inside, the record is written with what it came to; exceptions go on."""
+    folder = Path(cfg.records)
+    with writing(folder):  # before hours of work, not after
+        folder.mkdir(parents=True, exist_ok=True)
+    record.error = "the process ended without a word"  # what stays if it is killed
+    records.write_record(folder, record)
+    record.error = None
+    device, began = torch_device(cfg.device), time.perf_counter()
+    reset_peak(device)
+    try:
+        yield
+    except BaseException as error:
+        record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        record.error = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record.seconds, record.peak_bytes = time.perf_counter() - began, peak_bytes(device)
+        records.write_record(folder, record)
+
+
+def torch_device(name: str) -> torch.device:
+    """Raises UserError if a GPU is asked for and not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={name} was asked for, but PyTorch sees no GPU; use device=auto.")
+    return torch.device(name)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start counting peak memory anew, so that the jobs of a sweep do not inherit each other's."""
+    clear = Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif clear.exists():
+        with suppress(OSError):  # some containers forbid it; then the peak is that of the process's life
+            clear.write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

@@ -1,0 +1,73 @@
+"""What a run prints when it is over, and what its libraries do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from infini_bench.report.records import Record
+from infini_bench.units import format_length
+
+KEYS = ("dataset", "split", "length", "position", "metric", "n")
+FILE_WIDTH = 120  # characters, where the output is no terminal
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def quiet() -> None:
+    """Libraries speak up for errors only, and our progress is the only one."""
+    from datasets.utils import logging as of_datasets
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_datasets, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def show_training(record: Record, folder: Path) -> None:
+    """Two lines about a training run."""
+    loss = record.train["final_loss"]
+    shown = "no step" if loss is None else f"loss {loss:.3f}"
+    what = f"{record.train['steps']} steps, {format_length(record.tokens or 0)} tokens"
+    say(
+        f"{record.status}: {record.config['model']} on {record.task}, {what}, {record.seconds:.0f} s, {shown}"
+    )
+    say(f"run folder: {folder}")
+
+
+def show_metrics(record: Record) -> None:
+    """The metric rows as a table, conditions side by side; what is the same in all stands in the title."""
+    rows = record.metrics
+    varying = [key for key in KEYS if len({row.get(key) for row in rows}) > 1]
+    facts = [
+        f"{key} {_cell(rows[0][key])}" for key in KEYS if key not in varying and rows[0].get(key) is not None
+    ]
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(_cell(row.get(key)) for key in varying), {})
+        line[row.get("condition") or "value"] = _value(row)
+    conditions = list(dict.fromkeys(condition for line in lines.values() for condition in line))
+    title = ", ".join([f"{record.config['model']} on {record.task}", *facts])
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in (*varying, *conditions):
+        table.add_column(name, overflow="fold")
+    for words, values in lines.items():
+        table.add_row(*words, *(values.get(condition, "") for condition in conditions))
+    console = Console()
+    console.width = console.width if console.is_terminal else FILE_WIDTH
+    console.print(table)
+
+
+def _value(row: dict[str, Any]) -> str:
+    low, high = row.get("ci_low"), row.get("ci_high")
+    return _cell(row["value"]) + ("" if low is None else f" ({_cell(low)} to {_cell(high)})")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

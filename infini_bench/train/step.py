@@ -1,0 +1,109 @@
+"""One update of the weights, and the validation loss.
+
+A step draws ``rows x accumulate x processes`` rows, from number ``cursor`` on. What they are depends on their
+numbers alone, so a resumed run replays nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from infini_bench.models import MemoryLlamaForCausalLM
+from infini_bench.schema import RunConfig
+from infini_bench.tasks.base import Batch, Task
+from infini_bench.train.curriculum import Curriculum
+from infini_bench.train.loss import SequenceLoss
+from infini_bench.train.optim import build_optimizer, grouped_parameters, set_lr
+from infini_bench.train.signals import StopRequest
+from infini_bench.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One update, averaged over all its rows. Losses in nats; ``segments`` None = the task's own length."""
+
+    loss: float
+    task_loss: float
+    grad_norm: float
+    rates: dict[str, float]
+    segments: int | None
+    stop: bool
+
+
+class Stepper:
+    """Model, optimizer and task on the machine's devices."""
+
+    def __init__(
+        self, cfg: RunConfig, accelerator: Accelerator, task: Task, model: MemoryLlamaForCausalLM
+    ) -> None:
+        self.cfg, self.accelerator, self.task = cfg, accelerator, task
+        self.loss = SequenceLoss(model, cfg.trainer.checkpoint_segments, cfg.trainer.compile)
+        self.net, self.optimizer = accelerator.prepare(self.loss, build_optimizer(model, cfg.trainer))
+
+    def step(self, state: TrainState, curriculum: Curriculum, stop: StopRequest) -> StepStats:
+        """One update; moves ``state`` and ``curriculum`` on.
+
+        Raises FloatingPointError, the weights untouched, if loss or gradient is not finite.
+        stop: of this process; the result says whether any process was asked to stop.
+        """
+        trainer, segments = self.cfg.trainer, curriculum.segments
+        self.seed(state.step)
+        rates = set_lr(self.optimizer, state.step + 1, trainer)
+        rows = curriculum.rows * trainer.accumulate * self.accelerator.num_processes
+        sums, tokens = self.gradients(state.cursor, curriculum)
+        norm = self.accelerator.clip_grad_norm_(grouped_parameters(self.optimizer), trainer.clip)
+        flag = torch.tensor([float(stop.requested)], device=sums.device)
+        sums = self.accelerator.reduce(torch.cat([sums, flag]), "sum")
+        loss, task_sum, task_count, stops, grad_norm = torch.cat([sums, norm.detach()[None]]).tolist()
+        loss /= trainer.accumulate * self.accelerator.num_processes
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(f"Step {state.step + 1} gave loss {loss} and gradient norm {grad_norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        state.step, state.cursor, state.tokens = state.step + 1, state.cursor + rows, state.tokens + tokens
+        state.loss = loss
+        curriculum.update(task_sum / task_count)
+        return StepStats(loss, task_sum / task_count, grad_norm, rates, segments, stops > 0)
+
+    def gradients(self, cursor: int, curriculum: Curriculum) -> tuple[Tensor, int]:
+        """Gradients of a step's micro-batches; their sums (see SequenceLoss), and tokens of all processes."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rows = curriculum.rows
+        sums, tokens = torch.zeros(3, device=self.accelerator.device), 0
+        for micro in range(self.cfg.trainer.accumulate):
+            batch = self.task.batch(cursor + (micro * processes + rank) * rows, rows, curriculum.segments)
+            with self.accelerator.accumulate(self.net):
+                loss, more = self.net(*self.on_device(batch))
+                self.accelerator.backward(loss)
+            sums += more
+            tokens += batch.weights.numel() * processes
+        return sums, tokens
+
+    @torch.no_grad()
+    def validate(self, segments: int | None) -> float:
+        """Mean loss of the first ``validate_rows`` rows of the validation split, nats."""
+        total, rows = 0.0, self.cfg.trainer.validate_rows
+        self.loss.eval()
+        for cursor in range(0, rows, self.cfg.trainer.batch):
+            n = min(self.cfg.trainer.batch, rows - cursor)
+            batch = self.task.batch(cursor, n, segments, split="validation")
+            total += n * self.loss(*self.on_device(batch))[0].item()
+        self.loss.train()
+        return total / rows
+
+    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, weights and task weights (the weights themselves where the task has none)."""
+        task_weights = batch.weights if batch.task_weights is None else batch.task_weights
+        device = self.accelerator.device
+        return batch.tokens.to(device), batch.weights.to(device), task_weights.to(device)
+
+    def seed(self, step: int) -> None:
+        """Makes whatever a step draws at random a function of (seed, step, process): no state to store."""
+        numbers = np.random.SeedSequence([self.cfg.seed, step, self.accelerator.process_index])
+        torch.manual_seed(int(numbers.generate_state(1)[0]))

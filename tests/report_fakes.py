@@ -1,0 +1,133 @@
+"""Records as an evaluation writes them, made up, for the tests of reports."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from infini_bench.report.records import Record, config_hash
+
+CONFIG: dict[str, Any] = {
+    "model": "infini_linear",
+    "scale": "laptop",
+    "seed": 0,
+    "memory": {"kind": "compressive", "segment": 32},
+    "data": {"name": "embedded", "tokenizer": "bpe", "vocab_size": 2048, "cache_dir": ".cache"},
+    "task": {"name": "lm"},
+    "trainer": {"steps": 10, "lr": 0.003, "curriculum": []},
+    "runs": "runs",
+    "records": "results/records",
+    "device": "cpu",
+    "force": False,
+    "resume": None,
+    "checkpoint": None,
+}
+BLANK = dict.fromkeys(("split", "length", "position", "condition", "protocol", "ci_low", "ci_high", "n"))
+
+
+def row(metric: str, value: float | None, extra: dict | None = None, **columns: Any) -> dict[str, Any]:
+    return {"dataset": "embedded", **BLANK, **columns, "metric": metric, "value": value, "extra": extra or {}}
+
+
+def record(
+    model: str = "infini_linear", seed: int = 0, metrics: list | None = None, **changes: Any
+) -> Record:
+    """An evaluation's record; ``config`` changes are dotted keys, others are fields of the record."""
+    config = copy.deepcopy(CONFIG) | {"model": model, "seed": seed}
+    for key, value in changes.pop("config", {}).items():
+        group, _, name = key.rpartition(".")
+        (config[group] if group else config)[name] = value
+    task = config["task"]["name"]
+    kind = changes.get("kind", "eval")
+    values = {
+        "id": f"{kind}-{task}-{model}-{seed}-{config_hash(config)}",
+        "kind": kind,
+        "status": "done",
+        "command": ["infini-bench", kind],
+        "config": config,
+        "config_hash": config_hash(config),
+        "seed": seed,
+        "device": "CPU model X, 2 cores",
+        "started": "2026-01-01T00:00:00.000000+00:00",
+        "task_version": "1",
+        "git_commit": "0123456789abcdef",
+        "git_dirty": False,
+        "params": 100_000,
+        "state_floats": 8448,
+        "seconds": 2.0,
+        "peak_bytes": 2**28,
+        "train": {"tokens": 2_000_000},
+        "metrics": metrics or [],
+    }
+    return Record(**{**values, **changes})
+
+
+def lm(
+    model: str = "infini_linear", seed: int = 0, nats: tuple = (100.0, 300.0), ppl: float = 20.0, **changes
+) -> Record:
+    sums = {"documents": [f"d{i}" for i in range(len(nats))], "nats": list(nats), "bytes": [100] * len(nats)}
+    bits = sum(nats) / 100 / len(nats) / 0.6931471805599453
+    columns = {"split": "test", "n": len(nats)}
+    metrics = [
+        row("token_ppl", ppl, ci_low=ppl - 1, ci_high=ppl + 1, **columns),
+        row("word_ppl", 400.0, **columns),
+        row("bits_per_token", 4.3, **columns),
+        row("unigram_bits_per_token", 8.5, **columns),
+        row("bits_per_byte", bits, sums, ci_low=bits - 0.1, ci_high=bits + 0.1, **columns),
+        row("bits_per_byte_memory_off", bits + 0.5, sums, **columns),
+        row("loss", 5.0, split="test", position="1", n=2),
+        row("loss", 3.0, split="test", position="1024", n=2),
+        row("loss", 3.5, split="test", position="1024", condition="memory_off", n=2),
+    ]
+    return record(model, seed, metrics, **changes)
+
+
+def passkey(
+    model: str = "infini_linear",
+    seed: int = 0,
+    on: float = 100.0,
+    off: float = 10.0,
+    lengths: tuple[int, ...] = (512, 4096),
+    segments: int = 8,
+    **changes,
+) -> Record:
+    metrics = []
+    for length in lengths:
+        for place in ("start", "middle", "end_outside"):
+            back = 1 if place == "end_outside" else segments
+            for condition, value in (("constant", on), ("memory_off", off)):
+                columns = {
+                    "length": length,
+                    "position": place,
+                    "condition": condition,
+                    "protocol": "curriculum",
+                }
+                extra = {"segments": back, "chance": 100 / 9}
+                metrics.append(row("exact_match", value, extra, n=20, ci_low=0.0, ci_high=1.0, **columns))
+                metrics.append(row("token_accuracy", value, extra, n=20, **columns))
+    task = {
+        "name": "passkey",
+        "digits": 1,
+        "segments": 16,
+        "lengths": list(lengths),
+        "depths": ["start"],
+        "trials": 20,
+    }
+    config = {"task": task, **changes.pop("config", {})}
+    return record(model, seed, metrics, config=config, **changes)
+
+
+def booksum(model: str = "infini_linear", seed: int = 0, **changes) -> Record:
+    columns = {"split": "test", "protocol": "sampled", "n": 8}
+    names = {
+        "rouge1": 30.0,
+        "rouge2": 8.0,
+        "rougeL": 20.0,
+        "rougeLsum": 25.0,
+        "overall": 16.9,
+        "summary_tokens": 70.0,
+    }
+    metrics = [row(name, value, condition="pairwise", **columns) for name, value in names.items()]
+    metrics += [row(name, value + 1, condition="best", **columns) for name, value in names.items()]
+    metrics.append(row("overall", 12.0, condition="memory_off", **columns))
+    return record(model, seed, metrics, config={"task": {"name": "booksum"}}, **changes)

@@ -1,0 +1,140 @@
+"""Records: what is written comes back, what is broken is named, and the hash knows what matters."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from report_fakes import CONFIG, record, row
+
+from infini_bench.errors import UserError
+from infini_bench.report.records import (
+    Record,
+    config_hash,
+    current,
+    device_name,
+    find_done,
+    git_state,
+    new_id,
+    read_records,
+    versions,
+    write_record,
+)
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    written = record(metrics=[row("token_ppl", 20.5, {"documents": ["a"]}, n=1)])
+    path = write_record(tmp_path / "records", written)
+    assert path.name == f"{written.id}.jsonl"
+    assert path.read_text().count("\n") == 1
+    assert read_records(tmp_path / "records") == [written]
+
+
+def test_writing_again_replaces_the_line(tmp_path):
+    first = record(status="failed")
+    write_record(tmp_path, first)
+    first.status = "done"
+    write_record(tmp_path, first)
+    assert [r.status for r in read_records(tmp_path)] == ["done"]
+
+
+def test_no_folder_means_no_records(tmp_path):
+    assert read_records(tmp_path / "absent") == []
+
+
+def test_several_lines_a_file_are_read_in_order(tmp_path):
+    lines = [record(seed=seed).to_json() for seed in (0, 1)]
+    (tmp_path / "sweep.jsonl").write_text("\n".join([*lines, ""]) + "\n")
+    assert [r.seed for r in read_records(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"id": "cut', "Unterminated string"),
+        ("[1]", "not a JSON object"),
+        ('{"schema": 2}', "schema 2"),
+        ("{}", "schema None"),
+        ('{"schema": 1, "id": "x"}', "missing"),
+        (json.dumps({**json.loads(record().to_json()), "colour": 1}), "unknown field 'colour'"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, says):
+    (tmp_path / "a.jsonl").write_text(record().to_json() + "\n" + line + "\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2, is no readable record") as caught:
+        read_records(tmp_path)
+    assert says in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"b\.jsonl is not UTF-8"):
+        read_records(tmp_path)
+
+
+def test_numbers_that_are_not_finite_become_null():
+    line = record(metrics=[row("token_ppl", math.nan, {"all": [math.inf, 1.0]})]).to_json()
+    metric = Record.from_json(line).metrics[0]
+    assert metric["value"] is None
+    assert metric["extra"] == {"all": [None, 1.0]}
+
+
+def test_the_hash_ignores_places_and_knows_the_rest():
+    moved = {
+        "runs": "elsewhere",
+        "records": "x",
+        "force": True,
+        "device": "cuda",
+        "resume": "r",
+        "checkpoint": "c",
+    }
+    assert config_hash(CONFIG | moved) == config_hash(CONFIG)
+    assert config_hash(CONFIG | {"data": CONFIG["data"] | {"cache_dir": "x"}}) == config_hash(CONFIG)
+    others = [{"seed": 1}, {"trained": "0123"}, {"data": CONFIG["data"] | {"name": "books"}}]
+    hashes = {config_hash(CONFIG | other) for other in [{}, *others]}
+    assert len(hashes) == 4
+    assert all(len(digest) == 16 for digest in hashes)
+
+
+def test_find_done_gives_the_newest_finished_run(tmp_path):
+    runs = [
+        record(id="a", started="2026-01-01"),
+        record(id="b", started="2026-01-02"),
+        record(id="c", started="2026-01-03", status="failed"),
+        record(id="d", started="2026-01-04", kind="train"),
+    ]
+    for run in runs:
+        write_record(tmp_path, run)
+    digest = runs[0].config_hash
+    found = find_done(tmp_path, "eval", digest)
+    assert found is not None and found.id == "b"
+    assert find_done(tmp_path, "eval", "0" * 16) is None
+    assert [r.id for r in current(runs)] == ["b", "d"]
+
+
+def test_a_failure_counts_until_the_run_is_done():
+    failed = record(id="a", status="failed", started="2026-01-02")
+    assert current([failed]) == [failed]
+    assert [r.id for r in current([failed, record(id="b", started="2026-01-01")])] == ["b"]
+
+
+def test_ids_are_unique_and_tell_the_run():
+    ids = {new_id("train", CONFIG) for _ in range(50)}
+    assert len(ids) == 50
+    assert all("train-lm-infini_linear-laptop-seed0" in each for each in ids)
+
+
+def test_provenance():
+    commit, dirty = git_state()
+    assert (commit is None) == (dirty is None)
+    assert commit is None or len(commit) == 40
+    assert {"python", "torch", "infini-bench"} <= versions().keys()
+    assert device_name("cpu").startswith("CPU ") and device_name("cpu").endswith("cores")
+
+
+def test_records_need_the_standard_library_only():
+    code = "import sys, infini_bench.report.records; print({'numpy', 'torch', 'rich'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

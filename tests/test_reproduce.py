@@ -1,0 +1,293 @@
+"""Plans, jobs side by side, failures and the demo's verdict, with training and evaluation made up."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from report_fakes import booksum, lm, passkey
+from rich.console import Console
+
+from infini_bench import reproduce as module
+from infini_bench.cli import bridge
+from infini_bench.errors import UserError
+from infini_bench.progress import NullProgress, Progress
+from infini_bench.report.records import config_hash, find_done, read_records, write_record
+from infini_bench.reproduce import MODELS, WEIGHTS, plan, reproduce
+from infini_bench.schema import RunConfig
+from infini_bench.workers import Board, Relay, run_all
+
+PLACES = ("records=", "runs=")
+EVALUATIONS = {"lm": lm, "passkey": passkey, "booksum": booksum}
+
+
+# --- plans ----------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_three_tasks_of_four_models(tmp_path):
+    jobs = plan("demo", "laptop", tmp_path, (0,), MODELS)
+    assert [job.name for job in jobs[:5]] == [
+        *(f"passkey {model} seed 0" for model in MODELS),
+        "lm infini_linear seed 0",
+    ]
+    assert len(jobs) == 12
+    cfg = jobs[0].cfg
+    assert (cfg.model, cfg.task.name, cfg.scale) == ("infini_linear", "passkey", "laptop")
+    assert (cfg.records, cfg.runs) == (str(tmp_path / "records"), str(tmp_path / "runs"))
+
+
+def test_seeds_and_settings_reach_the_jobs(tmp_path):
+    jobs = plan("table2", "smoke", tmp_path, (0, 3), ("full",), ["trainer.steps=7"])
+    assert [(job.cfg.seed, job.cfg.trainer.steps, job.cfg.model) for job in jobs] == [
+        (0, 7, "full"),
+        (3, 7, "full"),
+    ]
+    assert jobs[1].settings[-2:] == ["trainer.steps=7", "seed=3"]
+
+
+@pytest.mark.parametrize(
+    ("what", "scale", "models", "says"),
+    [
+        ("table22", "laptop", MODELS, 'did you mean "table2"'),
+        ("table2", "labtop", MODELS, "labtop"),
+        ("table2", "laptop", ("infini_linaer",), 'did you mean "infini_linear"'),
+    ],
+)
+def test_what_does_not_exist_is_told_before_anything_runs(tmp_path, what, scale, models, says):
+    with pytest.raises(UserError, match=says):
+        plan(what, scale, tmp_path, (0,), models)
+
+
+# --- the whole ------------------------------------------------------------------------------------------
+
+
+REAL_COMPOSE = bridge.compose_run
+
+
+@cache
+def composed(words: tuple[str, ...]) -> RunConfig:
+    return REAL_COMPOSE(words)
+
+
+def compose_quickly(words: list[str]) -> RunConfig:
+    """As the bridge, but each run is composed once for all tests."""
+    places = dict(word.split("=") for word in words if word.startswith(PLACES))
+    return replace(composed(tuple(word for word in words if not word.startswith(PLACES))), **places)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """`infini_bench.run` made up: writes records as the real one; (model, task) in ``broken`` fail."""
+    log = SimpleNamespace(trained=[], evaluated=[], resumed=[], commands=[], broken=set(), weak=set())
+
+    def record_of(kind, cfg, made):
+        config = asdict(cfg)
+        made.config, made.config_hash, made.kind = config, config_hash(config), kind
+        made.id = f"{kind}-{cfg.task.name}-{cfg.model}-{cfg.seed}"
+        return made
+
+    def run_train(cfg, *, command, progress):
+        if done := None if cfg.force else find_done(cfg.records, "train", config_hash(asdict(cfg))):
+            return done
+        if (cfg.model, cfg.task.name) in log.broken:
+            raise ValueError("the loss is no number")
+        log.commands.append(command)
+        (log.resumed if cfg.resume else log.trained).append(cfg.model)
+        with progress.task("training", 10) as bar:
+            bar.advance(10)
+        made = record_of("train", replace(cfg, resume=None), EVALUATIONS[cfg.task.name]())
+        (Path(cfg.runs) / made.id).mkdir(parents=True, exist_ok=True)
+        write_record(cfg.records, made)
+        print("trained", cfg.model)
+        return made
+
+    def run_eval(cfg, *, command, progress):
+        assert Path(cfg.checkpoint).is_dir()
+        log.commands.append(command)
+        log.evaluated.append(cfg.model)
+        options = {"on": 50.0} if cfg.model in log.weak and cfg.task.name == "passkey" else {}
+        made = record_of("eval", cfg, EVALUATIONS[cfg.task.name](cfg.model, **options))
+        write_record(cfg.records, made)
+        return made
+
+    monkeypatch.setattr(bridge, "compose_run", compose_quickly)
+    monkeypatch.setitem(
+        sys.modules, "infini_bench.run", SimpleNamespace(run_train=run_train, run_eval=run_eval)
+    )
+    return log
+
+
+def demo(out, **options) -> int:
+    return reproduce("demo", scale="smoke", out=out, jobs=1, progress=NullProgress(), **options)
+
+
+def test_the_demo_prints_tables_checks_and_times(tmp_path, calls, capsys):
+    assert demo(tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"Table {n}:") == 1 for n in (2, 3, 4))
+    assert "16 of 16 checks passed." in shown
+    assert "12 jobs, 1 at a time" in shown and "s of training and" in shown and "256 MiB" in shown
+    assert (tmp_path / "tables" / "table2_lm.csv").exists()
+    assert "trained full" not in shown
+    assert "trained local_block" in (tmp_path / "logs" / "lm-local_block-seed0.txt").read_text()
+    assert len(read_records(tmp_path / "records")) == 24
+
+
+def test_commands_are_recorded_as_one_would_type_them(tmp_path, calls):
+    reproduce("table2", scale="smoke", out=tmp_path, jobs=1, models=("full",), progress=NullProgress())
+    places = ["scale=smoke", f"records={tmp_path}/records", f"runs={tmp_path}/runs", "seed=0"]
+    folder = f"{tmp_path}/runs/train-lm-full-0"
+    assert calls.commands == [
+        ["infini-bench", "train", "model=full", "task=lm", *places],
+        ["infini-bench", "eval", "lm", f"--checkpoint={folder}", *places],
+    ]
+
+
+def test_a_demo_that_does_not_show_it_is_exit_code_1(tmp_path, calls, capsys):
+    calls.weak.add("infini_delta")
+    assert demo(tmp_path) == 1
+    shown = capsys.readouterr().out
+    assert "MISS infini_delta, 512 tokens, start (8 segments back): 50 %, at least 80 %" in shown
+    assert "12 of 16 checks passed." in shown
+
+
+def test_failures_are_listed_and_the_rest_goes_on(tmp_path, calls, capsys):
+    calls.broken.add(("transformer_xl", "lm"))
+    assert demo(tmp_path) == 1
+    shown = capsys.readouterr().out
+    assert "failed: lm transformer_xl seed 0: ValueError: the loss is no number" in shown
+    assert len(calls.evaluated) == 11
+    assert "Traceback" in (tmp_path / "logs" / "lm-transformer_xl-seed0.txt").read_text()
+
+
+def test_a_second_run_trains_nothing_unless_a_run_folder_is_gone(tmp_path, calls):
+    demo(tmp_path)
+    (tmp_path / "runs" / "train-lm-local_block-0").rmdir()
+    calls.trained.clear()
+    demo(tmp_path)
+    assert calls.trained == ["local_block"]
+
+
+def test_an_interrupted_training_goes_on(tmp_path, calls):
+    job = plan("table2", "smoke", tmp_path, (0,), ("full",))[0]
+    cut = lm("full", kind="train", status="interrupted", id="cut", config_hash=config_hash(asdict(job.cfg)))
+    cut.config["runs"] = str(tmp_path / "runs")
+    write_record(tmp_path / "records", cut)
+    (tmp_path / "runs" / "cut").mkdir(parents=True)
+    reproduce("table2", scale="smoke", out=tmp_path, jobs=1, models=("full",), progress=NullProgress())
+    assert calls.resumed == ["full"] and calls.trained == []
+
+
+def test_ctrl_c_stops_all(tmp_path, calls, monkeypatch):
+    def stopped(cfg, **options):
+        return SimpleNamespace(status="interrupted")
+
+    monkeypatch.setattr(sys.modules["infini_bench.run"], "run_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path)
+    assert calls.evaluated == []
+
+
+def test_only_the_demo_is_judged(tmp_path, calls, capsys):
+    calls.weak.add("infini_linear")
+    assert reproduce("table3", scale="smoke", out=tmp_path, jobs=1, progress=NullProgress()) == 0
+    shown = capsys.readouterr().out
+    assert "Table 3:" in shown and "Table 2:" not in shown and "checks" not in shown
+
+
+def test_no_plan_writes_into_the_committed_results():
+    assert module.default_folder("demo") == Path("runs/demo")
+
+
+# --- workers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Toy:
+    name: str
+    fate: str = "fine"
+
+
+def toy_run(job: Toy, board) -> tuple:
+    board.put(("start", job.name, "train"))
+    with Relay(board, job.name, "train").task("counting", 4) as bar:
+        for _ in range(4):
+            bar.advance()
+    board.put(("finish", job.name, "train"))
+    if job.fate == "killed":
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.fate == "stopped":
+        raise KeyboardInterrupt
+    return job.name, os.getpid(), os.environ.get("OMP_NUM_THREADS")
+
+
+def lost(job: Toy) -> tuple:
+    return job.name, None, None
+
+
+def board(jobs: int, progress=None) -> Board:
+    return Board(progress or NullProgress(), "toys", jobs, {"train": 1.0})
+
+
+def test_workers_share_cores_and_keep_the_order():
+    results = run_all([Toy("a"), Toy("b"), Toy("c")], toy_run, 2, board(3), lost)
+    assert [name for name, _, _ in results] == ["a", "b", "c"]
+    assert os.getpid() not in {pid for _, pid, _ in results}
+    assert {threads for _, _, threads in results} <= {str(max(1, (os.cpu_count() or 1) // 2)), "1"}
+
+
+def test_a_killed_worker_loses_its_own_job_only():
+    jobs = [Toy("a", "killed"), Toy("b"), Toy("c"), Toy("d")]
+    results = run_all(jobs, toy_run, 2, board(4), lost)
+    assert [name for name, _, _ in results] == ["a", "b", "c", "d"]
+    assert results[0][1] is None
+    assert results[3][1] is not None
+
+
+def test_an_interrupt_in_a_worker_reaches_the_parent():
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Toy("a", "stopped"), Toy("b")], toy_run, 2, board(2), lost)
+
+
+def test_the_board_counts_to_a_hundred():
+    class Counter(NullProgress):
+        def __init__(self):
+            self.bars = {}
+
+        def task(self, description, total):
+            self.bars[description] = 0
+            return SimpleNamespace(advance=lambda n=1: self.count(description, n), close=lambda: None)
+
+        def count(self, description, n):
+            self.bars[description] += n
+
+    counter = Counter()
+    shared = Board(counter, "all", 2, WEIGHTS)
+    with shared:
+        shared.put(("start", "a", "train"))
+        bar = Relay(shared, "a", "train").task("steps", 10)
+        bar.advance(5)
+        assert counter.bars == {"all": 20, "a: steps": 5}
+        bar.advance(10)  # more than was said
+        assert counter.bars["all"] == 39
+        bar.close()
+        for job, phase in (("a", "train"), ("a", "eval"), ("b", "train"), ("b", "eval")):
+            shared.put(("start", job, phase))
+            shared.put(("finish", job, phase))
+    assert counter.bars["all"] == 100
+
+
+def test_the_board_draws_on_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with board(1, Progress(console)) as shared:
+        toy_run(Toy("a"), shared)
+    assert "toys" in console.file.getvalue()

@@ -1,0 +1,74 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infini_bench.models import build_model
+from infini_bench.train.loss import SequenceLoss
+
+TOKENS = 8 * 7 + 3  # an unfinished segment at the end
+
+
+def batch(vocab: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(vocab, (2, TOKENS + 1))
+    weights = torch.rand(2, TOKENS)
+    return tokens, weights / weights.sum(), (torch.rand(2, TOKENS) < 0.3).float()
+
+
+def run(model, segments: int | None) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
+    model.zero_grad()
+    loss, sums = SequenceLoss(model, segments)(*run.batch)
+    loss.backward()
+    return loss.detach(), sums, {n: p.grad for n, p in model.named_parameters()}
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-5, atol=1e-5)
+    for name, grad in a[2].items():
+        assert (grad is None) == (b[2][name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, b[2][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 5])
+def test_checkpointed_calls_have_the_loss_and_gradients_of_one_call(decoder, memory, segments):
+    model = build_model(decoder, memory, 13)
+    run.batch = batch()
+    whole = run(model, None)
+    assert_same(whole, run(model, segments))
+    assert len(whole[2]) == sum(1 for _ in model.parameters())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_the_gradient_depth_counts_segments_of_the_document_not_of_the_call(decoder, memory, depth, segments):
+    model = build_model(decoder, replace(memory, gradient_depth=depth), 13)
+    run.batch = batch()
+    assert_same(run(model, None), run(model, segments))
+
+
+def test_the_loss_is_the_weighted_sum(decoder, memory):
+    model = build_model(decoder, memory, 13)
+    tokens, weights, task_weights = batch()
+    with torch.no_grad():
+        loss, sums = SequenceLoss(model, 3)(tokens, weights, task_weights)
+        nll, _ = model.losses(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx((nll * weights).sum().item(), rel=1e-5)
+    expected = [loss, (nll * task_weights).sum(), task_weights.sum()]
+    torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_checkpointing_recomputes_one_call_at_a_time(decoder, memory):
+    """What is saved for the backward pass grows with the calls' states, not with their activations."""
+    model = build_model(decoder, memory, 13)
+    run.batch = batch()
+
+    def saved(segments: int | None) -> int:
+        elements = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: elements.append(x.numel()) or x, lambda x: x):
+            SequenceLoss(model, segments)(*run.batch)
+        return sum(elements)
+
+    if memory.kind not in ("sliding", "full"):  # their states are about as large as their activations
+        assert saved(1) < saved(None) / 3

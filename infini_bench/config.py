@@ -6,12 +6,10 @@ Used for what the command line composed and for the ``config.json`` of a run fol
 from __future__ import annotations
 
 import dataclasses
-import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-
-from omegaconf import OmegaConf, ValidationError
 
 from infini_bench import schema
 from infini_bench.errors import UserError
@@ -31,7 +29,7 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     """
     task = container.get("task", {})
     name = task.get("name") if isinstance(task, Mapping) else task
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         there = f"choose one of {', '.join(TASKS)}"
         raise UserError(f'There is no task "{name}"{suggest(str(name), TASKS)}; {there}.')
     cfg = _build(RunConfig, container, "", {"task": TASKS[name]})
@@ -74,28 +72,37 @@ def _build(cls: type, values: Any, prefix: str, subclasses: dict[str, type]) -> 
     """An instance of the dataclass ``cls``, strictly from ``values``."""
     if not isinstance(values, Mapping):
         raise UserError(f"{prefix.rstrip('.')} must be a group of settings, not {_shown(values)}.")
-    types = typing.get_type_hints(cls)
-    for key in values:
-        if key not in types:
-            siblings = [f"{prefix}{name}" for name in types]
-            raise unknown_setting(f"{prefix}{key}", siblings)
-    nested = {key: subclasses.get(key, types[key]) for key in values if dataclasses.is_dataclass(types[key])}
-    built = {key: _build(sub, values[key], f"{prefix}{key}.", {}) for key, sub in nested.items()}
-    flat = {key: value for key, value in values.items() if key not in nested}
-    return cls(**_convert(cls, flat, prefix), **built)
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_setting(f"{prefix}{key}", [f"{prefix}{name}" for name in hints])
+        if dataclasses.is_dataclass(hints[key]):
+            built[key] = _build(subclasses.get(key, hints[key]), value, f"{prefix}{key}.", {})
+            continue
+        try:
+            built[key] = _convert(hints[key], value)
+        except (ValueError, OverflowError) as err:
+            wanted = _in_words(hints[key])
+            raise UserError(f"{prefix}{key} must be {wanted}, not {_shown(value)}.") from err
+    return cls(**built)
 
 
-def _convert(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """``values`` as the types of the fields of ``cls``; text that reads as that type is accepted."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
-    except ValidationError as err:
-        key = re.split(r"[.\[]", str(err.full_key))[0]
-        wanted = _in_words(typing.get_type_hints(cls)[key])
-        raise UserError(f"{prefix}{key} must be {wanted}, not {_shown(values[key])}.") from err
-    plain = OmegaConf.to_container(merged)
-    assert isinstance(plain, dict)
-    return {str(key): plain[key] for key in values}
+def _convert(annotation: Any, value: Any) -> Any:
+    """``value`` as the annotated type, where nothing is lost. Raises ValueError if it is of another kind."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if types.NoneType in args:
+        return None if value is None else _convert(args[0], value)
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], item) for item in value]
+    if origin is dict and isinstance(value, Mapping):
+        return {_convert(args[0], key): _convert(args[1], item) for key, item in value.items()}
+    if annotation in (bool, str) and isinstance(value, annotation):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (annotation in (float, str) or (annotation is int and int(value) == value)):
+        return annotation(value)  # 1e3 is a whole number, 2024 a folder's name
+    raise ValueError
 
 
 def _shown(value: Any) -> str:
@@ -104,8 +111,8 @@ def _shown(value: Any) -> str:
 
 def _in_words(annotation: Any) -> str:
     args = typing.get_args(annotation)
-    if type(None) in args:
-        return _in_words(next(a for a in args if a is not type(None))) + " or null"
+    if types.NoneType in args:
+        return _in_words(args[0]) + " or null"
     if typing.get_origin(annotation) is list:
         return "a list such as " + ("[2,4]" if args == (int,) else "[4K,1M]")
     if typing.get_origin(annotation) is dict:

@@ -160,7 +160,7 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         """
         for layer in self.model.layers:
             for part in (layer.self_attn.memory, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                part.compile(dynamic=False)
+                part.compile()
 
     @property
     def memories(self) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infini_bench.errors import UserError
-from infini_bench.origin import run_folder
+from infini_bench.files import atomic_write
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.report.check import Check, demo_checks
 from infini_bench.report.records import Record, config_hash, current, read_records
@@ -47,7 +46,7 @@ class Job:
     name: str
     cfg: RunConfig
     settings: list[str]  # overrides that say the same by hand
-    log: Path  # what the run prints
+    log: Path  # what went wrong, if anything did
 
 
 @dataclass
@@ -95,6 +94,16 @@ def reproduce(
     return int(any(outcome.error for outcome in outcomes) or not all(check.ok for check in checks))
 
 
+def parse_seeds(text: str) -> list[int]:
+    """``0,1,2`` as numbers. Raises UserError for anything else."""
+    seeds = [part.strip() for part in text.split(",")]
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f'"{text}" is no list of seeds; write different whole numbers with commas, as in 0,1,2.'
+        )
+    return [int(seed) for seed in seeds]
+
+
 def default_folder(what: str) -> Path:
     """Never the committed ``results/``: who wants a run there says ``--out results``."""
     return Path("runs") / what
@@ -128,7 +137,7 @@ def plan(
 
 
 def run_job(job: Job, board: Any) -> Outcome:
-    """Train, then evaluate. Whatever goes wrong ends up in the outcome; ``job.log`` has the details.
+    """Train, then evaluate. Whatever goes wrong ends up in the outcome; surprises in full in ``job.log``.
 
     Raises KeyboardInterrupt if the training was asked to stop; the next time it goes on from there.
     """
@@ -141,21 +150,22 @@ def run_job(job: Job, board: Any) -> Outcome:
         started = time.monotonic()
         record = run(cfg, command=["infini-bench", phase, *words], progress=Relay(board, job.name, phase))
         setattr(outcome, f"{phase}_seconds", time.monotonic() - started)
-        board.put(("finish", job.name, phase))
         if record.status == "interrupted":
             raise KeyboardInterrupt
         return record
 
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a", encoding="utf-8") as log, redirect_stdout(log):
-        try:
-            trained = timed("train", run_train, _startable(job.cfg), job.settings)
-            cfg = replace(job.cfg, checkpoint=str(run_folder(trained)))
-            words = [word for word in job.settings if not word.startswith(("model=", "task="))]
-            timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
-        except Exception as error:
-            traceback.print_exc(file=log)
-            outcome.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    try:
+        trained = timed("train", run_train, _startable(job.cfg), job.settings)
+        cfg = replace(job.cfg, checkpoint=trained.train["folder"])
+        words = [word for word in job.settings if not word.startswith(("model=", "task="))]
+        timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
+    except UserError as error:
+        outcome.error = str(error)
+    except Exception as error:
+        atomic_write(job.log, traceback.format_exc())
+        outcome.error = f"{type(error).__name__}: {error} (see {job.log})"
+    for phase in WEIGHTS:  # also of what was skipped or never begun: there is no more to come
+        board.put(("finish", job.name, phase))
     return outcome
 
 
@@ -165,9 +175,10 @@ def _startable(cfg: RunConfig) -> RunConfig:
     same = [r for r in current(read_records(cfg.records)) if (r.kind, r.config_hash) == ("train", digest)]
     if not same or same[0].status == "failed":
         return cfg
-    there = run_folder(same[0]).is_dir()
+    folder = same[0].train["folder"]
+    there = Path(folder).is_dir()
     if same[0].status == "interrupted":
-        return replace(cfg, resume=str(run_folder(same[0]))) if there else cfg
+        return replace(cfg, resume=folder) if there else cfg
     return cfg if there else replace(cfg, force=True)
 
 
@@ -180,7 +191,7 @@ def summary(
 ) -> list[Text]:
     """What failed, what the demo shows, and what it took."""
     failed = [o for o in outcomes if o.error]
-    lines = [Text(f"failed: {o.job.name}: {o.error} (see {o.job.log})", "red") for o in failed]
+    lines = [Text(f"failed: {o.job.name}: {o.error}", "red") for o in failed]
     for check in checks:
         lines.append(Text(f"{'ok  ' if check.ok else 'MISS'} {check.text}", "" if check.ok else "red"))
     if checks:

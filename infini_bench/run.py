@@ -81,12 +81,13 @@ def run_eval(
     origin = train_reference(trained, path)
     record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
     if done := already_done(record, cfg, progress):
-        return done
-    record.train = origin
-    quiet()
-    with recorded(record, cfg), progress or Progress() as shown:
-        evaluate(record, cfg, path, shown)
-        record.status = "done"
+        record = done
+    else:
+        record.train = origin
+        quiet()
+        with recorded(record, cfg), progress or Progress() as shown:
+            evaluate(record, cfg, path, shown)
+            record.status = "done"
     if progress is None:
         show_metrics(record)
     return record

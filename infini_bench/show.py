@@ -55,8 +55,10 @@ def show_metrics(record: Record) -> None:
     conditions = list(dict.fromkeys(condition for line in lines.values() for condition in line))
     title = ", ".join([f"{record.config['model']} on {record.task}", *facts])
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in (*varying, *conditions):
-        table.add_column(name, overflow="fold")
+    for name in varying:
+        table.add_column(name, no_wrap=True)
+    for name in conditions:
+        table.add_column(name)
     for words, values in lines.items():
         table.add_row(*words, *(values.get(condition, "") for condition in conditions))
     console = Console()

@@ -110,13 +110,15 @@ def _mailbox(board: Board) -> Iterator[Any]:
 class Board:
     """One bar for everything, in percent, and one for each thing that runs now.
 
-    weights: phase -> its share of a job.
+    weights: phase -> its share of a job. Without a terminal only the first is shown, as lines.
     """
 
     def __init__(
         self, progress: Progress | NullProgress, title: str, jobs: int, weights: Mapping[str, float]
     ):
         self.progress, self.title, self.weights, self.jobs = progress, title, weights, jobs
+        lines = isinstance(progress, Progress) and not progress.console.is_terminal
+        self.details = NullProgress() if lines else progress
         self.started: set[str] = set()
         self.done: dict[tuple[str, str], float] = {}  # (job, phase) -> part done, 0..1
         self.bars: dict[str, Handle] = {}
@@ -140,7 +142,7 @@ class Board:
         self.done[job, phase] = 0.0
 
     def open(self, key: str, description: str, total: int) -> None:
-        self.bars[key] = self.progress.task(description, total)
+        self.bars[key] = self.details.task(description, total)
 
     def advance(self, key: str, n: int, job: str, phase: str, part: float) -> None:
         self.bars[key].advance(n)

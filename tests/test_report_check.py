@@ -46,6 +46,13 @@ def test_a_missing_result_is_a_miss():
     assert len(misses()) == 4
 
 
+def test_a_loss_that_is_no_number_is_a_miss():
+    broken = lm("local_block")
+    for row in broken.metrics:
+        row["value"] = None if row["metric"] == "bits_per_token" else row["value"]
+    assert len(misses(broken, models=("local_block",))) == 1
+
+
 def test_a_language_model_must_beat_the_unigram_model():
     weak = lm("local_block")
     for row in weak.metrics:

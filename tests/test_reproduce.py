@@ -66,6 +66,13 @@ def test_what_does_not_exist_is_told_before_anything_runs(tmp_path, what, scale,
         plan(what, scale, tmp_path, (0,), models)
 
 
+def test_seeds_are_read_from_text():
+    assert module.parse_seeds("0, 3,12") == [0, 3, 12]
+    for wrong in ("", "1,,2", "-1", "a", "1,1", "1.5"):
+        with pytest.raises(UserError, match="no list of seeds"):
+            module.parse_seeds(wrong)
+
+
 # --- the whole ------------------------------------------------------------------------------------------
 
 
@@ -104,9 +111,10 @@ def calls(monkeypatch):
         with progress.task("training", 10) as bar:
             bar.advance(10)
         made = record_of("train", replace(cfg, resume=None), EVALUATIONS[cfg.task.name]())
-        (Path(cfg.runs) / made.id).mkdir(parents=True, exist_ok=True)
+        folder = Path(cfg.resume or Path(cfg.runs) / made.id)
+        folder.mkdir(parents=True, exist_ok=True)
+        made.train = {"folder": str(folder)}
         write_record(cfg.records, made)
-        print("trained", cfg.model)
         return made
 
     def run_eval(cfg, *, command, progress):
@@ -136,8 +144,7 @@ def test_the_demo_prints_tables_checks_and_times(tmp_path, calls, capsys):
     assert "16 of 16 checks passed." in shown
     assert "12 jobs, 1 at a time" in shown and "s of training and" in shown and "256 MiB" in shown
     assert (tmp_path / "tables" / "table2_lm.csv").exists()
-    assert "trained full" not in shown
-    assert "trained local_block" in (tmp_path / "logs" / "lm-local_block-seed0.txt").read_text()
+    assert not (tmp_path / "logs").exists()
     assert len(read_records(tmp_path / "records")) == 24
 
 
@@ -178,10 +185,10 @@ def test_a_second_run_trains_nothing_unless_a_run_folder_is_gone(tmp_path, calls
 
 def test_an_interrupted_training_goes_on(tmp_path, calls):
     job = plan("table2", "smoke", tmp_path, (0,), ("full",))[0]
-    cut = lm("full", kind="train", status="interrupted", id="cut", config_hash=config_hash(asdict(job.cfg)))
-    cut.config["runs"] = str(tmp_path / "runs")
+    digest, folder = config_hash(asdict(job.cfg)), tmp_path / "runs" / "cut"
+    folder.mkdir(parents=True)
+    cut = lm("full", kind="train", status="interrupted", config_hash=digest, train={"folder": str(folder)})
     write_record(tmp_path / "records", cut)
-    (tmp_path / "runs" / "cut").mkdir(parents=True)
     reproduce("table2", scale="smoke", out=tmp_path, jobs=1, models=("full",), progress=NullProgress())
     assert calls.resumed == ["full"] and calls.trained == []
 

@@ -62,10 +62,10 @@ def _off(rows: list[Row]) -> Check:
 
 
 def _language(rows: list[Row], model: str) -> Check:
-    def value(metric: str) -> float:
+    def values(metric: str, missing: float) -> list[float]:
         found = [row["value"] for row in rows if row["model"] == model and row["metric"] == metric]
-        return found[0] if found and found[0] is not None else math.nan
+        return [missing if value is None else value for value in found] or [missing]
 
-    gain = value("unigram_bits_per_token") - value("bits_per_token")
+    gain = min(values("unigram_bits_per_token", -math.inf)) - max(values("bits_per_token", math.inf))
     text = f"{model}: {gain:.2f} bits a token better than a unigram model, at least {BETTER_BY:.0f}"
     return Check(gain >= BETTER_BY, text)

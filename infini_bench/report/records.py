@@ -168,7 +168,10 @@ def git_state() -> tuple[str | None, bool | None]:
     """(commit, whether code or configs differ from it); (None, None) where the package is in no git checkout.
 
     Results do not count as differences: otherwise every run but the first of a sweep would look dirty.
+    A copy without history (on a compute node, say) names its commit in INFINI_BENCH_COMMIT.
     """
+    if named := os.environ.get("INFINI_BENCH_COMMIT"):
+        return named, False
     root = Path(__file__).resolve().parents[2]
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None or _git(root, "ls-files", "--error-unmatch", "infini_bench/report/records.py") is None:

@@ -23,6 +23,9 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     if ":" in cfg.device:
         torch.cuda.set_device(torch.device(cfg.device))
     bf16 = gpu if cfg.trainer.precision == "auto" else cfg.trainer.precision == "bf16"
+    if bf16 and gpu:
+        # the memory's float32 products run in TF32: their factors come from bf16 projections anyway
+        torch.set_float32_matmul_precision("high")
     # accelerate keeps the first run's settings for the whole process; the jobs of a sweep have their own
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(

@@ -5,9 +5,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +30,8 @@ class SequenceLoss(nn.Module):
         super().__init__()
         self.model = model
         self.tokens = None if segments is None else segments * model.segment
-        self.losses: Callable[..., Any] = torch.compile(model.losses) if compiled else model.losses
+        if compiled:
+            model.compile_layers()
 
     def forward(self, tokens: Tensor, weights: Tensor, task_weights: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T+1); weights and task_weights (B, T).
@@ -56,5 +55,5 @@ class SequenceLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One call of the model, from an empty state at the start of the document."""
         before = MemoryCache.from_tensors(state) if state else None
-        nll, after = self.losses(ids, targets, before)
+        nll, after = self.model.losses(ids, targets, before)
         return torch.stack([(weights * nll).sum(), (task_weights * nll).sum()]), after.tensors()

@@ -1,0 +1,180 @@
+"""The verbs: what they print, how they fail, and that help is quick because nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from infini_bench import __version__
+from infini_bench.cli import main as cli
+from infini_bench.cli.doctor import Finding, examine
+from infini_bench.cli.listing import describe
+
+HEAVY = ("torch", "transformers", "datasets", "hydra", "omegaconf", "pandas", "numpy")
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.app, [*arguments])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["eval", "--help"], ["--version"], ["ls", "models"], ["ls"]]
+)
+def test_nothing_heavy_is_imported_before_work_begins(arguments):
+    program = (
+        "import sys\nfrom infini_bench.cli.main import main\n"
+        f"sys.argv = ['infini-bench', *{arguments!r}]\n"
+        "try: main()\n"
+        f"except SystemExit as e: print([m for m in {HEAVY!r} if m in sys.modules], e.code, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "[] 0"
+
+
+def test_version_and_help():
+    assert invoke("--version").stdout == f"infini-bench {__version__}\n"
+    text = invoke("--help").stdout
+    assert all(verb in text for verb in ("train", "eval", "reproduce", "report", "ls", "doctor"))
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "infini_bench", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"infini-bench {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("train model=infini_linera", 'There is no model "infini_linera" (did you mean "infini_linear"?)'),
+        ("train trainer.setps=5", 'There is no setting "trainer.setps" (did you mean "trainer.steps"?)'),
+        ("train modle=full", 'There is no setting "modle" (did you mean "model"?)'),
+        ("train lr=3", 'There is no setting "lr" (did you mean "trainer.lr"?)'),
+        ("train +foo=1", 'There is no setting "foo"'),
+        ("train trainer.steps=abc", 'trainer.steps must be a whole number, not "abc"'),
+        ("train trainer.steps=[1", '"trainer.steps=[1" is no setting; write key=value'),
+        ("train trainer.steps", '"trainer.steps" is no setting; write key=value'),
+        ("train trainer=5", "trainer must be a group of settings"),
+        ("train model=full,local_block", '"model=full,local_block" has several values; add -m'),
+        ("train task.trials=3", "task.trials belongs to task=passkey"),
+        ("train data=local", "data.path is not set"),
+        ("train data.filter.lang=en", "added with a plus sign: +data.filter.COLUMN=VALUE"),
+        ("train experiment=none_such", 'There is no experiment "none_such"'),
+        ("train hydra/launcher=none_such", 'There is no hydra/launcher "none_such"'),
+        ("train -m seed=0,1 model=infini_linear,ful", 'There is no model "ful" (did you mean "full"?)'),
+        ("train --config-dir none_such", "--config-dir none_such is no folder"),
+        ("train resume=none_such", "resume=none_such"),
+        ("eval passky", 'There is no task "passky" (did you mean "passkey"?)'),
+        ("eval passkey --length 1Mb", '"1Mb" is not a length'),
+        ("eval passkey --length 0", "at least 1 token"),
+        ("eval passkey --depths 120", 'The depth "120" lies outside 0-100 %'),
+        ("eval passkey --trials 0", "task.trials must be above 0"),
+        ("eval lm --trials 3", "--depths and --trials belong to eval passkey"),
+        ("eval lm --length 1K,2K", "one --length"),
+        ("eval lm", "There is no finished run to evaluate; run `infini-bench train task=lm` first"),
+        ("eval lm --checkpoint none_such", 'The checkpoint "none_such" is neither a folder nor a model'),
+        ("ls modles", 'There are no "modles" to list (did you mean "models"?)'),
+        ("reproduce table22", 'There is nothing to reproduce named "table22"'),
+        ("report --format docx", 'unknown format "docx"'),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence):
+    result = invoke(*arguments.split())
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["train", "--nonsense"], ["eval", "passkey", "--trials", "x"], ["eval"]]
+)
+def test_usage_errors_are_exit_code_2(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_unexpected_errors_show_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "list_runs", lambda records: 1 / 0)
+    assert isinstance(invoke("ls", "runs").exception, ZeroDivisionError)
+
+
+def test_interruption_is_exit_code_130(monkeypatch):
+    def interrupt(records):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "list_runs", interrupt)
+    assert invoke("ls", "runs").exit_code == 130
+
+
+def test_options_of_eval_become_overrides(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_launch", lambda verb, overrides, *rest: seen.append((verb, overrides)))
+    invoke("eval", "passkey", "--length", "4K,1M", "--depths", "0,50%,end", "--trials", "3", "seed=1")
+    invoke("eval", "lm", "--length", "4K", "--checkpoint", "runs/it's")
+    invoke("eval", "booksum", "--length", "512K")
+    passkey = [
+        "task=passkey",
+        "task.lengths=[4096,1048576]",
+        "task.depths=[0,50,end]",
+        "task.trials=3",
+        "seed=1",
+    ]
+    assert seen == [
+        ("eval", passkey),
+        ("eval", ["task=lm", "task.max_tokens=4096", r"checkpoint='runs/it\'s'"]),
+        ("eval", ["task=booksum", "task.input_tokens=524288"]),
+    ]
+
+
+def test_ls_says_something_about_each_thing():
+    text = invoke("ls").stdout
+    assert "infini_delta" in text and "Eq. 9" in text and "runs: none yet" in text
+    assert describe("# @package _global_\n# What it is\nkey: 1\n") == "What it is"
+
+
+def test_cfg_prints_the_settings():
+    text = invoke("train", "--cfg", "job", "task=passkey", "trainer.steps=7").stdout
+    assert "steps: 7" in text and "name: passkey" in text and "hydra" not in text
+
+
+def test_report_without_records_writes_empty_tables(tmp_path):
+    assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 0
+    assert (tmp_path / "tables" / "table3_passkey.csv").exists()
+
+
+def test_doctor_is_content_here(monkeypatch):
+    findings = {finding.name: finding for finding in examine(offline=True)}
+    assert findings["torch"].ok and findings["runs"].ok and findings["memory"].detail.endswith("GiB")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert invoke("doctor", "--offline").exit_code == 0
+
+
+def test_doctor_fails_if_something_essential_is_broken(monkeypatch):
+    broken = Finding("torch", False, "not installed", "pip install torch", essential=True)
+    monkeypatch.setattr("infini_bench.cli.doctor.examine", lambda offline: iter([broken]))
+    result = invoke("doctor")
+    assert result.exit_code == 1 and "pip install torch" in result.stdout
+
+
+def test_records_are_listed(tmp_path):
+    from infini_bench.config import to_dict
+    from infini_bench.report.records import Record, write_record
+    from infini_bench.schema import LMConfig, RunConfig
+
+    config = to_dict(RunConfig(task=LMConfig()))
+    record = Record(
+        "id-1", "train", "failed", [], config, "0", 0, "cpu", "2026-01-01", error="no luck\nat all"
+    )
+    write_record(tmp_path / "r", record)
+    assert (
+        "id-1  train failed: infini_linear on lm (no luck)" in invoke("ls", "runs", "--records", "r").stdout
+    )
+    (tmp_path / "r" / "x.jsonl").write_text(json.dumps({}) + "\n")
+    assert invoke("ls", "runs", "--records", "r").exit_code == 2

@@ -156,11 +156,13 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     def compile_layers(self) -> None:
         """torch.compile the parts that all layers share, each once for all layers; in place.
 
-        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes.
+        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes. Shapes
+        stay static: each number of segments is compiled by itself, which takes seconds, a dynamic scan minutes.
         """
+        torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             for part in (layer.self_attn.memory, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                part.compile()
+                part.compile(dynamic=False)
 
     @property
     def memories(self) -> list[Any]:

@@ -19,6 +19,7 @@ from infini_bench.report.records import read_records
 from infini_bench.schema import RunConfig
 
 Values = dict[str, Any]
+PACKAGE = Path(str(files("infini_bench")))
 
 TRAINED = ("decoder", "memory", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
 PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
@@ -28,8 +29,8 @@ MIXES = ("scale", "recipe", "experiment")  # groups whose choice sets the task's
 def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
     """The checkpoint folder to evaluate, and how to call it.
 
-    ``cfg.checkpoint`` is a run folder, a checkpoint folder, the name of a run or the name of a model; unset,
-    it is the shipped model or the latest finished run. model: only a run of this model will do.
+    ``cfg.checkpoint`` is a run or checkpoint folder, the name of a run or of a model, or (a shipped model)
+    ``shipped/<task>``; unset, it is the shipped model or the latest finished run. model: only this one will do.
     """
     from infini_bench.train.checkpoint import find_checkpoint
 
@@ -39,7 +40,7 @@ def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
 
 def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
     if cfg.checkpoint is not None:
-        for path in (Path(cfg.checkpoint), Path(cfg.runs) / cfg.checkpoint):
+        for path in (Path(cfg.checkpoint), Path(cfg.runs) / cfg.checkpoint, PACKAGE / cfg.checkpoint):
             if path.exists():
                 return path, f"checkpoint {path}"
         run = latest_run(cfg, cfg.checkpoint)
@@ -49,9 +50,9 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
                 "`infini-bench ls runs` lists what there is."
             )
         return run, f"{run}, the latest finished run of {cfg.checkpoint}"
-    shipped = Path(str(files("infini_bench"))) / "shipped" / cfg.task.name
+    shipped = PACKAGE / "shipped" / cfg.task.name
     if shipped.is_dir() and model in (None, trained_config(shipped).model):
-        return shipped, "the shipped model"
+        return shipped, f"the shipped model, {trained_config(shipped).model}"
     run = latest_run(cfg, model)
     if run is None:
         wanted = f" model={model}" if model else ""
@@ -60,6 +61,11 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
             "first, or name a folder with --checkpoint."
         )
     return run, f"{run}, the latest finished run" + (f" of {model}" if model else "")
+
+
+def checkpoint_name(path: Path) -> str:
+    """How a record calls a checkpoint; `find_origin` finds it again, a shipped model's also elsewhere."""
+    return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else str(path)
 
 
 def latest_run(cfg: RunConfig, model: str | None) -> Path | None:

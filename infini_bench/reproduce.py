@@ -21,7 +21,7 @@ from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.report.check import Check, demo_checks
-from infini_bench.report.records import Record, config_hash, current, read_records
+from infini_bench.report.records import Record, config_hash, current, now, read_records
 from infini_bench.report.tables import PRINTED, print_tables, write_report
 from infini_bench.report.tidy import TABLES, tidy
 from infini_bench.schema import RunConfig
@@ -81,7 +81,7 @@ def reproduce(
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
-    records = [r for r in read_records(folder / "records") if r.config["scale"] == scale]
+    records = _planned_records(planned, read_records(folder / "records"))
     write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=[name for name in PRINTED if name in {TABLES[task] for task in PLANS[what]}])
@@ -147,9 +147,10 @@ def run_job(job: Job, board: Any) -> Outcome:
 
     def timed(phase: str, run: Callable[..., Record], cfg: RunConfig, words: list[str]) -> Record:
         board.put(("start", job.name, phase))
-        started = time.monotonic()
+        began = now()
         record = run(cfg, command=["infini-bench", phase, *words], progress=Relay(board, job.name, phase))
-        setattr(outcome, f"{phase}_seconds", time.monotonic() - started)
+        if record.started >= began:  # otherwise it was done before
+            setattr(outcome, f"{phase}_seconds", record.seconds)
         if record.status == "interrupted":
             raise KeyboardInterrupt
         return record
@@ -182,8 +183,16 @@ def _startable(cfg: RunConfig) -> RunConfig:
     return cfg if there else replace(cfg, force=True)
 
 
+def _planned_records(jobs: list[Job], records: list[Record]) -> list[Record]:
+    """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
+    digests = {config_hash(asdict(job.cfg)) for job in jobs}
+    return [
+        r for r in records if (r.config_hash if r.kind == "train" else r.train.get("config_hash")) in digests
+    ]
+
+
 def _lost(job: Job) -> Outcome:
-    return Outcome(job, error="its process was killed, perhaps for want of memory; use --jobs 1")
+    return Outcome(job, error="its process was killed twice, perhaps for want of memory")
 
 
 def summary(
@@ -199,5 +208,5 @@ def summary(
     train, evaluation = sum(o.train_seconds for o in outcomes), sum(o.eval_seconds for o in outcomes)
     peak = max((r.peak_bytes or 0 for r in records), default=0)
     took = f"{len(outcomes)} jobs, {workers} at a time, in {seconds:.0f} s: {train:.0f} s of training and "
-    took += f"{evaluation:.0f} s of evaluation (of what was not done before), "
+    took += f"{evaluation:.0f} s of evaluation (what was done before left out), "
     return [*lines, Text(f"{took}at most {peak / 2**20:.0f} MiB of memory in a process.")]

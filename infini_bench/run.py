@@ -18,7 +18,13 @@ import torch
 from infini_bench.config import to_dict
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
-from infini_bench.origin import continued_run, evaluated_config, find_origin, trained_config
+from infini_bench.origin import (
+    checkpoint_name,
+    continued_run,
+    evaluated_config,
+    find_origin,
+    trained_config,
+)
 from infini_bench.progress import Progress
 from infini_bench.report import records
 from infini_bench.report.records import Record
@@ -46,9 +52,9 @@ def run_train(
     else:
         record = new_record("train", cfg, command)
         folder = Path(cfg.runs) / record.id
+    record.train = {"folder": str(folder)}
     if done := already_done(record, cfg, progress):
         return done
-    record.train = {"folder": str(folder)}
     quiet()
     with recorded(record, cfg), progress or Progress() as shown:
         result = train(cfg, folder, shown)
@@ -77,13 +83,13 @@ def run_eval(
     if progress is None:
         say(f"evaluating {words}")
     trained = trained_config(path)
-    cfg = replace(evaluated_config(cfg, trained, given), checkpoint=str(path), resume=None)
+    cfg = replace(evaluated_config(cfg, trained, given), checkpoint=checkpoint_name(path), resume=None)
     origin = train_reference(trained, path)
     record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
+    record.train = origin
     if done := already_done(record, cfg, progress):
         record = done
     else:
-        record.train = origin
         quiet()
         with recorded(record, cfg), progress or Progress() as shown:
             evaluate(record, cfg, path, shown)
@@ -113,11 +119,11 @@ def evaluate(record: Record, cfg: RunConfig, path: Path, progress: Progress) -> 
 
 def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
     """What an evaluation's record says about the training of checkpoint ``path``. Tokens: up to there."""
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    run = path.parent.parent.name if path.parent.name == "checkpoints" else checkpoint_name(path)
     state = read_json(path / "state.json") if (path / "state.json").exists() else {}
     counts = {"steps": state.get("step"), "tokens": state.get("tokens"), "seconds": state.get("seconds")}
     digest = records.config_hash(to_dict(trained))
-    return {"id": run.name, "config_hash": digest, "seed": trained.seed, **counts}
+    return {"id": run, "config_hash": digest, "seed": trained.seed, **counts}
 
 
 # --- records --------------------------------------------------------------------------------------------
@@ -146,11 +152,22 @@ def new_record(
 
 
 def already_done(record: Record, cfg: RunConfig, progress: Progress | None) -> Record | None:
-    """The finished record of the same run, unless ``cfg.force``."""
+    """The finished record of the same run, unless ``cfg.force`` or another machine's.
+
+    Records travel with the repository, run folders do not: a training counts if its folder is here, an
+    evaluation if it is of this very run.
+    """
     done = None if cfg.force else records.find_done(cfg.records, record.kind, record.config_hash)
-    if done is not None and progress is None:
+    if done is None:
+        return None
+    here = (
+        Path(done.train["folder"]).is_dir()
+        if done.kind == "train"
+        else done.train["id"] == record.train["id"]
+    )
+    if here and progress is None:
         say(f"already done: {done.id} (force=true runs it again)")
-    return done
+    return done if here else None
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class BooksumConfig(TaskConfig):
 @dataclass
 class TrainerConfig:
     steps: int = 200
-    batch: int = 8  # sequences a micro-batch on one process
+    batch: int = 8  # sequences a micro-batch on one process, at the longest level of the curriculum
     accumulate: int = 1  # micro-batches a step
     optimizer: str = "adamw"  # adamw | adafactor
     lr: float = 3e-3
@@ -139,7 +139,9 @@ class TrainerConfig:
     precision: str = "auto"  # auto (bf16 on GPU, float32 on CPU) | float32 | bf16
     checkpoint_segments: int | None = None  # recompute activations every so many segments; unset = keep all
     compile: bool = False
-    curriculum: list[int] = field(default_factory=list)  # numbers of segments, in rising order; empty = the task's length
+    # Numbers of segments, in rising order; empty = the task's length. At a shorter level a micro-batch has
+    # batch * longest // level sequences, so that a step keeps its tokens.
+    curriculum: list[int] = field(default_factory=list)
     curriculum_loss: float = 0.1  # go on to the next number when the smoothed task loss is below
     log_every: int = 10
     validate_every: int | None = None  # unset = at the end only

@@ -9,11 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, Protocol, TypeVar
 
 from infini_bench.progress import Handle, NullProgress, Progress
@@ -38,8 +39,9 @@ def run_all(
 ) -> list[R]:
     """Results in the order of ``jobs``. ``run`` and jobs must be picklable if workers > 1.
 
-    ``lost(job)`` stands in for the result of a job whose process was killed. KeyboardInterrupt: no further
-    job is started, those that run are waited for (training saves itself and stops).
+    Jobs whose process is killed (want of memory, mostly) are run again alone; ``lost(job)`` is the result of
+    one that is killed then, too. SIGINT and SIGTERM end all with a KeyboardInterrupt: no further job is
+    started, workers are sent SIGTERM, and training saves itself before it stops.
     """
     with board:
         if workers == 1:
@@ -51,39 +53,65 @@ def _side_by_side(
     jobs: Sequence[J], run: Callable, workers: int, board: Board, lost: Callable[[J], R]
 ) -> list[R]:
     results: dict[str, R] = {}
-    waiting = list(jobs)
-    with _mailbox(board) as queue:
-        while waiting:
-            done, broken = _one_pool(waiting, run, workers, queue)
+    with _mailbox(board) as queue, _terminable():
+        while waiting := [job for job in jobs if job.name not in results]:
+            done, killed = _one_pool(waiting, run, workers, queue)
             results |= done
-            # A killed worker takes the whole pool along; only what had been started is given up.
-            culprits = [job for job in broken if job.name in board.started] or broken
-            results |= {job.name: lost(job) for job in culprits}
-            waiting = [job for job in broken if job not in culprits]
+            for job in killed:  # one dead worker takes the whole pool along
+                done, killed_again = _one_pool([job], run, 1, queue)
+                results |= done | {job.name: lost(job) for job in killed_again}
     return [results[job.name] for job in jobs]
 
 
 def _one_pool(jobs: list[J], run: Callable, workers: int, queue: Any) -> tuple[dict[str, Any], list[J]]:
-    """Results by name, and the jobs that have none because a worker was killed."""
-    context = multiprocessing.get_context("spawn")
-    setup = (max(1, cores() // workers),)
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, setup) as pool:
-        futures = [(job, pool.submit(run, job, queue)) for job in jobs]
-        done, broken = {}, []
-        try:
-            for job, future in futures:
+    """Results by name until all is done or a worker is killed, and the jobs that ran then."""
+    done: dict[str, Any] = {}
+    killed: list[J] = []
+    waiting, running = deque(jobs), dict[Future, J]()
+    with _pool(workers) as pool:
+        while (waiting or running) and not killed:
+            while waiting and len(running) < workers:  # no more: what a pool has queued cannot be cancelled
+                job = waiting.popleft()
+                running[pool.submit(run, job, queue)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
                 try:
                     done[job.name] = future.result()
                 except BrokenProcessPool:
-                    broken.append(job)
+                    killed += [job, *running.values()]
+                    break
+    return done, killed
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that share the cores; on an interrupt they are asked to stop."""
+    others = set(multiprocessing.active_children())
+    context, threads = multiprocessing.get_context("spawn"), max(1, cores() // workers)
+    with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
+        try:
+            yield pool
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
             raise
-    return done, broken
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as KeyboardInterrupt, so that no worker outlives this process."""
+    if current_thread() is not main_thread():  # Python allows no handlers there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_worker(threads: int) -> None:
-    """Before torch is imported. Ctrl-C is the parent's and the training loop's affair."""
+    """Before torch is imported. Ctrl-C is the affair of the parent, and of the loop while one trains."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -119,7 +147,6 @@ class Board:
         self.progress, self.title, self.weights, self.jobs = progress, title, weights, jobs
         lines = isinstance(progress, Progress) and not progress.console.is_terminal
         self.details = NullProgress() if lines else progress
-        self.started: set[str] = set()
         self.done: dict[tuple[str, str], float] = {}  # (job, phase) -> part done, 0..1
         self.bars: dict[str, Handle] = {}
         self.shown = 0
@@ -138,10 +165,11 @@ class Board:
         getattr(self, method)(*arguments)
 
     def start(self, job: str, phase: str) -> None:
-        self.started.add(job)
         self.done[job, phase] = 0.0
 
     def open(self, key: str, description: str, total: int) -> None:
+        if key in self.bars:  # of a process that was killed
+            self.close(key)
         self.bars[key] = self.details.task(description, total)
 
     def advance(self, key: str, n: int, job: str, phase: str, part: float) -> None:

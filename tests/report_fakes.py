@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from infini_bench.report.layouts import sheets
 from infini_bench.report.records import Record, config_hash
+from infini_bench.report.tidy import tidy
 
 CONFIG: dict[str, Any] = {
     "model": "infini_linear",
@@ -131,3 +133,18 @@ def booksum(model: str = "infini_linear", seed: int = 0, **changes) -> Record:
     metrics += [row(name, value + 1, condition="best", **columns) for name, value in names.items()]
     metrics.append(row("overall", 12.0, condition="memory_off", **columns))
     return record(model, seed, metrics, config={"task": {"name": "booksum"}}, **changes)
+
+
+def pick(rows: list, metric: str, **match: Any) -> Any:
+    """The only row of a metric that matches."""
+    found = [
+        r for r in rows if r["metric"] == metric and all(r[key] == value for key, value in match.items())
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def sheet_text(records: list, name: str) -> tuple[list[str], Any]:
+    """Column titles and the only sheet of a table."""
+    (sheet,) = sheets(tidy(records), records, [name])
+    return [column.title for column in sheet.columns], sheet

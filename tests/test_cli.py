@@ -23,7 +23,9 @@ def invoke(*arguments: str):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
+    """An empty folder, and a package without shipped models."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("infini_bench.origin.PACKAGE", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,8 @@ def test_python_dash_m():
         ("eval lm", "There is no finished run to evaluate; run `infini-bench train task=lm` first"),
         ("eval lm --checkpoint none_such", 'The checkpoint "none_such" is neither a folder nor a model'),
         ("ls modles", 'There are no "modles" to list (did you mean "models"?)'),
-        ("reproduce table22", 'There is nothing to reproduce named "table22"'),
+        ("reproduce table22", '"table22"'),
+        ("reproduce table2 --seeds 0,a", '"0,a" is no list of seeds'),
         ("report --format docx", 'unknown format "docx"'),
     ],
 )
@@ -153,7 +156,8 @@ def test_doctor_is_content_here(monkeypatch):
     findings = {finding.name: finding for finding in examine(offline=True)}
     assert findings["torch"].ok and findings["runs"].ok and findings["memory"].detail.endswith("GiB")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert invoke("doctor", "--offline").exit_code == 0
+    result = invoke("doctor", "--offline")
+    assert result.exit_code == 0 and "extra [dev]" in result.stdout
 
 
 def test_doctor_fails_if_something_essential_is_broken(monkeypatch):

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import os
-import signal
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from report_fakes import booksum, lm, passkey
-from rich.console import Console
 
 from infini_bench import reproduce as module
 from infini_bench.cli import bridge
 from infini_bench.errors import UserError
-from infini_bench.progress import NullProgress, Progress
+from infini_bench.progress import NullProgress
 from infini_bench.report.records import config_hash, find_done, read_records, write_record
-from infini_bench.reproduce import MODELS, WEIGHTS, plan, reproduce
+from infini_bench.reproduce import MODELS, plan, reproduce
 from infini_bench.schema import RunConfig
-from infini_bench.workers import Board, Relay, run_all
 
 PLACES = ("records=", "runs=")
 EVALUATIONS = {"lm": lm, "passkey": passkey, "booksum": booksum}
@@ -123,6 +117,7 @@ def calls(monkeypatch):
         log.evaluated.append(cfg.model)
         options = {"on": 50.0} if cfg.model in log.weak and cfg.task.name == "passkey" else {}
         made = record_of("eval", cfg, EVALUATIONS[cfg.task.name](cfg.model, **options))
+        made.train["config_hash"] = config_hash(asdict(cfg))
         write_record(cfg.records, made)
         return made
 
@@ -183,6 +178,14 @@ def test_a_second_run_trains_nothing_unless_a_run_folder_is_gone(tmp_path, calls
     assert calls.trained == ["local_block"]
 
 
+def test_other_settings_in_the_folder_are_not_judged(tmp_path, calls, capsys):
+    calls.weak.add("infini_linear")
+    assert demo(tmp_path) == 1
+    calls.weak.clear()
+    assert demo(tmp_path, overrides=["trainer.lr=0.01"]) == 0
+    assert "trainer.lr" not in capsys.readouterr().out
+
+
 def test_an_interrupted_training_goes_on(tmp_path, calls):
     job = plan("table2", "smoke", tmp_path, (0,), ("full",))[0]
     digest, folder = config_hash(asdict(job.cfg)), tmp_path / "runs" / "cut"
@@ -195,7 +198,7 @@ def test_an_interrupted_training_goes_on(tmp_path, calls):
 
 def test_ctrl_c_stops_all(tmp_path, calls, monkeypatch):
     def stopped(cfg, **options):
-        return SimpleNamespace(status="interrupted")
+        return SimpleNamespace(status="interrupted", started="")
 
     monkeypatch.setattr(sys.modules["infini_bench.run"], "run_train", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -212,89 +215,3 @@ def test_only_the_demo_is_judged(tmp_path, calls, capsys):
 
 def test_no_plan_writes_into_the_committed_results():
     assert module.default_folder("demo") == Path("runs/demo")
-
-
-# --- workers --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Toy:
-    name: str
-    fate: str = "fine"
-
-
-def toy_run(job: Toy, board) -> tuple:
-    board.put(("start", job.name, "train"))
-    with Relay(board, job.name, "train").task("counting", 4) as bar:
-        for _ in range(4):
-            bar.advance()
-    board.put(("finish", job.name, "train"))
-    if job.fate == "killed":
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job.fate == "stopped":
-        raise KeyboardInterrupt
-    return job.name, os.getpid(), os.environ.get("OMP_NUM_THREADS")
-
-
-def lost(job: Toy) -> tuple:
-    return job.name, None, None
-
-
-def board(jobs: int, progress=None) -> Board:
-    return Board(progress or NullProgress(), "toys", jobs, {"train": 1.0})
-
-
-def test_workers_share_cores_and_keep_the_order():
-    results = run_all([Toy("a"), Toy("b"), Toy("c")], toy_run, 2, board(3), lost)
-    assert [name for name, _, _ in results] == ["a", "b", "c"]
-    assert os.getpid() not in {pid for _, pid, _ in results}
-    assert {threads for _, _, threads in results} <= {str(max(1, (os.cpu_count() or 1) // 2)), "1"}
-
-
-def test_a_killed_worker_loses_its_own_job_only():
-    jobs = [Toy("a", "killed"), Toy("b"), Toy("c"), Toy("d")]
-    results = run_all(jobs, toy_run, 2, board(4), lost)
-    assert [name for name, _, _ in results] == ["a", "b", "c", "d"]
-    assert results[0][1] is None
-    assert results[3][1] is not None
-
-
-def test_an_interrupt_in_a_worker_reaches_the_parent():
-    with pytest.raises(KeyboardInterrupt):
-        run_all([Toy("a", "stopped"), Toy("b")], toy_run, 2, board(2), lost)
-
-
-def test_the_board_counts_to_a_hundred():
-    class Counter(NullProgress):
-        def __init__(self):
-            self.bars = {}
-
-        def task(self, description, total):
-            self.bars[description] = 0
-            return SimpleNamespace(advance=lambda n=1: self.count(description, n), close=lambda: None)
-
-        def count(self, description, n):
-            self.bars[description] += n
-
-    counter = Counter()
-    shared = Board(counter, "all", 2, WEIGHTS)
-    with shared:
-        shared.put(("start", "a", "train"))
-        bar = Relay(shared, "a", "train").task("steps", 10)
-        bar.advance(5)
-        assert counter.bars == {"all": 20, "a: steps": 5}
-        bar.advance(10)  # more than was said
-        assert counter.bars["all"] == 39
-        bar.close()
-        for job, phase in (("a", "train"), ("a", "eval"), ("b", "train"), ("b", "eval")):
-            shared.put(("start", job, phase))
-            shared.put(("finish", job, phase))
-    assert counter.bars["all"] == 100
-
-
-def test_the_board_draws_on_a_terminal():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with board(1, Progress(console)) as shared:
-        toy_run(Toy("a"), shared)
-    assert "toys" in console.file.getvalue()

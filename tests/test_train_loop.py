@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from infini_bench.tasks import build_task
 from train_fakes import FakeTask, fake_task, run_config
 
 from infini_bench.errors import UserError
-from infini_bench.schema import RunConfig
-from infini_bench.train import loop, train
+from infini_bench.schema import BooksumConfig, DataConfig, LMConfig, PasskeyConfig, RunConfig
+from infini_bench.train import load_checkpoint_model, loop, train
 from infini_bench.train.log import MetricsLog, read_log
 
 
@@ -88,12 +89,12 @@ def timeless(lines: list[dict]) -> list[dict]:
 
 
 def train_until(cfg: RunConfig, folder: Path, step: int, number: int = signal.SIGTERM) -> loop.TrainResult:
-    """Trains, and sends this process a signal while the batch of ``step`` is made."""
+    """Trains, and sends this process a signal in ``step``, when the batch of the next one is made ahead."""
     rows = cfg.trainer.batch * max(1, *(cfg.trainer.curriculum or [1])) // min(cfg.trainer.curriculum or [1])
 
     class Interrupting(FakeTask):
         def batch(self, cursor, *args, **kwargs):
-            if cursor == (step - 1) * rows and "split" not in kwargs:
+            if cursor == step * rows and "split" not in kwargs:
                 os.kill(os.getpid(), number)
             return super().batch(cursor, *args, **kwargs)
 
@@ -131,16 +132,54 @@ def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_the_curriculum_moves_on_and_survives_a_resume(tmp_path):
-    settings = {"steps": 30, "curriculum": [1, 2, 4], "curriculum_loss": 9.0, "save_every": 1}
+    settings = {"steps": 30, "curriculum": [1, 2, 4], "curriculum_loss": 9.0, "save_every": 12}
     train(run_config(**settings), tmp_path / "whole")
     levels = [line["level"] for line in log(tmp_path / "whole")]
     assert levels == [1] * 10 + [2] * 10 + [4] * 10
     assert {line["tokens"] / line["step"] for line in log(tmp_path / "whole")} == {2 * 4 * 8}
     folder = tmp_path / "parts"
-    train(run_config(**{**settings, "steps": 30}), folder)
-    cfg = resumed(run_config(**settings), folder / "checkpoints" / "step-000029")
+    train(run_config(**settings), folder)
+    cfg = resumed(run_config(**settings), folder / "checkpoints" / "step-000024")
     train(cfg, folder)
     assert timeless(log(folder)) == timeless(log(tmp_path / "whole"))
+
+
+REAL = {
+    "lm": LMConfig(sequence=24),
+    "passkey": PasskeyConfig(digits=1, segments=16),
+    "booksum": BooksumConfig(train_input_tokens=32, train_summary_tokens=16),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_tasks_resume_exactly(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(loop, "build_task", build_task)
+    (tmp_path / "books").mkdir()
+    for split in ("train", "validation", "test"):
+        text = f"It was the best {split} of times, it was the worst {split} of times. " * 20
+        books = [{"id": str(i), "text": f"{i} {text}", "summary": f"{i} times, mixed."} for i in range(3)]
+        lines = [json.dumps(book) + "\n" for book in books]
+        (tmp_path / "books" / f"{split}.jsonl").write_text("".join(lines))
+
+    def config(resume: str | None = None) -> RunConfig:
+        cfg = run_config(steps=4)
+        cfg.task, cfg.resume, cfg.memory.segment = REAL[name], resume, 32
+        cfg.data = DataConfig(
+            name="tiny",
+            source="local",
+            path=str(tmp_path / "books"),
+            id_column="id",
+            summary_column="summary",
+            tokenizer="bytes",
+            cache_dir=str(tmp_path / "cache"),
+        )
+        return cfg
+
+    train(config(), tmp_path / "run")
+    whole = timeless(log(tmp_path / "run"))
+    result = train(config(str(tmp_path / "run" / "checkpoints" / "step-000002")), tmp_path)
+    assert timeless(log(tmp_path / "run")) == whole and len(whole) == 4
+    assert load_checkpoint_model(result.folder)[2].task == REAL[name]
 
 
 def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(tmp_path, monkeypatch):

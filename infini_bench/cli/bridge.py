@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +38,8 @@ from infini_bench.errors import UserError
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 
+# What Hydra raises for overrides that it cannot compose; the last for values of the wrong kind.
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
 MODULE, CONFIG, VERSION = "infini_bench.conf", "config", "1.3"
 
 
@@ -48,17 +50,13 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     """The run that these overrides of ``conf/`` describe. Raises UserError in one sentence."""
     with _loader() as loader:
         parsed = _parse(overrides, loader)
-        for override in parsed:
-            _check_group(override, loader, overrides)
         try:
+            for override in parsed:
+                _check_group(override, loader, overrides)
             config = hydra.compose(CONFIG, [*overrides])
-            return _build(config)
-        except (HydraException, OmegaConfBaseException) as err:
+            container: Any = OmegaConf.to_container(config, resolve=True)
+        except REFUSALS as err:
             raise _explain(err, parsed, loader) from err
-
-
-def _build(config: DictConfig) -> RunConfig:
-    container: Any = OmegaConf.to_container(config, resolve=True)
     return build_config(container)
 
 
@@ -111,8 +109,8 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
-        except (OverrideParseException, HydraException) as err:
+            parsed += parser.parse_overrides([text])
+        except HydraException as err:
             raise UserError(f'"{text}" is no setting; write key=value, such as trainer.steps=100.') from err
     return parsed
 
@@ -124,9 +122,11 @@ def _check_group(override: Override, loader: ConfigLoader, overrides: Sequence[s
     options = loader.get_group_options(group, ObjectType.CONFIG, CONFIG, search)
     if override.is_sweep_override():
         raise UserError(f'"{override.input_line}" has several values; add -m to run one after the other.')
-    if options and isinstance(value, str) and value not in options:
-        there = f"choose one of {', '.join(options)}"
-        raise UserError(f'There is no {group} "{value}"{suggest(value, options)}; {there}.')
+    chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]
+    for name in chosen if options else []:
+        if name not in options:
+            there = f"choose one of {', '.join(options)}"
+            raise UserError(f'There is no {group} "{name}"{suggest(str(name), options)}; {there}.')
 
 
 def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
@@ -134,7 +134,7 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
     groups = [o for o in parsed if loader.get_group_options(o.key_or_group, ObjectType.CONFIG)]
     try:
         task = hydra.compose(CONFIG, [str(o.input_line) for o in groups]).task.name
-    except (HydraException, OmegaConfBaseException):
+    except REFUSALS:
         return UserError(" ".join(str(err).split("\n")[0].split()))
     known = [*known_keys(task), *loader.list_groups("")]
     for override in parsed:
@@ -196,13 +196,14 @@ def eval_job(cfg: DictConfig) -> None:
 
 def _job(verb: str, cfg: DictConfig) -> None:
     config = HydraConfig.get()
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
     overrides = [*config.overrides.task]
     search = [text for text in config.overrides.hydra if text.startswith("hydra.searchpath=")]
 
     def recompose(more: list[str]) -> RunConfig:
         return compose_run([*search, *overrides, *more])
 
-    job = jobs.Job(verb, _build(cfg), overrides, _given(overrides), recompose)
+    job = jobs.Job(verb, build_config(container), overrides, _given(overrides), recompose)
     if config.mode is RunMode.MULTIRUN:
         job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
     else:
@@ -248,7 +249,10 @@ def complete(words: Sequence[str], incomplete: str) -> list[str]:
     """
     line = re.sub(r"\s*=\s*", "=", " ".join([*words, incomplete]))
     with _loader() as loader:
-        found = DefaultCompletionPlugin(loader)._query(CONFIG, line)
+        try:
+            found = DefaultCompletionPlugin(loader)._query(CONFIG, line)
+        except HydraException:  # the words before are no overrides, so nothing fits after them
+            return []
     key, equals, _ = line.rpartition(" ")[2].rpartition("=")
     own = [text for text in found if incomplete.startswith("hydra") or not re.match("hydra|schema", text)]
     split = bool(equals) and (incomplete == "=" or "=" not in incomplete)

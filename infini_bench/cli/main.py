@@ -39,13 +39,19 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
     """Completion of ``OVERRIDES``: groups, their options and keys, as Hydra knows them."""
     from infini_bench.cli.bridge import complete
 
-    return complete(ctx.params.get("overrides") or [], incomplete)
+    task = [f"task={ctx.params['what']}"] if ctx.params.get("what") else []
+    return complete([*task, *(ctx.params.get("overrides") or [])], incomplete)
+
+
+def complete_task(incomplete: str) -> list[str]:
+    """Completion of the task of ``eval``."""
+    return [name for name, _ in list_options("tasks") if name.startswith(incomplete)]
 
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[OVERRIDES]...",
+        metavar="OVERRIDES",
         help="Settings as key=value, e.g. model=infini_delta trainer.steps=500.",
         autocompletion=complete_override,
     ),
@@ -90,11 +96,15 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="lm|passkey|booksum", help="The task.")],
+    what: Annotated[
+        str, typer.Argument(metavar="lm|passkey|booksum", help="The task.", autocompletion=complete_task)
+    ],
     overrides: Overrides = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Run folder, checkpoint folder or model name; default: the latest finished run."),
+        typer.Option(
+            help="Run folder, checkpoint folder or model name; unset: the shipped model or the latest run."
+        ),
     ] = None,
     length: Annotated[str | None, typer.Option(help="Input tokens, e.g. 4K,128K,1M (K = 1024).")] = None,
     depths: Annotated[
@@ -121,13 +131,15 @@ def evaluate(
 def reproduce(
     what: Annotated[str, typer.Argument(help="demo, table2, table3 or table4.")],
     scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
+    seeds: Annotated[str, typer.Option(help="Seeds with commas, e.g. 0,1,2.")] = "0",
     jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs, records and tables.")] = None,
 ) -> None:
     """Train and evaluate all that a table of the paper needs, and print it."""
+    from infini_bench.reproduce import parse_seeds
     from infini_bench.reproduce import reproduce as run
 
-    raise typer.Exit(run(what, scale=scale, out=out, jobs=jobs))
+    raise typer.Exit(run(what, scale=scale, out=out, jobs=jobs, seeds=parse_seeds(seeds)))
 
 
 @app.command()
@@ -147,7 +159,7 @@ def report(
 
 @app.command()
 def ls(
-    kind: Annotated[str | None, typer.Argument(metavar="[models|tasks|data|experiments|runs]")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="models|tasks|data|experiments|runs")] = None,
     records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
     config_dir: ConfigDir = None,
 ) -> None:
@@ -168,6 +180,7 @@ def ls(
 def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")] = False) -> None:
     """Check this machine, and say what to do about what is missing."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from infini_bench.cli.doctor import examine
@@ -175,8 +188,11 @@ def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")
     table = Table("", "what", "found", "to do", box=None)
     broken = False
     for finding in examine(offline):
-        mark = "[green]ok[/]" if finding.ok else "[red]missing[/]"
-        table.add_row(mark, finding.name, finding.detail, "" if finding.ok else finding.advice)
+        mark = (
+            "[green]ok[/]" if finding.ok else "[red]missing[/]" if finding.essential else "[yellow]missing[/]"
+        )
+        words = finding.name, finding.detail, "" if finding.ok else finding.advice
+        table.add_row(mark, *map(escape, words))
         broken |= finding.essential and not finding.ok
     Console().print(table)
     raise typer.Exit(int(broken))

@@ -31,6 +31,7 @@ class SequenceLoss(nn.Module):
         self.model = model
         self.tokens = None if segments is None else segments * model.segment
         if compiled:
+            torch.compiler.reset()  # what an earlier run of this process compiled had other shapes
             model.compile_layers()
 
     def forward(self, tokens: Tensor, weights: Tensor, task_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ class Stepper:
         self, cfg: RunConfig, accelerator: Accelerator, task: Task, model: MemoryLlamaForCausalLM
     ) -> None:
         self.cfg, self.accelerator, self.task = cfg, accelerator, task
+        self.ready: dict[tuple[int, int, int | None], Batch] = {}
         self.loss = SequenceLoss(model, cfg.trainer.checkpoint_segments, cfg.trainer.compile)
         self.net, self.optimizer = accelerator.prepare(self.loss, build_optimizer(model, cfg.trainer))
 
@@ -77,13 +78,21 @@ class Stepper:
         rows = curriculum.rows
         sums, tokens = torch.zeros(3, device=self.accelerator.device), 0
         for micro in range(self.cfg.trainer.accumulate):
-            batch = self.task.batch(cursor + (micro * processes + rank) * rows, rows, curriculum.segments)
+            first = cursor + (micro * processes + rank) * rows
+            batch = self.batch(first, rows, curriculum.segments)
             with self.accelerator.accumulate(self.net):
                 loss, more = self.net(*self.on_device(batch))
                 self.accelerator.backward(loss)
             sums += more
             tokens += batch.weights.numel() * processes
+            following = (first + processes * rows, rows, curriculum.segments)
+            self.ready = {following: self.task.batch(*following)}  # made while a GPU is still busy
         return sums, tokens
+
+    def batch(self, cursor: int, rows: int, segments: int | None) -> Batch:
+        """Rows of the train split: those made ahead, unless the curriculum has moved on."""
+        key = (cursor, rows, segments)
+        return self.ready.pop(key) if key in self.ready else self.task.batch(*key)
 
     @torch.no_grad()
     def validate(self, segments: int | None) -> float:

@@ -1,0 +1,276 @@
+"""From a command to its record: one real run of seconds, and faked ones for everything that can go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import infini_bench.train
+from infini_bench.cli import main
+from infini_bench.cli.bridge import compose_run
+from infini_bench.config import to_dict
+from infini_bench.errors import UserError
+from infini_bench.origin import continued_config, evaluated_config
+from infini_bench.progress import NullProgress
+from infini_bench.report.records import read_records
+from infini_bench.run import run_train
+from infini_bench.train import TrainResult
+
+TINY = ["scale=smoke", "data.tokenizer=bytes", "task.max_tokens=128", "decoder.layers=1"]
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main.app, [*arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = invoke("train", "model=infini_delta", "seed=3", *TINY)
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+@pytest.fixture
+def there(trained, monkeypatch):
+    """That folder, and a package without shipped models."""
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setattr("infini_bench.origin.PACKAGE", trained[0] / "package")
+    return trained[0]
+
+
+@pytest.fixture
+def faked(tmp_path, monkeypatch):
+    """Training that takes no time: seed 1 fails, seed 2 by the user's fault, seed 3 is interrupted."""
+    seen = []
+
+    def train(cfg, folder, progress):
+        seen.append(cfg)
+        if cfg.seed == 1:
+            raise RuntimeError("no luck")
+        if cfg.seed == 2:
+            raise UserError("The disk is full.")
+        folder.mkdir(parents=True)
+        numbers = {
+            "steps": 4,
+            "tokens": 8,
+            "seconds": 1.0,
+            "final_loss": 2.0,
+            "best_loss": None,
+            "parameters": 10,
+        }
+        marks = {"task_version": "1", "data_fingerprint": "d", "tokenizer_fingerprint": "t"}
+        sizes = {"non_embedding_parameters": 5, "state_floats": 7, "peak_bytes": 0}
+        return TrainResult(folder, folder, interrupted=cfg.seed == 3, **numbers, **marks, **sizes)
+
+    monkeypatch.setattr(infini_bench.train, "train", train)
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+def only_record(folder="results/records"):
+    (record,) = read_records(folder)
+    return record
+
+
+# --- a real run -----------------------------------------------------------------------------------------
+
+
+def test_training_leaves_a_full_record(there, trained):
+    (record,) = [
+        r for r in read_records("results/records") if r.kind == "train" and r.config["trainer"]["steps"] == 4
+    ]
+    assert (record.status, record.seed, record.task, record.error) == ("done", 3, "lm", None)
+    assert record.command == ["infini-bench", "train", "model=infini_delta", "seed=3", *TINY]
+    assert record.tokens == 4 * 2 * 128 and record.train["steps"] == 4
+    assert record.params > 10_000 and record.peak_bytes > 2**20 and record.seconds > 0
+    assert record.state_floats == 2 * (16 * 16 + 16)  # heads (D x D and D), one layer
+    assert record.data_fingerprint and record.tokenizer_fingerprint and record.versions["torch"]
+    assert (
+        record.train["folder"] == f"runs/{record.id}"
+        and (there / "runs" / record.id / "config.json").exists()
+    )
+    assert "done: infini_delta on lm, 4 steps, 1K tokens" in trained[1]
+
+
+def test_the_same_run_is_not_run_twice(there):
+    result = invoke("train", "model=infini_delta", "seed=3", *TINY)
+    assert result.exit_code == 0 and "already done: " in result.stdout
+    assert len([*(there / "runs").iterdir()]) == 1
+
+
+def test_evaluation_takes_the_checkpoints_settings(there):
+    result = invoke("eval", "lm", "task.controls=false", "model=infini_delta")
+    assert result.exit_code == 0, result.output
+    assert "the latest finished run of infini_delta" in result.stdout and "token_ppl" in result.stdout
+    (train,) = [r for r in read_records("results/records") if r.kind == "train"]
+    (record,) = [r for r in read_records("results/records") if r.kind == "eval"]
+    assert record.command == ["infini-bench", "eval", "lm", "task.controls=false", "model=infini_delta"]
+    assert {**record.config["task"], "controls": True} == train.config["task"]
+    assert (record.seed, record.config["data"], record.config["scale"]) == (3, train.config["data"], "smoke")
+    assert record.train["id"] == train.id and record.train["config_hash"] == train.config_hash
+    assert (record.train["tokens"], record.train["steps"]) == (train.tokens, 4)
+    assert record.params == train.params and record.state_floats == train.state_floats
+    again = invoke("eval", "lm", "task.controls=false", "--checkpoint", f"runs/{train.id}")
+    assert f"already done: {record.id}" in again.stdout and "token_ppl" in again.stdout
+
+
+def test_a_shipped_model_goes_first(there):
+    (run,) = (there / "runs").iterdir()
+    shipped = there / "package" / "shipped" / "lm"
+    shutil.copytree(run / "checkpoints" / "step-000004", shipped)
+    result = invoke("eval", "lm", "task.controls=false", "force=true", "records=others")
+    assert "evaluating the shipped model, infini_delta" in result.stdout, result.output
+    assert only_record("others").config["checkpoint"] == only_record("others").train["id"] == "shipped/lm"
+    assert "already done" in invoke("eval", "lm", "task.controls=false", "records=others").stdout
+    named = ["eval", "lm", "task.controls=false", "--checkpoint", "shipped/lm", "records=others"]
+    assert "already done" in invoke(*named).stdout
+    assert "model=full` first" in invoke("eval", "lm", "model=full").stderr
+    shutil.rmtree(shipped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("model=full", "run `infini-bench train task=lm model=full` first"),
+        ("model=full --checkpoint infini_delta", "The checkpoint is of model=infini_delta, not full"),
+        ("decoder.dim=64", "decoder.dim was fixed when the checkpoint was trained"),
+        ("data.tokenizer=bpe", "data.tokenizer was fixed"),
+        ("device=cuda:9", "PyTorch sees no GPU"),
+    ],
+)
+def test_evaluations_that_cannot_be(there, arguments, sentence, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = invoke("eval", "lm", *arguments.split())
+    assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_resuming(there):  # changes the run, so it comes after the evaluations
+    (run,) = (there / "runs").iterdir()
+    assert "already done" in invoke("train", f"resume={run}").stdout
+    assert "is at step 4 already" in invoke("train", f"resume={run}", "trainer.steps=2").stderr
+    assert "trainer.lr cannot change" in invoke("train", f"resume={run}", "trainer.lr=1").stderr
+    longer = invoke("train", f"resume={run}", "trainer.steps=5")
+    assert longer.exit_code == 0, longer.output
+    (record,) = [r for r in read_records("results/records") if r.config["trainer"]["steps"] == 5]
+    assert record.train["steps"] == 5 and Path(record.train["folder"]) == run
+    assert record.config_hash != invoke_hash("model=infini_delta", "seed=3", *TINY, "trainer.steps=5")
+    assert "already done" in invoke("train", f"resume={run}").stdout
+
+
+def invoke_hash(*overrides: str) -> str:
+    from infini_bench.report.records import config_hash
+
+    return config_hash(to_dict(compose_run(overrides)))
+
+
+# --- failures -------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_recorded_and_raised(faked):
+    result = invoke("train", "seed=1")
+    assert isinstance(result.exception, RuntimeError)
+    record = only_record()
+    assert (record.status, record.error) == ("failed", "RuntimeError: no luck")
+
+
+def test_a_users_mistake_during_the_run_is_recorded_too(faked):
+    result = invoke("train", "seed=2")
+    assert (result.exit_code, result.stderr) == (2, "error: The disk is full.\n")
+    assert only_record().error == "UserError: The disk is full."
+
+
+def test_an_interrupted_run_is_recorded_as_that(faked):
+    assert invoke("train", "seed=3").exit_code == 130
+    assert (only_record().status, only_record().tokens) == ("interrupted", 8)
+
+
+def test_a_killed_run_leaves_a_record(faked, monkeypatch):
+    during = []
+    monkeypatch.setattr(infini_bench.train, "train", lambda *_: during.append(only_record()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_train(compose_run([]), progress=NullProgress())
+    assert (during[0].status, during[0].error) == ("failed", "the process ended without a word")
+
+
+def test_records_that_cannot_be_written_stop_the_run_before_it_starts(faked, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("train", "records=file/records")
+    assert result.exit_code == 2 and "cannot write file/records" in result.stderr
+    assert faked == []
+
+
+def test_a_sweep_that_is_run_again_does_only_what_is_missing(faked):
+    first = invoke("train", "-m", "seed=0,1,4", "scale=smoke")
+    assert first.exit_code == 1 and "3 jobs: 2 done, 1 failed" in first.stdout
+    assert sorted((r.seed, r.status) for r in read_records("results/records")) == [
+        (0, "done"),
+        (1, "failed"),
+        (4, "done"),
+    ]
+    assert "RuntimeError: no luck" in first.stderr and "Traceback" in first.stderr
+    faked.clear()
+    second = invoke("train", "-m", "seed=0,2,4", "scale=smoke")
+    assert second.exit_code == 2 and second.stdout.count("already done: ") == 2
+    assert [cfg.seed for cfg in faked] == [2]
+
+
+def test_whoever_shows_progress_shows_everything(faked, capsys):
+    record = run_train(compose_run(["seed=4"]), progress=NullProgress())
+    assert record.status == "done" and capsys.readouterr().out == ""
+    assert run_train(compose_run(["seed=4"]), progress=NullProgress()).id == record.id
+    assert run_train(compose_run(["seed=4", "force=true"]), progress=NullProgress()).id != record.id
+
+
+def test_a_record_without_its_run_folder_does_not_count(faked):
+    invoke("train", "scale=smoke")
+    shutil.rmtree("runs")
+    assert "already done" not in invoke("train", "scale=smoke").stdout and len(faked) == 2
+
+
+# --- where settings come from ---------------------------------------------------------------------------
+
+
+def test_an_evaluation_of_another_task_takes_its_own_recipe():
+    trained = compose_run(["task=lm", "scale=gpu", "data=pg19", "model=full"])
+    asked = compose_run(["task=passkey", "scale=gpu", "task.trials=3"])
+    cfg = evaluated_config(asked, trained, {"task.trials"})
+    assert cfg.task == asked.task and (cfg.data, cfg.decoder, cfg.model) == (
+        trained.data,
+        trained.decoder,
+        "full",
+    )
+
+
+def test_an_evaluation_of_the_same_task_changes_only_what_was_given():
+    trained = compose_run(["task=passkey", "scale=gpu", "task.digits=4", "seed=2"])
+    asked = compose_run(["task=passkey", "task.trials=3", "data=local", "data.path=/x", "data.cache_dir=/c"])
+    cfg = evaluated_config(asked, trained, {"task.trials"})
+    assert cfg.task == dataclasses.replace(trained.task, trials=3)
+    assert cfg.data == dataclasses.replace(trained.data, cache_dir="/c") and cfg.seed == 2
+    cfg = evaluated_config(asked, trained, {"data", "data.path", "scale", "seed"})
+    assert (cfg.data.path, cfg.data.vocab_size) == ("/x", trained.data.vocab_size)
+    assert (cfg.task, cfg.scale, cfg.seed) == (asked.task, "gpu", 0)
+    cfg = evaluated_config(asked, trained, None)
+    assert (cfg.task, cfg.data.path, cfg.memory) == (asked.task, "/x", trained.memory)
+
+
+def test_a_continued_run_changes_only_what_may_change():
+    before = compose_run(["model=full", "seed=1"])
+    asked = compose_run(["trainer.steps=999", "records=r", "resume=x"])
+    cfg = continued_config(asked, before, {"trainer.steps", "records", "resume"})
+    expected = {**to_dict(before), "records": "r", "resume": "x"}
+    assert to_dict(cfg) == {**expected, "trainer": {**expected["trainer"], "steps": 999}}
+    continued_config(
+        compose_run(["model=full", "seed=1"]), before, {"model", "seed", "task", "data"}
+    )  # as it was
+    for key in ("model", "seed", "experiment"):
+        with pytest.raises(UserError, match=f"{key} cannot change"):
+            continued_config(asked, before, {key})

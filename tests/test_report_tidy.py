@@ -1,0 +1,183 @@
+"""Records -> tidy rows: seeds put together, settings kept apart, models compared in pairs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from report_fakes import lm, passkey, pick, record, row, sheet_text
+
+from infini_bench.report.compare import mean_interval, paired_delta
+from infini_bench.report.layouts import sheets
+from infini_bench.report.tables import to_csv
+from infini_bench.report.tidy import COLUMNS, rank, tidy
+
+DESIGN_COLUMNS = (
+    "table,model,variant,protocol,condition,dataset,split,length,position,metric,value,ci_low,ci_high,n,seeds,"
+    "params,train_tokens,state_floats,device,scale,commit,paper_value"
+)
+
+
+# --- tidy rows ------------------------------------------------------------------------------------------
+
+
+def test_columns_are_the_designs():
+    assert ",".join(COLUMNS) == DESIGN_COLUMNS
+    assert to_csv([]) == DESIGN_COLUMNS + "\n"
+
+
+def test_one_seed_keeps_its_own_interval():
+    ppl = pick(tidy([lm(ppl=20.0)]), "token_ppl")
+    assert (ppl["value"], ppl["ci_low"], ppl["ci_high"], ppl["n"], ppl["seeds"]) == (20.0, 19.0, 21.0, 2, 1)
+    assert (ppl["table"], ppl["params"], ppl["train_tokens"], ppl["commit"]) == (
+        "table2_lm",
+        100_000,
+        2_000_000,
+        "0123456789",
+    )
+
+
+def test_seeds_are_averaged_with_a_student_interval():
+    ppl = pick(tidy([lm(seed=seed, ppl=value) for seed, value in enumerate((18.0, 20.0, 22.0))]), "token_ppl")
+    half = 4.303 * 2 / math.sqrt(3)
+    assert ppl["value"] == 20.0 and ppl["seeds"] == 3 and len(ppl["records"]) == 3
+    assert (ppl["ci_low"], ppl["ci_high"]) == pytest.approx((20 - half, 20 + half))
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (11, 2.228), (12, 2.201), (31, 2.042)])
+def test_student_quantiles(n, t):
+    values = [0.0] * (n - 1) + [1.0]
+    middle, low, _ = mean_interval(values)
+    assert (middle - low) / (np.std(values, ddof=1) / math.sqrt(n)) == pytest.approx(t, abs=3e-3)
+
+
+def test_proportions_are_pooled_over_seeds():
+    rows = tidy([passkey(seed=0, on=100.0), passkey(seed=1, on=90.0)])
+    cell = pick(rows, "exact_match", length=512, position="start", condition="constant")
+    assert (cell["value"], cell["n"], cell["seeds"]) == (95.0, 40, 2)
+    assert (cell["ci_low"], cell["ci_high"]) == pytest.approx((83.50, 98.62), abs=0.01)  # Wilson, 38 of 40
+
+
+def test_seeds_are_those_of_the_training():
+    rows = tidy(
+        [lm(seed=0, train={"seed": seed, "tokens": 5}) for seed in (3,)]
+        + [lm(seed=0, id="b", train={"seed": 4, "tokens": 5}, config_hash="b")]
+    )
+    assert pick(rows, "token_ppl")["seeds"] == 2
+
+
+def test_a_newer_measurement_of_the_same_run_replaces_the_older():
+    old, new = lm(ppl=30.0, id="a", started="2026-01-01"), lm(ppl=20.0, id="b", started="2026-01-02")
+    assert pick(tidy([new, old]), "token_ppl")["value"] == 20.0
+
+
+def test_lengths_measured_in_two_runs_share_a_line():
+    rows = tidy([passkey(lengths=(512,)), passkey(lengths=(4096,))])
+    assert {r["variant"] for r in rows} == {None}
+    _, sheet = sheet_text([passkey(lengths=(512,)), passkey(lengths=(4096,))], "table3_passkey")
+    assert len(sheet.rows) == 1
+
+
+def test_settings_that_differ_become_the_variant():
+    rows = tidy([lm(), lm(seed=1), lm(config={"trainer.lr": 0.01})])
+    assert {(r["variant"], r["seeds"]) for r in rows} == {("trainer.lr=0.003", 2), ("trainer.lr=0.01", 1)}
+
+
+@pytest.mark.parametrize(
+    "change", [{"device": "CPU Y"}, {"config": {"scale": "gpu"}}, {"config": {"data.name": "books"}}]
+)
+def test_scale_device_and_corpus_never_mix(change):
+    other = lm(seed=1, **change)
+    for metric in other.metrics:
+        metric["dataset"] = other.config["data"]["name"]
+    rows = tidy([lm(), other])
+    assert all(r["seeds"] == 1 for r in rows)
+    assert len(sheets(rows, [], ["table2_lm"])) == 2
+
+
+def test_other_tests_and_protocols_never_mix():
+    changed = lm(seed=1, data_fingerprint="ffff")
+    assert {r["variant"] for r in tidy([lm(), changed])} == {"data_fingerprint=null", "data_fingerprint=ffff"}
+
+
+def test_a_number_that_is_none_stays_none():
+    broken = record(metrics=[row("token_ppl", None, {"not_finite": "inf"}, split="test", n=1)])
+    assert pick(tidy([broken, lm(seed=1)]), "token_ppl")["value"] is None
+
+
+def test_positions_go_to_their_own_table():
+    rows = [r for r in tidy([lm()]) if r["table"] == "lm_position"]
+    assert [(r["position"], r["condition"]) for r in rows] == [
+        ("1", None),
+        ("1024", None),
+        ("1024", "memory_off"),
+    ]
+    assert sorted(["900", "end", "start", "2", "x"], key=lambda name: rank(("start", "end"), name)) == [
+        "start",
+        "end",
+        "2",
+        "900",
+        "x",
+    ]
+
+
+# --- pairs ----------------------------------------------------------------------------------------------
+
+
+def test_delta_is_that_of_the_same_documents():
+    rows = tidy([lm(nats=(100.0, 300.0)), lm("local_block", nats=(120.0, 310.0))])
+    delta = pick(rows, "delta_bits_per_byte")
+    assert (delta["model"], delta["condition"], delta["n"], delta["seeds"]) == (
+        "infini_linear",
+        "local_block",
+        2,
+        1,
+    )
+    assert delta["value"] == pytest.approx(-30 / 200 / math.log(2))
+    assert delta["ci_low"] == pytest.approx(-20 / 100 / math.log(2))
+    assert delta["ci_high"] == pytest.approx(-10 / 100 / math.log(2))
+    assert len(delta["records"]) == 2
+
+
+def test_delta_takes_seeds_that_both_have():
+    infini = [lm(seed=0, nats=(100.0, 300.0)), lm(seed=1, nats=(90.0, 300.0)), lm(seed=2, nats=(1.0, 2.0))]
+    local = [lm("local_block", seed=0, nats=(110.0, 300.0)), lm("local_block", seed=1, nats=(110.0, 300.0))]
+    delta = pick(tidy(infini + local), "delta_bits_per_byte")
+    assert delta["seeds"] == 2
+    assert delta["value"] == pytest.approx(-(10 + 20) / 2 / 200 / math.log(2))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lm("local_block", nats=(1.0, 2.0, 3.0)),  # other documents
+        lm("local_block", train={"tokens": 1}),  # another budget
+        lm("local_block", device="CPU Y"),
+        lm("local_block", seed=1),
+        lm("full"),
+    ],
+)
+def test_no_delta_without_a_fair_partner(other):
+    assert not [r for r in tidy([lm(), other]) if r["metric"] == "delta_bits_per_byte"]
+
+
+def test_bootstrap_covers_the_truth():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        right = rng.normal(100, 30, 40)
+        left = right - rng.normal(5, 10, 40)
+        sizes = [100] * 40
+        _, low, high = paired_delta([({"nats": left, "bytes": sizes}, {"nats": right, "bytes": sizes})], 300)
+        hits += low <= -5 / 100 / math.log(2) <= high
+    assert 180 <= hits <= 199
+
+
+def test_one_document_of_one_seed_has_no_interval():
+    one = {"nats": [10.0], "bytes": [10]}
+    assert paired_delta([(one, {"nats": [20.0], "bytes": [10]})]) == (
+        pytest.approx(-1 / math.log(2)),
+        None,
+        None,
+    )

@@ -40,7 +40,9 @@ class MemoryLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise RuntimeError("a memory layer is filled by its attention module")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         raise RuntimeError("a memory layer is filled by its attention module")
 
     def get_seq_length(self) -> int:
@@ -95,8 +97,10 @@ class MemoryLayer(CacheLayerMixin):
 class MemoryCache(Cache):
     """The state of a model between two calls. Pass it as ``past_key_values``, or to ``model.step``."""
 
+    layers: list[MemoryLayer]  # type: ignore[assignment]
+
     def __init__(self, layers: list[MemoryLayer]):
-        super().__init__(layers=layers)
+        super().__init__(layers=list(layers))
 
     @classmethod
     def empty(cls, layers: int) -> MemoryCache:
@@ -121,7 +125,7 @@ class MemoryCache(Cache):
             layer.reset_rows(mask)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat, named ``<layer>.<name>``; counts become 0-dim int64 tensors on the CPU. Empty before a token."""
+        """Flat, named ``<layer>.<name>``; counts become 0-dim int64 CPU tensors. Empty before a token."""
         return {
             f"{i}.{name}": x if isinstance(x, Tensor) else torch.tensor(x)
             for i, layer in enumerate(self.layers)
@@ -157,6 +161,7 @@ class MemoryCache(Cache):
         """The state of a file written by ``save``. Raises UserError when it is missing or damaged."""
         try:
             with safe_open(path, "pt", device=device) as file:
-                return cls.from_tensors({name: file.get_tensor(name) for name in file.keys()})
+                names = file.keys()
+                return cls.from_tensors({name: file.get_tensor(name) for name in names})
         except (OSError, SafetensorError) as error:
             raise UserError(f"The memory state {path} cannot be read: {error}.") from error

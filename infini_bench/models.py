@@ -1,8 +1,8 @@
 """One decoder for every memory: Hugging Face's Llama, whose attention layers carry the memory's state.
 
-``build_model`` makes one from a config, ``attach_memory`` turns a pretrained Llama into one; both are the same
-class, registered with the Auto classes, so that ``from_pretrained``, ``generate`` and ``save_pretrained`` work
-once ``infini_bench.models`` is imported.
+``build_model`` makes one from a config, ``attach_memory`` turns a pretrained Llama into one; both are the
+same class, registered with the Auto classes, so that ``from_pretrained`` and ``generate``
+work once ``infini_bench.models`` is imported.
 
 Shapes: B batch, T tokens, V vocabulary, L layers, H heads, G KV heads, D head size.
 """
@@ -20,14 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
-from infini_bench.memory import build_memory
+from infini_bench.memory import Memory, build_memory
 from infini_bench.schema import DecoderConfig, MemoryConfig
 
 IMPLEMENTATION = "infini_bench"
@@ -81,7 +88,7 @@ class MemoryAttention(LlamaAttention):
 
     def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim)
 
     def forward(  # type: ignore[override]
@@ -108,15 +115,15 @@ class MemoryLlamaPreTrained(LlamaPreTrainedModel):
 
     config_class = MemoryLlamaConfig
     config: MemoryLlamaConfig
-    _keep_in_fp32_modules_strict = ["memory_gate"]
+    _keep_in_fp32_modules_strict = ["memory_gate"]  # noqa: RUF012 (transformers reads a list)
     _is_stateful = True  # states cannot be cropped, so assisted decoding is refused
     _can_compile_fullgraph = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "memory_gate"):
-            nn.init.zeros_(module.memory_gate).add_(module.gate_start().to(module.memory_gate.device))
+        if isinstance(module, Memory):
+            module.reset_parameters()
 
 
 class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
@@ -125,9 +132,10 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
     def __init__(self, config: MemoryLlamaConfig):
         config._attn_implementation = IMPLEMENTATION
         super().__init__(config)
-        for index, layer in enumerate(self.layers):
-            layer.self_attn = MemoryAttention(config, index)
-        self.rotary_emb = SegmentRotary(self.rotary_emb, self.layers[0].self_attn.memory.span)
+        attentions = [MemoryAttention(config, index) for index in range(config.num_hidden_layers)]
+        for layer, attention in zip(self.layers, attentions, strict=True):
+            layer.self_attn = attention
+        self.rotary_emb = SegmentRotary(self.rotary_emb, attentions[0].memory.span)  # type: ignore[assignment]
         self.post_init()
 
     def forward(self, *args: Any, past_key_values: MemoryCache | None = None, **kwargs: Any):
@@ -147,7 +155,9 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         self.model = MemoryLlamaModel(config)
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             if generation_config.cache_implementation is not None:
                 raise ValueError("cache_implementation cannot be chosen: the memory's state is the cache")
@@ -156,12 +166,17 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     def compile_layers(self) -> None:
         """torch.compile the parts that all layers share, each once for all layers; in place.
 
-        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes. Shapes
-        stay static: each number of segments is compiled by itself, which takes seconds, a dynamic scan minutes.
+        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes.
+        Shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in minutes.
         """
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
-            for part in (layer.self_attn.memory, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            for part in (
+                layer.self_attn.memory,
+                layer.mlp,
+                layer.input_layernorm,
+                layer.post_attention_layernorm,
+            ):
                 part.compile(dynamic=False)
 
     @property
@@ -208,13 +223,15 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     def step(
         self, ids: Tensor, state: MemoryCache | None = None, keep: str = "all"
     ) -> tuple[Tensor | None, MemoryCache]:
-        """Feed tokens (B, T). keep: ``all`` -> logits (B, T, V), ``last`` -> (B, 1, V), ``none`` -> None; float32."""
+        """Feed tokens (B, T). keep ``all``: float32 logits (B, T, V); ``last``: (B, 1, V); ``none``: None."""
         hidden, cache = self.hidden(ids, state)
         if keep == "none":
             return None, cache
         return self.lm_head(hidden if keep == "all" else hidden[:, -1:]).float(), cache
 
-    def losses(self, ids: Tensor, targets: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
+    def losses(
+        self, ids: Tensor, targets: Tensor, state: MemoryCache | None = None
+    ) -> tuple[Tensor, MemoryCache]:
         """Negative log-likelihood of ``targets`` in nats, (B, T) float32, and the state after ``ids``.
 
         Logits exist for ``LOSS_CHUNK`` tokens at a time, also in the backward pass.
@@ -299,12 +316,15 @@ def load_model(folder: Path) -> MemoryLlamaForCausalLM:
         found = settings.get("model_type", "nothing")
         raise UserError(f"{folder} holds a model of type '{found}', not one of infini-bench's.")
     try:
-        model, info = MemoryLlamaForCausalLM.from_pretrained(
+        loaded: Any = MemoryLlamaForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # transformers and safetensors raise many kinds for damaged files
         raise UserError(f"The model in {folder} is damaged: {str(error).splitlines()[0]}") from error
+    model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])]
     if wrong:
-        raise UserError(f"The model in {folder} is damaged: weight {sorted(wrong)[0]} does not fit its config.")
+        raise UserError(
+            f"The model in {folder} is damaged: weight {sorted(wrong)[0]} does not fit its config."
+        )
     return model

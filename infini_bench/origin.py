@@ -30,7 +30,7 @@ def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
     """The checkpoint folder to evaluate, and how to call it.
 
     ``cfg.checkpoint`` is a run or checkpoint folder, the name of a run or of a model, or (a shipped model)
-    ``shipped/<task>``; unset, it is the shipped model or the latest finished run. model: only this one will do.
+    ``shipped/<task>``; unset, the shipped model or the latest finished run. model: only this one will do.
     """
     from infini_bench.train.checkpoint import find_checkpoint
 

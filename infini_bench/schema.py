@@ -64,7 +64,9 @@ class DataConfig:
     id_column: str | None = None  # unset = running number
     title_column: str | None = None
     summary_column: str | None = None  # a string, or a list of {source, text}
-    filter: dict[str, str] = field(default_factory=dict)  # keep rows where column (dots reach into JSON) equals value
+    filter: dict[str, str] = field(
+        default_factory=dict
+    )  # keep rows where column (dots reach into JSON) equals value
     max_documents: int | None = None  # per split
     tokenizer: str = "bpe"  # bytes | bpe (trained on the train split) | a hub id or local folder
     vocab_size: int = 2048  # bpe

@@ -37,7 +37,9 @@ def slow(mem, q, k, v):
             for a, b, c in zip(q, k, v, strict=True)
         ]
         return torch.stack([r[0] for r in rows])
-    return torch.stack([reference.window(a, b, c, N, mem.cfg.kind, mem.cfg.window) for a, b, c in zip(q, k, v, strict=True)])
+    return torch.stack(
+        [reference.window(a, b, c, N, mem.cfg.kind, mem.cfg.window) for a, b, c in zip(q, k, v, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, N - 1, N, 3 * N, 4 * N + 3])
@@ -73,7 +75,9 @@ def test_states_equal_the_reference(update, features):
 def test_gradients_of_the_state_reach_the_first_segment(update):
     mem, (q, k, v) = make(kind="compressive", update=update), qkv(4 * N)
     _, state = mem(q, k, v, rope_table(N))
-    M = torch.stack([reference.compressive(q[r], k[r], v[r], mem.memory_gate, N, update)[1] for r in range(B)])
+    M = torch.stack(
+        [reference.compressive(q[r], k[r], v[r], mem.memory_gate, N, update)[1] for r in range(B)]
+    )
     weight = torch.randn_like(M)
     ours = torch.autograd.grad((state["M"] * weight).sum(), [k, v])
     theirs = torch.autograd.grad((M * weight).sum(), [k, v])
@@ -85,7 +89,10 @@ def test_gradients_of_the_state_reach_the_first_segment(update):
 @pytest.mark.parametrize("update", ["linear", "delta"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_gradient_depth_cuts_at_its_boundaries_and_keeps_values(update, depth):
-    full, cut = make(kind="compressive", update=update), make(kind="compressive", update=update, gradient_depth=depth)
+    full, cut = (
+        make(kind="compressive", update=update),
+        make(kind="compressive", update=update, gradient_depth=depth),
+    )
     cut.load_state_dict(full.state_dict())
     q, k, v = qkv(6 * N)
     a, b = full(q, k, v, rope_table(N))[0], cut(q, k, v, rope_table(N))[0]
@@ -95,7 +102,9 @@ def test_gradient_depth_cuts_at_its_boundaries_and_keeps_values(update, depth):
     assert reach.tolist() == [s >= first for s in range(6)]
     halves = torch.cat([b_ for b_ in two_calls(cut, q, k, v)], 1)  # the cut counts segments of the document
     again = torch.autograd.grad(halves[:, 5 * N :].sum(), v)[0]
-    assert (again - torch.autograd.grad(cut(q, k, v, rope_table(N))[0][:, 5 * N :].sum(), v)[0]).abs().max() < 1e-6
+    assert (
+        again - torch.autograd.grad(cut(q, k, v, rope_table(N))[0][:, 5 * N :].sum(), v)[0]
+    ).abs().max() < 1e-6
 
 
 def two_calls(mem, q, k, v):
@@ -106,7 +115,7 @@ def two_calls(mem, q, k, v):
 
 @pytest.mark.parametrize("update", ["linear", "delta"])
 def test_public_peer_agrees_on_memory_and_read_out(update):
-    """infini-transformer-pytorch 0.2.1: one key-value head a query head, and its gate weights the local side."""
+    """infini-transformer-pytorch 0.2.1: one KV head a query head, and its gate weights the local side."""
     mem = build_memory(MemoryConfig(kind="compressive", update=update, segment=N), H, H, D)
     mem.memory_gate.data = torch.randn(H)
     q, k, v = (x.detach().float() for x in qkv(4 * N, H, H))

@@ -56,7 +56,9 @@ def test_no_logit_depends_on_a_later_token_nor_on_another_row(model, ids):
         assert grad[1].max() == 0
         assert t == T - 1 or grad[0, t + 1 :].max() == 0
         assert grad[0, t] > 0
-        before = grad[0, : t // N * N]  # reached through the memory; Transformer-XL's cache is not differentiated
+        before = grad[
+            0, : t // N * N
+        ]  # reached through the memory; Transformer-XL's cache is not differentiated
         reached = model.memories[0].cfg.kind in ("compressive", "sliding", "full")
         assert not len(before) or (before.max() > 0) == reached
 
@@ -73,7 +75,9 @@ def test_padding_changes_nothing_and_is_never_written(model, ids, side):
     pad, lengths = 9, (T, T - 13)
     mask = torch.zeros(2, T + pad, dtype=torch.long)
     for row, length in enumerate(lengths):
-        slots = {"left": range(T + pad - length, T + pad), "right": range(length), "holes": range(T + pad)}[side]
+        slots = {"left": range(T + pad - length, T + pad), "right": range(length), "holes": range(T + pad)}[
+            side
+        ]
         mask[row, sorted(torch.randperm(T + pad)[:length].tolist()) if side == "holes" else list(slots)] = 1
     padded = torch.randint(0, V, (2, T + pad))
     for row, length in enumerate(lengths):
@@ -149,7 +153,13 @@ def test_memory_off_is_local_attention(decoder, model, ids):
 def test_generate_equals_step_by_step_decoding(model):
     for length in (1, N, 2 * N + 3):
         prompt = torch.randint(0, V, (2, length))
-        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3 * N, do_sample=False, pad_token_id=0)
+        made = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=3 * N,
+            do_sample=False,
+            pad_token_id=0,
+        )
         logits, state = model.step(prompt, keep="last")
         for t in range(length, made.shape[1]):
             assert torch.equal(logits[:, -1].argmax(-1), made[:, t])
@@ -175,7 +185,7 @@ def test_losses_equal_logits_and_chunked_gradients(model, ids, monkeypatch):
     assert (nll + logits.gather(-1, ids[:, 1:, None])[..., 0]).abs().max() < 1e-5
     monkeypatch.setattr("infini_bench.models.LOSS_CHUNK", 7)
     for a, b in zip(grads, run()[1], strict=True):
-        assert a is None and b is None or (a - b).abs().max() < 1e-4
+        assert (a is None and b is None) or (a - b).abs().max() < 1e-4
 
 
 def test_first_segment_equals_stock_llama_and_closed_gates_equal_local_attention():
@@ -196,7 +206,9 @@ def test_first_segment_equals_stock_llama_and_closed_gates_equal_local_attention
 
 
 def test_gate_parameters_start_as_configured_after_loading_plain_llama(tmp_path):
-    config = LlamaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
     model = attach_memory(LlamaForCausalLM(config), MemoryConfig(segment=N, gate_start=-1.0, gate_split=0.5))
     assert torch.allclose(model.gates(), torch.sigmoid(torch.tensor([-1.5, -0.5, -1.5, -0.5])).expand(2, 4))
 
@@ -229,8 +241,12 @@ def test_damaged_or_foreign_models_are_named(decoder, tmp_path):
 
 
 def test_bfloat16_follows_float32(decoder, ids):
-    model = build_model(DecoderConfig(layers=2, dim=32, heads=4, kv_heads=2, ffn=48), MemoryConfig(segment=N), V)
-    low = build_model(DecoderConfig(layers=2, dim=32, heads=4, kv_heads=2, ffn=48), MemoryConfig(segment=N), V)
+    model = build_model(
+        DecoderConfig(layers=2, dim=32, heads=4, kv_heads=2, ffn=48), MemoryConfig(segment=N), V
+    )
+    low = build_model(
+        DecoderConfig(layers=2, dim=32, heads=4, kv_heads=2, ffn=48), MemoryConfig(segment=N), V
+    )
     low.load_state_dict(model.state_dict())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits, state = low.step(ids)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from infini_bench.tasks import TASKS, build_task
-from infini_bench.tasks.base import aligned, evaluating, mean_over_rows
 
 from infini_bench.errors import UserError
 from infini_bench.schema import RunConfig, TaskConfig
+from infini_bench.tasks import TASKS, build_task
+from infini_bench.tasks.base import aligned, evaluating, mean_over_rows
 
 
 def test_a_wrong_name_gets_the_nearest():

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from infini_bench.tasks import build_task
-from infini_bench.tasks.booksum import SEPARATOR
 from rouge_score.rouge_scorer import RougeScorer
 
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.schema import BooksumConfig, DataConfig, DecoderConfig, MemoryConfig, RunConfig
+from infini_bench.tasks import build_task
+from infini_bench.tasks.booksum import SEPARATOR
 
 SEGMENT = 64  # every prompt's last segment holds the end of its book and the whole separator
 BOOKS = [

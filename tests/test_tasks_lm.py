@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from infini_bench.tasks import build_task
 
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.schema import DataConfig, DecoderConfig, LMConfig, MemoryConfig, RunConfig
+from infini_bench.tasks import build_task
 
 SEGMENT = 8
 TEXTS = {"train": ["abab" * 30, "b" * 50], "validation": ["ab" * 20], "test": ["a" * 21, "b" * 40, "c" * 13]}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from infini_bench.tasks import build_task
-from infini_bench.tasks.haystack import Haystack, prompt_text, side_by_side
 
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.schema import DataConfig, DecoderConfig, MemoryConfig, PasskeyConfig, RunConfig
+from infini_bench.tasks import build_task
+from infini_bench.tasks.haystack import Haystack, prompt_text, side_by_side
 
 SEGMENT = 32
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from infini_bench.tasks import build_task
 from train_fakes import FakeTask, fake_task, run_config
 
 from infini_bench.errors import UserError
 from infini_bench.schema import BooksumConfig, DataConfig, LMConfig, PasskeyConfig, RunConfig
+from infini_bench.tasks import build_task
 from infini_bench.train import load_checkpoint_model, loop, train
 from infini_bench.train.log import MetricsLog, read_log
 

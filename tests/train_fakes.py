@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from infini_bench.tasks.base import Batch
 
 from infini_bench.data import Tokenizer, build_tokenizer
 from infini_bench.schema import DataConfig, DecoderConfig, LMConfig, MemoryConfig, RunConfig, TrainerConfig
+from infini_bench.tasks.base import Batch
 from infini_bench.train import loop, train
 
 SEGMENT = 8

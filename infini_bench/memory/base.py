@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, S segments, N segment length, H heads, G KV heads, D 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from infini_bench.memory.blocks import Blocks, cut, cut_ragged
 from infini_bench.schema import MemoryConfig
 
-State = dict[str, Tensor | int]
+State = dict[str, Any]  # tensors with the batch first, and counts (int, or (B,) tensor where rows differ)
 Rope = tuple[Tensor, Tensor]
 
 
@@ -65,6 +66,9 @@ class Memory(nn.Module):
     def span(self) -> int | None:
         """Length of the rotary table that ``forward`` needs; None = the document so far."""
         return (self.previous + 1) * self.segment
+
+    def reset_parameters(self) -> None:
+        """Set the memory's own parameters, if it has any, to their start; called under no_grad."""
 
     @abstractmethod
     def start(self, k_BTGD: Tensor) -> State:
@@ -117,4 +121,3 @@ class Memory(nn.Module):
             return attend(q, k, b.v_BSKGD, None, False)
         mask = own <= b.slots[..., None]
         return attend(q, k, b.v_BSKGD, mask if mask.dim() == 2 else mask[:, None], False)
-

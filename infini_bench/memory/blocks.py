@@ -53,7 +53,7 @@ class Blocks:
         return steps + self.done if isinstance(self.done, int) else steps + self.done[:, None]
 
     def rest(self) -> tuple[Tensor, Tensor]:
-        """Raw keys and values of the unfinished segment: (B, left, G, D), or (B, N, G, D) where rows differ."""
+        """Raw keys and values of the unfinished segment: (B, left, G, D); (B, N, G, D) where rows differ."""
         if isinstance(self.full, int) and isinstance(self.left, int):
             flat = [x.flatten(1, 2) for x in (self.k_BSKGD, self.v_BSKGD)]
             begin = self.full * self.k_BSKGD.shape[2]
@@ -75,7 +75,12 @@ class Blocks:
 
 
 def cut(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, rest: tuple[Tensor, Tensor, Count] | None, done: Count, n: int
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    rest: tuple[Tensor, Tensor, Count] | None,
+    done: Count,
+    n: int,
 ) -> Blocks:
     """Blocks of a call in which every row continues at the same slot."""
     fill = 0

@@ -8,12 +8,13 @@ Per KV head, segment s, features sigma, with raw (pre-position) queries and keys
 What the paper leaves open is decided here: the first segment has no memory, so its output is A_dot itself and
 Eq. 9 reads 0 there; under GQA there is one memory a KV head, read by all its query heads.
 
-M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear is
-a prefix sum; Delta is the affine recurrence M_s = (I - A_s) M_{s-1} + U_s, whose A_s = sigma(K)^T (sigma(K) /
-(sigma(K) z_{s-1})) and U_s = sigma(K)^T V need no earlier M. Gradients flow through all segments, or through
-``gradient_depth`` of them. All memory arithmetic is float32, outside autocast.
+M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
+is a prefix sum; Delta is the affine recurrence M_s = (I - A_s) M_{s-1} + U_s, whose U_s = sigma(K)^T V and
+A_s = sigma(K)^T (sigma(K) / (sigma(K) z_{s-1})) need no earlier M. Gradients flow through all segments, or
+through ``gradient_depth`` of them. All memory arithmetic is float32, outside autocast.
 
-Shapes: B batch, S segments, N segment length, Q queries, H heads, G KV heads, R = H / G, D head size, F features.
+Shapes: B batch, S segments, N segment length, Q queries, H heads, G KV heads, R = H / G, D head size,
+F features.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ class CompressiveMemory(Memory):
         self.sigma = FEATURES[cfg.features]
         self.memory_gate = nn.Parameter(self.gate_start())
 
+    def reset_parameters(self) -> None:
+        self.memory_gate.copy_(self.gate_start())
+
     def gate_start(self) -> Tensor:
-        """beta before training: ``gate_start``, and every second head starts on the memory side by the split."""
+        """beta before training: ``gate_start``, plus or minus the split for every second head."""
         sign = torch.arange(self.heads) % 2 * 2.0 - 1.0
         return self.cfg.gate_start + self.cfg.gate_split * sign
 
@@ -51,14 +55,14 @@ class CompressiveMemory(Memory):
 
     def start(self, k_BTGD: Tensor) -> State:
         batch, _, groups, size = k_BTGD.shape
-        zeros = {"dtype": torch.float32, "device": k_BTGD.device}
-        return {"M": torch.zeros(batch, groups, size, size, **zeros), "z": torch.zeros(batch, groups, size, **zeros)}
+        M = torch.zeros(batch, groups, size, size, dtype=torch.float32, device=k_BTGD.device)
+        return {"M": M, "z": M[..., 0].clone()}
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot = self.local(b, rope)
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
-            if isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1 or not self.enabled:
+            if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:
                 return dot, self.carried(prefixes, b.full)
             read = self.read(b.q_BSQHD.float(), prefixes)
             gate = torch.sigmoid(self.memory_gate.float())[:, None]
@@ -90,19 +94,18 @@ class CompressiveMemory(Memory):
         k = self.sigma(b.k_BSKGD[:, :written].float())
         v = b.v_BSKGD[:, :written].float()
         first_M, first_z = carry["M"], carry["z"]
-        assert isinstance(first_M, Tensor) and isinstance(first_z, Tensor)
         z = self.scan(first_z, k.sum(2), None, b.done)
         take = self.overlap(k, z[:, :-1]) if self.cfg.update == "delta" else None
         return {"M": self.scan(first_M, torch.einsum("bsngf,bsngd->bsgfd", k, v), take, b.done), "z": z}
 
     def overlap(self, k_BSNGF: Tensor, z_BSGF: Tensor) -> Tensor:
-        """A_s of the affine form: what share of the old memory the segment's keys take back: (B, S, G, F, F)."""
+        """A_s of the affine form, what the segment's keys take back of the old memory: (B, S, G, F, F)."""
         norm = torch.einsum("bsngf,bsgf->bsng", k_BSNGF, z_BSGF)
         scale = torch.where(norm > EPS, norm, 1.0).reciprocal() * (norm > EPS)
         return torch.einsum("bsngf,bsnge->bsgfe", k_BSNGF, k_BSNGF * scale[..., None])
 
     def scan(self, x: Tensor, add_BS: Tensor, take_BSGFF: Tensor | None, done: Count) -> Tensor:
-        """Values before each segment and after the last one, (B, S+1, ...): x_s = x_{s-1} + add_s - take_s x_{s-1}."""
+        """x_s = x_{s-1} + add_s - take_s x_{s-1}: before each segment and after the last, (B, S+1, ...)."""
         depth = self.cfg.gradient_depth
         if take_BSGFF is None and depth is None:
             return torch.cat([x[:, None], add_BS], 1).cumsum(1)

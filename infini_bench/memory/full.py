@@ -16,8 +16,8 @@ from infini_bench.memory.blocks import Blocks
 class FullMemory(Memory):
     """Softmax attention over everything, at absolute rotary positions.
 
-    State: rotated keys and values of all tokens, (dk + dv) G floats a token; nothing is compressed, so there is
-    no memory to switch off. ``valid`` and ``count`` appear once padding or a row reset makes rows differ.
+    State: rotated keys and values of all tokens, (dk + dv) G floats a token; nothing is compressed, so there
+    is no memory to switch off. ``valid`` and ``count`` appear once padding or a row reset makes rows differ.
     """
 
     has_memory = False

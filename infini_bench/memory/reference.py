@@ -38,7 +38,7 @@ SIGMA = {"elu1": elu1, "relu2": relu2, "exp": lambda x: torch.exp(torch.clamp(x 
 def compressive(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, beta_H: Tensor, n: int, update: str, features: str = "elu1"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 6-10 token by token. Returns outputs (T, H, D), M (G, D, D) and z (G, D) after the last full segment."""
+    """Eq. 6-10 token by token: outputs (T, H, D), and M (G, D, D), z (G, D) after the last full segment."""
     tokens, heads, size = q_THD.shape
     groups, sigma = k_TGD.shape[1], SIGMA[features]
     memory = [q_THD.new_zeros(size, size) for _ in range(groups)]
@@ -57,7 +57,9 @@ def compressive(
         out.append(torch.stack(row))
         if (t + 1) % n == 0:
             for g in range(groups):
-                memory[g], norm[g] = write(memory[g], norm[g], k_TGD[begin : t + 1, g], v_TGD[begin : t + 1, g], update, sigma)
+                memory[g], norm[g] = write(
+                    memory[g], norm[g], k_TGD[begin : t + 1, g], v_TGD[begin : t + 1, g], update, sigma
+                )
     return torch.stack(out), torch.stack(memory), torch.stack(norm)
 
 
@@ -72,19 +74,32 @@ def write(M: Tensor, z: Tensor, k_ND: Tensor, v_ND: Tensor, update: str, sigma) 
     return new_M, new_z
 
 
-def window(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, kind: str, width: int | None = None) -> Tensor:
-    """Local attention token by token: ``block``, ``xl``, ``sliding`` (the last ``width`` tokens) or ``full``."""
+def window(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, kind: str, width: int | None = None
+) -> Tensor:
+    """Local attention token by token: ``block``, ``xl``, ``full``, ``sliding`` (``width`` tokens)."""
     tokens, heads, _ = q_THD.shape
     groups = k_TGD.shape[1]
     out = []
     for t in range(tokens):
         begin = t // n * n
-        first = {"block": begin, "xl": max(begin - n, 0), "sliding": max(t + 1 - (width or 2 * n), 0), "full": 0}[kind]
+        first = {
+            "block": begin,
+            "xl": max(begin - n, 0),
+            "sliding": max(t + 1 - (width or 2 * n), 0),
+            "full": 0,
+        }[kind]
         row = []
         for h in range(heads):
             g = h * groups // heads
-            k = [k_TGD[j, g].detach() if kind == "xl" and j < begin else k_TGD[j, g] for j in range(first, t + 1)]
-            v = [v_TGD[j, g].detach() if kind == "xl" and j < begin else v_TGD[j, g] for j in range(first, t + 1)]
+            k = [
+                k_TGD[j, g].detach() if kind == "xl" and j < begin else k_TGD[j, g]
+                for j in range(first, t + 1)
+            ]
+            v = [
+                v_TGD[j, g].detach() if kind == "xl" and j < begin else v_TGD[j, g]
+                for j in range(first, t + 1)
+            ]
             keys = [rope(key, j) for j, key in zip(range(first, t + 1), k, strict=True)]
             row.append(softmax_read(rope(q_THD[t, h], t), keys, v))
         out.append(torch.stack(row))

@@ -1,7 +1,7 @@
-"""Exact attention over the own segment and a few cached ones: ``local_block``, ``transformer_xl``, ``local_sliding``.
+"""Exact attention over the own segment and a few cached ones: block, Transformer-XL, sliding window.
 
-Transformer-XL here is the one of the paper's Table 2 (Memorizing Transformers, arXiv 2203.08913): the keys and
-values of the previous segment are cached, not differentiated, and read with rotary positions that continue
+Transformer-XL here is the one of the paper's Table 2 (Memorizing Transformers, arXiv 2203.08913): the keys
+and values of the previous segment are cached, not differentiated, and read with rotary positions that go on
 across the border. Nothing is stored rotated: cached keys are raw and rotated anew at their distance.
 
 The cache keeps the model's dtype: it holds copies of activations, not sums, so float32 would add no digit.
@@ -71,10 +71,12 @@ class WindowMemory(Memory):
         first = min(max(self.previous - b.done, 0), q.shape[1])
         parts = [slice(s, s + 1) for s in range(first)] + [slice(first, None)] * (first < q.shape[1])
         masks = [self.visible(b.slots, k.shape[2], missing[part][:1]) for part in parts]
-        return torch.cat([attend(q[:, p], k[:, p], v[:, p], m, False) for p, m in zip(parts, masks, strict=True)], 1)
+        return torch.cat(
+            [attend(q[:, p], k[:, p], v[:, p], m, False) for p, m in zip(parts, masks, strict=True)], 1
+        )
 
     def visible(self, slots: Tensor, n_keys: int, missing: Tensor) -> Tensor:
-        """Keys that are not later, inside the window, and inside the document: bool (Q, K) or (B, S, Q, K)."""
+        """Keys not later, inside the window and inside the document: bool (Q, K) or (B, S, Q, K)."""
         k_slot = torch.arange(n_keys, device=slots.device)
         q_slot = (slots if slots.dim() == 1 else slots[:, None])[..., None] + self.previous * self.segment
         seen = (k_slot <= q_slot) & (k_slot >= missing * self.segment)

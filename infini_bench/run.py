@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import resource
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from infini_bench.config import to_dict
-from infini_bench.errors import UserError
+from infini_bench.device import peak_bytes, reset_peak, torch_device
 from infini_bench.files import read_json, writing
 from infini_bench.origin import (
     checkpoint_name,
@@ -190,32 +189,3 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
     finally:
         record.seconds, record.peak_bytes = time.perf_counter() - began, peak_bytes(device)
         records.write_record(folder, record)
-
-
-def torch_device(name: str) -> torch.device:
-    """Raises UserError if a GPU is asked for and not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name} was asked for, but PyTorch sees no GPU; use device=auto.")
-    return torch.device(name)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start counting peak memory anew, so that the jobs of a sweep do not inherit each other's."""
-    clear = Path("/proc/self/clear_refs")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif clear.exists():
-        with suppress(OSError):  # some containers forbid it; then the peak is that of the process's life
-            clear.write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    return (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

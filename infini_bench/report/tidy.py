@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import paper
 from infini_bench.report.compare import deltas, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
+from infini_bench.schema import MemoryConfig
 
 Row = dict[str, Any]
 
@@ -30,6 +32,8 @@ POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = ("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls")
+# What makes a memory another one than the paper's: named in the variant even where nothing else differs.
+DEFINING = ("memory.features", "memory.gate_start", "memory.gate_split", "memory.gradient_depth")
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
@@ -79,7 +83,11 @@ def _measurement(record: Record, metric: dict[str, Any], variant: str | None) ->
 
 
 def _variants(records: list[Record]) -> dict[str, str | None]:
-    """Record id -> the settings that tell it from other runs of the same model, scale, machine and corpus."""
+    """Record id -> the settings that tell it from other runs of the same model, scale, machine and corpus.
+
+    And from the paper's memory: DEFINING settings that are not at their default.
+    """
+    default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
     groups: dict[tuple, list[tuple[str, dict[str, str]]]] = defaultdict(list)
     for r in records:
         place = (r.task, r.config["model"], r.config["scale"], r.device, r.config["data"]["name"])
@@ -89,8 +97,14 @@ def _variants(records: list[Record]) -> dict[str, str | None]:
         keys = sorted({key for _, setup in group for key in setup})
         differing = [key for key in keys if len({setup.get(key) for _, setup in group}) > 1]
         for record_id, setup in group:
-            names[record_id] = " ".join(f"{key}={setup.get(key)}" for key in differing) or None
+            own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
+            named = sorted({*differing, *own})
+            names[record_id] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _setup(record: Record) -> dict[str, str]:
@@ -102,7 +116,7 @@ def _setup(record: Record) -> dict[str, str]:
             for key, item in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, item)
         else:
-            flat[prefix] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix] = _text(value)
 
     walk("", {key: value for key, value in record.config.items() if key not in (*UNHASHED, "seed")})
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from infini_bench.config import to_dict
+from infini_bench.device import peak_bytes
 from infini_bench.errors import UserError
 from infini_bench.files import write_json
 from infini_bench.models import MemoryLlamaForCausalLM, build_model, save_model
@@ -20,7 +21,7 @@ from infini_bench.schema import RunConfig
 from infini_bench.tasks import build_task
 from infini_bench.train.checkpoint import Checkpoints, find_checkpoint
 from infini_bench.train.curriculum import Curriculum
-from infini_bench.train.device import build_accelerator, peak_bytes
+from infini_bench.train.device import build_accelerator
 from infini_bench.train.log import MetricsLog
 from infini_bench.train.optim import load_state_tensors, state_tensors
 from infini_bench.train.signals import StopRequest

@@ -1,0 +1,40 @@
+"""The machine a run uses: its device, and the most memory that a job of it held."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from infini_bench.errors import UserError
+
+
+def torch_device(name: str) -> torch.device:
+    """Raises UserError if a GPU is asked for and not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={name} was asked for, but PyTorch sees no GPU; use device=auto.")
+    return torch.device(name)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start counting peak memory anew, so that the jobs of a sweep do not inherit each other's."""
+    clear = Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif clear.exists():
+        with suppress(OSError):  # some containers forbid it; then the peak is that of the process's life
+            clear.write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

@@ -32,8 +32,8 @@ def test_forgetting_is_a_miss():
     assert missed[0] == "infini_linear, 512 tokens, start (8 segments back): 75 %, at least 80 %"
 
 
-@pytest.mark.parametrize(("off", "missed"), [(0.0, 2), (5.0, 0), (20.0, 0), (25.0, 2), (100.0, 2)])
-def test_memory_off_must_be_near_chance(off, missed):
+@pytest.mark.parametrize(("off", "missed"), [(0.0, 0), (5.0, 0), (20.0, 0), (25.0, 2), (100.0, 2)])
+def test_memory_off_must_not_beat_chance_by_much(off, missed):
     assert len(misses(*good()[:3], passkey("infini_delta", off=off))) == missed
 
 

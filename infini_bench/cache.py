@@ -17,7 +17,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from infini_bench.errors import UserError
 from infini_bench.memory.base import State
 
-BUFFERED = ("k", "v", "fill", "done", "seen", "count", "valid")  # of the unfinished segment, and counters
+BUFFERED = (
+    "k",
+    "v",
+    "fill",
+    "done",
+    "seen",
+    "count",
+    "valid",
+    "stored",
+)  # of the unfinished segment, and counters
 
 
 class MemoryLayer(CacheLayerMixin):

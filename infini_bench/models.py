@@ -89,7 +89,8 @@ class MemoryAttention(LlamaAttention):
     def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-        self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim)
+        depth = (layer_idx, config.num_hidden_layers)
+        self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim, *depth)
 
     def forward(  # type: ignore[override]
         self,
@@ -199,7 +200,7 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         return batch * sum(memory.state_floats() for memory in self.memories)
 
     def gates(self) -> Tensor | None:
-        """sigmoid(beta) of every layer and head, (L, H) on the CPU; None for memories without gates."""
+        """sigmoid(beta) of every gated layer's heads, (layers, H) on the CPU; None without gates."""
         gates = [memory.memory_gate for memory in self.memories if hasattr(memory, "memory_gate")]
         return torch.sigmoid(torch.stack(gates).detach().float()).cpu() if gates else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "test")
-MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full")
+MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
 UPDATES = ("linear", "delta")
 FEATURES = ("elu1", "relu2", "exp")
 SOURCES = ("embedded", "local", "hub")
@@ -22,7 +22,7 @@ class MemoryConfig:
     """What an attention layer remembers beyond the tokens of its own segment.
 
     kind: ``compressive`` (Infini-attention), ``xl`` (one cached segment), ``block`` (nothing),
-    ``sliding`` (the last ``window`` tokens) or ``full`` (everything).
+    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers).
     """
 
     kind: str = "compressive"
@@ -32,6 +32,9 @@ class MemoryConfig:
     gate_start: float = 0.0  # beta at the start, before the sigmoid of Eq. 10
     gate_split: float = 0.0  # added to beta of every second head, subtracted from the others
     window: int | None = None  # sliding: tokens a query sees, itself included; unset = 2N
+    entries: int = 65536  # knn: keys and values stored, oldest first out
+    neighbours: int = 32  # knn: of them that a query attends to
+    layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
 
 

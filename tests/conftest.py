@@ -12,6 +12,7 @@ MEMORIES = {
     "local_block": {"kind": "block"},
     "local_sliding": {"kind": "sliding"},
     "full": {"kind": "full"},
+    "memorizing": {"kind": "knn", "entries": 20, "neighbours": 5},
 }
 
 

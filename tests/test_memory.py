@@ -25,8 +25,8 @@ def qkv(tokens, heads=H, groups=G):
 
 def make(**kwargs):
     mem = build_memory(MemoryConfig(segment=N, **kwargs), H, G, D).double()
-    if hasattr(mem, "memory_gate"):
-        mem.memory_gate.data = torch.randn(H, dtype=torch.float64)
+    for parameter in mem.parameters():
+        parameter.data = torch.randn(H, dtype=torch.float64)
     return mem
 
 
@@ -37,6 +37,9 @@ def slow(mem, q, k, v):
             for a, b, c in zip(q, k, v, strict=True)
         ]
         return torch.stack([r[0] for r in rows])
+    if mem.cfg.kind == "knn":
+        settings = (mem.memory_gate, mem.memory_scale, N, mem.cfg.entries, mem.cfg.neighbours)
+        return torch.stack([reference.knn(a, b, c, *settings) for a, b, c in zip(q, k, v, strict=True)])
     return torch.stack(
         [reference.window(a, b, c, N, mem.cfg.kind, mem.cfg.window) for a, b, c in zip(q, k, v, strict=True)]
     )
@@ -48,8 +51,8 @@ def test_outputs_and_gradients_equal_the_reference(name, tokens):
     mem, (q, k, v) = make(**MEMORIES[name]), qkv(tokens)
     rope = rope_table(mem.span or tokens)
     fast, expected = mem(q, k, v, rope)[0], slow(mem, q, k, v)
-    # compressive memories keep M and z in float32 whatever the model's dtype
-    tolerance = 2e-6 if mem.cfg.kind == "compressive" else 1e-12
+    # M and z, and the look-up of neighbours, are float32 whatever the model's dtype
+    tolerance = 2e-6 if mem.cfg.kind in ("compressive", "knn") else 1e-12
     assert (fast - expected).abs().max() < tolerance
     wanted = [q, k, v, *mem.parameters()]
     weight = torch.randn_like(fast)
@@ -153,3 +156,21 @@ def test_state_stays_float32_under_bfloat16_and_autocast():
         assert s["M"].dtype == s["z"].dtype == torch.float32
     exact = mem(q.float(), k.float(), v.float(), rope_table(N, dtype=torch.float32))[1]
     assert (auto["M"] - exact["M"]).abs().max() < 1e-5
+
+
+def test_every_live_entry_is_found_after_the_store_wrapped_several_times():
+    entries = 3 * N
+    mem = build_memory(MemoryConfig(kind="knn", segment=N, entries=entries, neighbours=1), H, H, D).double()
+    mem.memory_gate.data.fill_(50.0)  # the look-up alone
+    state, written = None, []
+    for call in (4, N, 2 * N + 1, 3 * N, 2, 5 * N):  # 12 N and more: the store is overwritten four times
+        _, k, v = (x.detach() for x in qkv(call, H, H))
+        _, state = mem(k, k, v, rope_table(2 * N), state)
+        written.append((k, v))
+    k, v = (torch.cat(x, 1) for x in zip(*written, strict=True))
+    done = k.shape[1] // N * N
+    for j in range(done - entries, done):
+        out, _ = mem(k[:, j : j + 1], k[:, j : j + 1], v[:, :1], rope_table(2 * N), state)
+        assert (out[:, 0] - v[:, j]).abs().max() < 1e-6
+    lost = mem(k[:, done - entries - 1 :][:, :1], k[:, :1], v[:, :1], rope_table(2 * N), state)[0][:, 0]
+    assert (lost - v[:, done - entries - 1]).abs().amax((1, 2)).min() > 1e-2

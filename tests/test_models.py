@@ -124,16 +124,17 @@ def test_states_are_values_and_survive_the_disk(model, ids, tmp_path):
 def test_state_size_is_the_formula(model):
     ids = torch.randint(0, V, (3, 4 * N))
     _, state = model.step(ids)
-    cfg, size, groups, layers = model.memories[0].cfg, 8, 2, 3
+    kind, size, groups, layers = model.config.memory["kind"], 8, 2, 3
     table1 = {  # Table 1 with H replaced by G, as live floats a row at a boundary
         "compressive": size * (size + 1) * groups * layers,
         "xl": 2 * size * groups * N * layers,
         "sliding": 2 * size * groups * 2 * N * layers,
         "block": 0,
         "full": 4 * 2 * size * groups * N * layers,
-    }[cfg.kind]
+        "knn": 2 * size * groups * (N * layers + 20),
+    }[kind]
     assert state.floats() == 3 * table1
-    if cfg.kind != "full":
+    if kind != "full":
         assert model.state_floats(3) == state.floats() == model.step(ids, state)[1].floats()
 
 

@@ -1,8 +1,11 @@
 """The subject of this package: what an attention layer keeps of the tokens it has left behind."""
 
+from dataclasses import replace
+
 from infini_bench.memory.base import Memory, State
 from infini_bench.memory.compressive import CompressiveMemory
 from infini_bench.memory.full import FullMemory
+from infini_bench.memory.knn import KnnMemory
 from infini_bench.memory.window import WindowMemory
 from infini_bench.schema import MemoryConfig
 
@@ -12,12 +15,31 @@ KINDS: dict[str, type[Memory]] = {
     "xl": WindowMemory,
     "sliding": WindowMemory,
     "full": FullMemory,
+    "knn": KnnMemory,
 }
 
 
-def build_memory(cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int) -> Memory:
-    """The memory of one attention layer. The only place that turns ``memory.kind`` into code."""
+def build_memory(
+    cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int, layer: int = 0, layers: int = 1
+) -> Memory:
+    """The memory of attention layer ``layer`` of ``layers``; only here ``memory.kind`` becomes code."""
+    if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
+        cfg = replace(cfg, kind="xl")
     return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)
 
 
-__all__ = ["KINDS", "CompressiveMemory", "FullMemory", "Memory", "State", "WindowMemory", "build_memory"]
+def knn_layer(cfg: MemoryConfig, layers: int) -> int:
+    """The one layer, from 0, that looks up neighbours; unset: at 3/4 of the depth, the 9th of 12."""
+    return -(-3 * layers // 4) - 1 if cfg.layer is None else cfg.layer
+
+
+__all__ = [
+    "KINDS",
+    "CompressiveMemory",
+    "FullMemory",
+    "KnnMemory",
+    "Memory",
+    "State",
+    "WindowMemory",
+    "build_memory",
+]

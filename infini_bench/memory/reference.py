@@ -104,3 +104,37 @@ def window(
             row.append(softmax_read(rope(q_THD[t, h], t), keys, v))
         out.append(torch.stack(row))
     return torch.stack(out)
+
+
+def knn(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    beta_H: Tensor,
+    log_scale_H: Tensor,
+    n: int,
+    entries: int,
+    neighbours: int,
+) -> Tensor:
+    """Memorizing Transformers: the ``neighbours`` best of the last ``entries`` keys of earlier segments."""
+    tokens, heads, _ = q_THD.shape
+    local = window(q_THD, k_TGD, v_TGD, n, "xl")
+    out = []
+    for t in range(tokens):
+        begin = t // n * n
+        row = []
+        for h in range(heads):
+            g = h * k_TGD.shape[1] // heads
+            old = range(max(begin - entries, 0), begin)
+            q = q_THD[t, h] / q_THD[t, h].norm()
+            ranked = sorted(((q @ (k_TGD[j, g] / k_TGD[j, g].norm()).detach(), j) for j in old), reverse=True)
+            if not ranked:
+                row.append(local[t, h])
+                continue
+            best = ranked[:neighbours]
+            weights = torch.softmax(log_scale_H[h].exp() * torch.stack([score for score, _ in best]), 0)
+            read = weights @ torch.stack([v_TGD[j, g].detach() for _, j in best])
+            gate = torch.sigmoid(beta_H[h])
+            row.append(gate * read + (1 - gate) * local[t, h])
+        out.append(torch.stack(row))
+    return torch.stack(out)

@@ -30,7 +30,9 @@ class WindowMemory(Memory):
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.window = (cfg.window or 2 * cfg.segment) if cfg.kind == "sliding" else None
-        self.previous = {"block": 0, "xl": 1}.get(cfg.kind, -(-((self.window or 1) - 1) // cfg.segment))
+        self.previous = {"block": 0, "xl": 1, "knn": 1}.get(
+            cfg.kind, -(-((self.window or 1) - 1) // cfg.segment)
+        )
         self.has_memory = self.previous > 0
 
     def state_floats(self) -> int:
@@ -56,7 +58,7 @@ class WindowMemory(Memory):
         whole = own_BSKGD if own_BSKGD.shape[2] == self.segment else past_BCNGD[:, :0]
         chain = torch.cat([past_BCNGD, whole], 1)
         windows = chain.unfold(1, self.previous, 1).movedim(-1, 2)[:, : own_BSKGD.shape[1]]
-        earlier = windows.detach() if self.cfg.kind == "xl" else windows
+        earlier = windows.detach() if self.cfg.kind in ("xl", "knn") else windows
         return torch.cat([earlier.flatten(2, 3), own_BSKGD], 2), self.last(chain, full)
 
     def read(self, b: Blocks, k: Tensor, v: Tensor, rope: Rope) -> Tensor:

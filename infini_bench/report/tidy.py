@@ -27,7 +27,15 @@ COLUMNS = [
 ]
 TABLES = {"lm": "table2_lm", "passkey": "table3_passkey", "booksum": "table4_booksum"}
 NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum")
-MODELS = ("transformer_xl", "local_block", "local_sliding", "full", "infini_linear", "infini_delta")
+MODELS = (
+    "transformer_xl",
+    "memorizing",
+    "local_block",
+    "local_sliding",
+    "full",
+    "infini_linear",
+    "infini_delta",
+)
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.

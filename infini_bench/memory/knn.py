@@ -1,0 +1,97 @@
+"""Memorizing Transformers' memory (arXiv 2203.08913): exact top-k attention over C stored keys and values.
+
+In one chosen layer, on top of the Transformer-XL cache that all layers have. After every segment its raw
+(pre-position) keys and values are appended, oldest first out; nothing is differentiated through the store,
+so the layer learns to read, not to write. Queries and keys of the look-up are L2-normalised and scaled by a
+learned positive factor a head, exp(memory_scale), 1 at the start. The look-up is mixed with the local
+attention by one gate a head, g A_knn + (1 - g) A_local, g = 0.5 at the start unless ``gate_start`` says otherwise.
+
+Shapes: B batch, S segments, N segment length, Q queries, C stored entries, P entries before and in a call,
+H heads, G KV heads, R = H / G, D head size, E neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infini_bench.memory.base import Rope, State
+from infini_bench.memory.blocks import Blocks, Count
+from infini_bench.memory.window import WindowMemory
+from infini_bench.schema import MemoryConfig
+
+
+class KnnMemory(WindowMemory):
+    """Transformer-XL's cache and a first-in-first-out store of ``entries`` keys and values.
+
+    State: the cache, and ``mem_k``, ``mem_v`` (B, <= C, G, D), newest last; ``stored``: how many of them are
+    live in each row. (dk + dv) G C floats here, plus the cache: Table 1 counts the first, Table 2 both.
+    """
+
+    def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
+        super().__init__(cfg, heads, kv_heads, head_dim)
+        self.memory_gate = nn.Parameter(torch.full((heads,), cfg.gate_start))
+        self.memory_scale = nn.Parameter(torch.zeros(heads))
+
+    def reset_parameters(self) -> None:
+        self.memory_gate.fill_(self.cfg.gate_start)
+        self.memory_scale.zero_()
+
+    def state_floats(self) -> int:
+        return super().state_floats() + 2 * self.head_dim * self.kv_heads * self.cfg.entries
+
+    def start(self, k_BTGD: Tensor) -> State:
+        empty = k_BTGD[:, :0].detach()
+        return {**super().start(k_BTGD), "mem_k": empty, "mem_v": empty, "stored": 0}
+
+    def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
+        local, cache = super().segments(b, carry, rope)
+        own = [x.detach().flatten(1, 2) for x in (b.k_BSKGD, b.v_BSKGD)]
+        k, v = (torch.cat([carry[name], x], 1) for name, x in zip(("mem_k", "mem_v"), own, strict=True))
+        state = {**cache, **self.keep(k, v, carry["mem_k"].shape[1], carry["stored"], b.full)}
+        if not self.enabled:
+            return local, state
+        with torch.autocast(local.device.type, enabled=False):
+            reads = [self.look_up(b, s, k, v, carry) for s in range(b.q_BSQHD.shape[1])]
+            read, known = (torch.stack(x, 1) for x in zip(*reads, strict=True))
+            gate = torch.sigmoid(self.memory_gate.float())[:, None]
+            mixed = gate * read + (1 - gate) * local.float()
+            return torch.where(known[:, :, None, None, None], mixed, local.float()).to(local.dtype), state
+
+    def look_up(
+        self, b: Blocks, s: int, k_BPGD: Tensor, v_BPGD: Tensor, carry: State
+    ) -> tuple[Tensor, Tensor]:
+        """Top-k attention of segment ``s`` over what is stored before it (B, Q, H, D); rows with any."""
+        end = carry["mem_k"].shape[1] + s * self.segment
+        first = max(end - self.cfg.entries, 0)
+        live = torch.as_tensor(carry["stored"], device=k_BPGD.device) + s * self.segment
+        live = live.expand(k_BPGD.shape[0])
+        q = F.normalize(b.q_BSQHD[:, s].float(), dim=-1).unflatten(2, (self.kv_heads, -1))
+        if end == first:
+            return torch.zeros_like(q).flatten(2, 3), live > 0
+        keys = F.normalize(k_BPGD[:, first:end].float(), dim=-1)
+        scores = torch.einsum("bqgrd,bcgd->bgrqc", q, keys)
+        dead = torch.arange(first, end, device=k_BPGD.device) < (end - live)[:, None]
+        scores = scores.masked_fill(dead[:, None, None, None], -torch.inf)
+        top, place = scores.topk(min(self.cfg.neighbours, end - first))
+        scale = self.memory_scale.float().exp().view(1, self.kv_heads, -1, 1, 1)
+        # rows without any live entry are replaced by the caller; finite scores keep their gradient finite too
+        weights = torch.softmax(scale * top.clamp_min(-1e4), -1)
+        values = v_BPGD[:, first:end].float().transpose(1, 2)
+        index = place.flatten(2)[..., None].expand(-1, -1, -1, values.shape[-1])
+        picked = values.gather(2, index).unflatten(2, place.shape[2:])
+        return torch.einsum("bgrqe,bgrqed->bqgrd", weights, picked).flatten(2, 3), live > 0
+
+    def keep(self, k_BPGD: Tensor, v_BPGD: Tensor, before: int, stored: Count, full: Count) -> State:
+        """The newest ``entries`` of the completed segments; rows that differ are aligned at the end."""
+        live = (torch.as_tensor(stored) + torch.as_tensor(full) * self.segment).clamp(max=self.cfg.entries)
+        end = before + full * self.segment
+        if isinstance(end, int) and isinstance(stored, int):
+            part = slice(max(end - self.cfg.entries, 0), end)
+            return {"mem_k": k_BPGD[:, part].clone(), "mem_v": v_BPGD[:, part].clone(), "stored": int(live)}
+        ends = torch.as_tensor(end, device=k_BPGD.device).expand(k_BPGD.shape[0])
+        size = min(int(ends.max()), self.cfg.entries)
+        index = (ends[:, None] - size + torch.arange(size, device=ends.device)).clamp_min(0)[..., None, None]
+        index = index.expand(-1, -1, *k_BPGD.shape[2:])
+        return {"mem_k": k_BPGD.gather(1, index), "mem_v": v_BPGD.gather(1, index), "stored": live}

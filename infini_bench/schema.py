@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
-UPDATES = ("linear", "delta")
+UPDATES = ("linear", "delta", "delta_corrected")
 FEATURES = ("elu1", "relu2", "exp")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -27,7 +27,7 @@ class MemoryConfig:
 
     kind: str = "compressive"
     segment: int = 128  # N, tokens
-    update: str = "linear"  # compressive: linear (Eq. 8) | delta (Eq. 9)
+    update: str = "linear"  # compressive: linear (Eq. 8) | delta (Eq. 9) | delta_corrected
     features: str = "elu1"  # compressive: sigma of Eq. 7-9
     gate_start: float = 0.0  # beta at the start, before the sigmoid of Eq. 10
     gate_split: float = 0.0  # added to beta of every second head, subtracted from the others

@@ -8,6 +8,7 @@ from infini_bench.schema import DecoderConfig, MemoryConfig
 MEMORIES = {
     "infini_linear": {"kind": "compressive", "update": "linear"},
     "infini_delta": {"kind": "compressive", "update": "delta"},
+    "infini_delta_corrected": {"kind": "compressive", "update": "delta_corrected"},
     "transformer_xl": {"kind": "xl"},
     "local_block": {"kind": "block"},
     "local_sliding": {"kind": "sliding"},

@@ -64,7 +64,7 @@ def test_outputs_and_gradients_equal_the_reference(name, tokens):
 
 
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("update", ["linear", "delta"])
+@pytest.mark.parametrize("update", ["linear", "delta", "delta_corrected"])
 def test_states_equal_the_reference(update, features):
     mem, (q, k, v) = make(kind="compressive", update=update, features=features), qkv(3 * N + 2)
     _, state = mem(q, k, v, rope_table(N))
@@ -89,7 +89,7 @@ def test_gradients_of_the_state_reach_the_first_segment(update):
         assert a[:, 0].abs().max() > 0
 
 
-@pytest.mark.parametrize("update", ["linear", "delta"])
+@pytest.mark.parametrize("update", ["linear", "delta", "delta_corrected"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_gradient_depth_cuts_at_its_boundaries_and_keeps_values(update, depth):
     full, cut = (
@@ -174,3 +174,12 @@ def test_every_live_entry_is_found_after_the_store_wrapped_several_times():
         assert (out[:, 0] - v[:, j]).abs().max() < 1e-6
     lost = mem(k[:, done - entries - 1 :][:, :1], k[:, :1], v[:, :1], rope_table(2 * N), state)[0][:, 0]
     assert (lost - v[:, done - entries - 1]).abs().amax((1, 2)).min() > 1e-2
+
+
+@pytest.mark.parametrize(("update", "share"), [("linear", 1.0), ("delta", 1 / 2), ("delta_corrected", 1.0)])
+def test_one_pair_written_six_times_reads_back_halved_under_plain_delta(update, share):
+    mem = build_memory(MemoryConfig(kind="compressive", update=update, segment=1), 1, 1, D).double()
+    mem.memory_gate.data.fill_(50.0)
+    k, v = torch.randn(2, 1, 1, 1, D, dtype=torch.float64)
+    out, _ = mem(*(x.expand(-1, 7, -1, -1) for x in (k, k, v)), rope_table(1))
+    assert (out[:, 6] - share * v[:, 0]).abs().max() < 1e-5

@@ -5,6 +5,9 @@ Per KV head, segment s, features sigma, with raw (pre-position) queries and keys
     Linear   M_s = M_{s-1} + sigma(K)^T V                z_s = z_{s-1} + sum_t sigma(K_t)           (Eq. 8)
     Delta    M_s = M_{s-1} + sigma(K)^T (V - sigma(K) M_{s-1} / (sigma(K) z_{s-1})),  z_s as above  (Eq. 9)
     gate     A = g A_mem + (1 - g) A_dot,  g = sigmoid(beta), one beta a head                       (Eq. 10)
+Beyond the paper, ``delta_corrected`` lets z grow only by what is new about a key: gamma_t sigma(K_t) with gamma_t
+= clip(1 - z_{s-1} sigma(K_t) / |sigma(K_t)|^2, 0, 1), not differentiated (ARMT, arXiv 2407.04841). Plain Delta
+writes less for a known pair but lets z grow all the same: written again and again, it reads back halved.
 What the paper leaves open is decided here: the first segment has no memory, so its output is A_dot itself and
 Eq. 9 reads 0 there; under GQA there is one memory a KV head, read by all its query heads.
 
@@ -18,6 +21,8 @@ F features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +99,25 @@ class CompressiveMemory(Memory):
         k = self.sigma(b.k_BSKGD[:, :written].float())
         v = b.v_BSKGD[:, :written].float()
         first_M, first_z = carry["M"], carry["z"]
-        z = self.scan(first_z, k.sum(2), None, b.done)
-        take = self.overlap(k, z[:, :-1]) if self.cfg.update == "delta" else None
-        return {"M": self.scan(first_M, torch.einsum("bsngf,bsngd->bsgfd", k, v), take, b.done), "z": z}
+        z = self.norms(first_z, k, b.done)
+        add = torch.einsum("bsngf,bsngd->bsgfd", k, v)
+        if self.cfg.update == "linear":
+            return {"M": self.sums(first_M, add, b.done), "z": z}
+        take = self.overlap(k, z[:, :-1])
+        M = self.scan(first_M, written, lambda s, M: add[:, s] - take[:, s] @ M, b.done)
+        return {"M": M, "z": z}
+
+    def norms(self, z: Tensor, k_BSNGF: Tensor, done: Count) -> Tensor:
+        """z before each segment and after the last, (B, S+1, G, F): Eq. 8, or corrected for known keys."""
+        if self.cfg.update != "delta_corrected":
+            return self.sums(z, k_BSNGF.sum(2), done)
+
+        def grow(s: int, z: Tensor) -> Tensor:
+            k = k_BSNGF[:, s]
+            known = torch.einsum("bngf,bgf->bng", k, z) / k.square().sum(-1).clamp_min(EPS)
+            return torch.einsum("bng,bngf->bgf", (1 - known).clamp(0, 1).detach(), k)
+
+        return self.scan(z, k_BSNGF.shape[1], grow, done)
 
     def overlap(self, k_BSNGF: Tensor, z_BSGF: Tensor) -> Tensor:
         """A_s of the affine form, what the segment's keys take back of the old memory: (B, S, G, F, F)."""
@@ -104,16 +125,19 @@ class CompressiveMemory(Memory):
         scale = torch.where(norm > EPS, norm, 1.0).reciprocal() * (norm > EPS)
         return torch.einsum("bsngf,bsnge->bsgfe", k_BSNGF, k_BSNGF * scale[..., None])
 
-    def scan(self, x: Tensor, add_BS: Tensor, take_BSGFF: Tensor | None, done: Count) -> Tensor:
-        """x_s = x_{s-1} + add_s - take_s x_{s-1}: before each segment and after the last, (B, S+1, ...)."""
-        depth = self.cfg.gradient_depth
-        if take_BSGFF is None and depth is None:
+    def sums(self, x: Tensor, add_BS: Tensor, done: Count) -> Tensor:
+        """x_s = x_{s-1} + add_s: before each segment and after the last one, (B, S+1, ...)."""
+        if self.cfg.gradient_depth is None:
             return torch.cat([x[:, None], add_BS], 1).cumsum(1)
-        chain = []
-        for s in range(add_BS.shape[1] + 1):
+        return self.scan(x, add_BS.shape[1], lambda s, _: add_BS[:, s], done)
+
+    def scan(self, x: Tensor, segments: int, grow: Callable[[int, Tensor], Tensor], done: Count) -> Tensor:
+        """x_s = x_{s-1} + grow(s, x_{s-1}), likewise; gradients cross ``gradient_depth`` boundaries at most."""
+        depth, chain = self.cfg.gradient_depth, []
+        for s in range(segments + 1):
             if depth is not None and isinstance(done, int) and (done + s) % depth == 0:
                 x = x.detach()
             chain.append(x)
-            if s < add_BS.shape[1]:
-                x = x + add_BS[:, s] - (take_BSGFF[:, s] @ x if take_BSGFF is not None else 0)
+            if s < segments:
+                x = x + grow(s, x)
         return torch.stack(chain, 1)

@@ -4,7 +4,7 @@ In one chosen layer, on top of the Transformer-XL cache that all layers have. Af
 (pre-position) keys and values are appended, oldest first out; nothing is differentiated through the store,
 so the layer learns to read, not to write. Queries and keys of the look-up are L2-normalised and scaled by a
 learned positive factor a head, exp(memory_scale), 1 at the start. The look-up is mixed with the local
-attention by one gate a head, g A_knn + (1 - g) A_local, g = 0.5 at the start unless ``gate_start`` says otherwise.
+attention by one gate a head, g A_knn + (1 - g) A_local, g = 0.5 at the start unless ``gate_start`` differs.
 
 Shapes: B batch, S segments, N segment length, Q queries, C stored entries, P entries before and in a call,
 H heads, G KV heads, R = H / G, D head size, E neighbours.

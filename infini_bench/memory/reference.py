@@ -68,9 +68,10 @@ def write(M: Tensor, z: Tensor, k_ND: Tensor, v_ND: Tensor, update: str, sigma) 
     new_M, new_z = M, z
     for k, v in zip(k_ND, v_ND, strict=True):
         s = sigma(k)
-        known = z.abs().sum() > 0 and update == "delta"
+        known = z.abs().sum() > 0 and update != "linear"
         new_M = new_M + torch.outer(s, v - (s @ M) / (s @ z) if known else v)
-        new_z = new_z + s
+        share = torch.clamp(1 - (z @ s) / (s @ s), 0, 1).detach() if update == "delta_corrected" else 1.0
+        new_z = new_z + share * s
     return new_M, new_z
 
 

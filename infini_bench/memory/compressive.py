@@ -5,9 +5,9 @@ Per KV head, segment s, features sigma, with raw (pre-position) queries and keys
     Linear   M_s = M_{s-1} + sigma(K)^T V                z_s = z_{s-1} + sum_t sigma(K_t)           (Eq. 8)
     Delta    M_s = M_{s-1} + sigma(K)^T (V - sigma(K) M_{s-1} / (sigma(K) z_{s-1})),  z_s as above  (Eq. 9)
     gate     A = g A_mem + (1 - g) A_dot,  g = sigmoid(beta), one beta a head                       (Eq. 10)
-Beyond the paper, ``delta_corrected`` lets z grow only by what is new about a key: gamma_t sigma(K_t) with gamma_t
-= clip(1 - z_{s-1} sigma(K_t) / |sigma(K_t)|^2, 0, 1), not differentiated (ARMT, arXiv 2407.04841). Plain Delta
-writes less for a known pair but lets z grow all the same: written again and again, it reads back halved.
+Beyond the paper, ``delta_corrected`` lets z grow only by what is new about a key: gamma_t sigma(K_t), where
+gamma_t = clip(1 - z_{s-1} sigma(K_t) / |sigma(K_t)|^2, 0, 1) is not differentiated (ARMT, arXiv 2407.04841).
+Plain Delta writes less for a known pair but lets z grow all the same: repeated, it reads back halved.
 What the paper leaves open is decided here: the first segment has no memory, so its output is A_dot itself and
 Eq. 9 reads 0 there; under GQA there is one memory a KV head, read by all its query heads.
 
@@ -132,7 +132,7 @@ class CompressiveMemory(Memory):
         return self.scan(x, add_BS.shape[1], lambda s, _: add_BS[:, s], done)
 
     def scan(self, x: Tensor, segments: int, grow: Callable[[int, Tensor], Tensor], done: Count) -> Tensor:
-        """x_s = x_{s-1} + grow(s, x_{s-1}), likewise; gradients cross ``gradient_depth`` boundaries at most."""
+        """x_s = x_{s-1} + grow(s, x_{s-1}), likewise; gradients stop where ``gradient_depth`` says."""
         depth, chain = self.cfg.gradient_depth, []
         for s in range(segments + 1):
             if depth is not None and isinstance(done, int) and (done + s) % depth == 0:

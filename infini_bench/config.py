@@ -156,7 +156,7 @@ _RULES: dict[str, Rule] = {
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
     "task.split": _one_of(schema.SPLITS),
-    "task.digits": (lambda value: 1 <= value <= 100, "between 1 and 100"),
+    "task.digits": (lambda value: 1 <= value <= 18, "between 1 and 18"),
     "task.lengths": (bool, "at least one length"),
     "task.depths": (bool, "at least one depth"),
     "task.lm_weight": _NOT_NEGATIVE,

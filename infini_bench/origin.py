@@ -17,9 +17,11 @@ from infini_bench.errors import UserError
 from infini_bench.files import read_json
 from infini_bench.report.records import read_records
 from infini_bench.schema import RunConfig
+from infini_bench.units import suggest
 
 Values = dict[str, Any]
 PACKAGE = Path(str(files("infini_bench")))
+MODELS = Path(str(files("infini_bench.conf"))) / "model"
 
 TRAINED = ("decoder", "memory", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
 PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
@@ -46,7 +48,8 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
         run = latest_run(cfg, cfg.checkpoint)
         if run is None:
             raise UserError(
-                f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run; '
+                f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run'
+                f"{suggest(cfg.checkpoint, [path.stem for path in MODELS.glob('*.yaml')])}; "
                 "`infini-bench ls runs` lists what there is."
             )
         return run, f"{run}, the latest finished run of {cfg.checkpoint}"

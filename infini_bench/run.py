@@ -16,6 +16,7 @@ import torch
 
 from infini_bench.config import to_dict
 from infini_bench.device import peak_bytes, reset_peak, torch_device
+from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
 from infini_bench.origin import (
     checkpoint_name,
@@ -122,7 +123,8 @@ def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
     state = read_json(path / "state.json") if (path / "state.json").exists() else {}
     counts = {"steps": state.get("step"), "tokens": state.get("tokens"), "seconds": state.get("seconds")}
     digest = records.config_hash(to_dict(trained))
-    return {"id": run, "config_hash": digest, "seed": trained.seed, **counts}
+    corpus = {"task": trained.task.name, "data": trained.data.name, "path": trained.data.path}
+    return {"id": run, "config_hash": digest, "seed": trained.seed, **corpus, **counts}
 
 
 # --- records --------------------------------------------------------------------------------------------
@@ -185,6 +187,10 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.error = f"{type(error).__name__}: {error}"
+        if "allocate" in str(error) or isinstance(error, MemoryError):  # of the CPU or a GPU
+            raise UserError(
+                "Not enough memory; lower decoder.dim, trainer.batch, task.batch or task.chunk."
+            ) from error
         raise
     finally:
         record.seconds, record.peak_bytes = time.perf_counter() - began, peak_bytes(device)

@@ -22,12 +22,15 @@ def say(text: str) -> None:
 
 def quiet() -> None:
     """Libraries speak up for errors only, and our progress is the only one."""
+    import logging
+
     from datasets.utils import logging as of_datasets
     from transformers.utils import logging as of_transformers
 
     for library in (of_datasets, of_transformers):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries when there is no network
 
 
 def show_training(record: Record, folder: Path) -> None:

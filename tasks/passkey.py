@@ -9,7 +9,8 @@ Depths: a percentage p puts p % of the filler sentences (rounded) in front of th
 question starts. Segments are the model's, counted from the prompt's start.
 
 * ``exact_match``: percent of trials whose greedily generated answer tokens all are right.
-* ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %.
+* ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %
+  (11 % for the first digit).
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
@@ -184,9 +185,14 @@ class Passkey(Task):
         columns = {"length": cell.length, "position": cell.depth}
         columns |= {"condition": condition, "protocol": self.task.protocol}
         exact, tokens = exact_match(generated, expected), token_accuracy(best, expected)
-        chance = 100 / (9 * 10 ** (self.task.digits - 1))
+        digits = self.task.digits
+        chance = 100 / (9 * 10 ** (digits - 1))
+        by_token = 100 * (1 / 9 + (digits - 1) / 10) / digits
         rows = []
-        for metric, share, by_chance in (("exact_match", exact, chance), ("token_accuracy", tokens, 10.0)):
+        for metric, share, by_chance in (
+            ("exact_match", exact, chance),
+            ("token_accuracy", tokens, by_token),
+        ):
             columns |= {"n": share.n, "extra": {**extra, "chance": by_chance}}
             rows.append(self.row(metric, share.value, Interval(share.low, share.high), **columns))
         return rows

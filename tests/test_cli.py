@@ -147,9 +147,14 @@ def test_cfg_prints_the_settings():
     assert "steps: 7" in text and "name: passkey" in text and "hydra" not in text
 
 
-def test_report_without_records_writes_empty_tables(tmp_path):
+def test_report_of_an_empty_folder_writes_empty_tables_and_of_none_nothing(tmp_path):
+    assert invoke("report", "--out", "tables").exit_code == 2
+    assert not (tmp_path / "tables").exists()
+    (tmp_path / "results" / "records").mkdir(parents=True)
     assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 0
     assert (tmp_path / "tables" / "table3_passkey.csv").exists()
+    assert invoke("report", "--out", "page.html", "--format", "html").exit_code == 0
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_doctor_is_content_here(monkeypatch):

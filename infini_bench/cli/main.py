@@ -130,16 +130,21 @@ def evaluate(
 @app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(help="demo, table2, table3 or table4.")],
+    overrides: Overrides = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models with commas; unset: the four of the demo.")
+    ] = None,
     scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
     seeds: Annotated[str, typer.Option(help="Seeds with commas, e.g. 0,1,2.")] = "0",
     jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs, records and tables.")] = None,
 ) -> None:
-    """Train and evaluate all that a table of the paper needs, and print it."""
-    from infini_bench.reproduce import parse_seeds
+    """Train and evaluate all that a table of the paper needs, and print it; overrides hold for every job."""
+    from infini_bench.reproduce import MODELS, parse_seeds
     from infini_bench.reproduce import reproduce as run
 
-    raise typer.Exit(run(what, scale=scale, out=out, jobs=jobs, seeds=parse_seeds(seeds)))
+    chosen, numbers = models.split(",") if models else MODELS, parse_seeds(seeds)
+    raise typer.Exit(run(what, scale, out, jobs, numbers, chosen, overrides or []))
 
 
 @app.command()

@@ -5,6 +5,7 @@ The folder's name is a hash of all it depends on, so a change of anything builds
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from infini_bench.data.documents import Document, fingerprint, hash_texts
 from infini_bench.data.tokenizers import Tokenizer
 from infini_bench.errors import UserError
-from infini_bench.files import atomic_folder, read_json, write_json
+from infini_bench.files import atomic_folder, write_json
 from infini_bench.schema import DataConfig
 
 FORMAT = 1  # part of the name: raise it when the files change their meaning
@@ -87,11 +88,11 @@ def _build(folder: Path, documents: list[Document], tokenizer: Tokenizer) -> Non
 def _checked_index(folder: Path) -> dict[str, Any]:
     """The index, after the tokens were found to be those that it describes."""
     try:
-        index = read_json(folder / "index.json")
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         size = sum(index["n_tokens"]) * np.dtype(index["dtype"]).itemsize
         rows = {len(index[key]) for key in _COLUMNS}
         expected, _ = index["checksum"], index["eos_id"]
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, f"its index is not whole: {error}") from error
     path = folder / "tokens.bin"
     found = path.stat().st_size if path.exists() else 0

@@ -18,7 +18,7 @@ import numpy as np
 
 from infini_bench.data.documents import hash_texts
 from infini_bench.errors import UserError
-from infini_bench.files import atomic_folder, read_json, write_json
+from infini_bench.files import atomic_folder, atomic_write, read_json, write_json
 from infini_bench.schema import DataConfig
 from infini_bench.units import suggest
 
@@ -126,8 +126,7 @@ class BPETokenizer(Tokenizer):
         return self._backend.decode([i for i in map(int, ids) if i != self.eos_id], skip_special_tokens=False)
 
     def _save_files(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        atomic_write(folder / "tokenizer.json", self._backend.to_str(pretty=True))
 
 
 class PretrainedTokenizer(Tokenizer):

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, State
 from infini_bench.memory.compressive import CompressiveMemory
 from infini_bench.memory.full import FullMemory
 from infini_bench.memory.knn import KnnMemory
 from infini_bench.memory.window import WindowMemory
-from infini_bench.schema import MemoryConfig
+from infini_bench.schema import FEATURES, MEMORY_KINDS, UPDATES, MemoryConfig
+from infini_bench.units import suggest
 
 KINDS: dict[str, type[Memory]] = {
     "compressive": CompressiveMemory,
@@ -23,6 +25,17 @@ def build_memory(
     cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int, layer: int = 0, layers: int = 1
 ) -> Memory:
     """The memory of attention layer ``layer`` of ``layers``; only here ``memory.kind`` becomes code."""
+    for name, value, known in (
+        ("kind", cfg.kind, MEMORY_KINDS),
+        ("update", cfg.update, UPDATES),
+        ("features", cfg.features, FEATURES),
+    ):
+        if value not in known:
+            raise UserError(
+                f"There is no memory.{name}={value}{suggest(value, known)}; known: {', '.join(known)}."
+            )
+    if not isinstance(cfg.segment, int) or cfg.segment < 1:
+        raise UserError(f"memory.segment is a number of tokens, at least 1, not {cfg.segment!r}.")
     if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
         cfg = replace(cfg, kind="xl")
     return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)

@@ -32,7 +32,7 @@ from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES
 from infini_bench.schema import MemoryConfig
 
-EPS = 1e-6  # floor of the normaliser; reached only where no key with a common feature was ever written
+EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a feature with the query
 
 
 class CompressiveMemory(Memory):
@@ -134,6 +134,10 @@ class CompressiveMemory(Memory):
     def scan(self, x: Tensor, segments: int, grow: Callable[[int, Tensor], Tensor], done: Count) -> Tensor:
         """x_s = x_{s-1} + grow(s, x_{s-1}), likewise; gradients stop where ``gradient_depth`` says."""
         depth, chain = self.cfg.gradient_depth, []
+        if depth is not None and not isinstance(done, int) and torch.is_grad_enabled():
+            raise ValueError(
+                "gradient_depth counts segments of the document: train without padding or row resets"
+            )
         for s in range(segments + 1):
             if depth is not None and isinstance(done, int) and (done + s) % depth == 0:
                 x = x.detach()

@@ -20,7 +20,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 REFERENCES = ("local_block", "transformer_xl")
 RESAMPLES = 2000
 # Two models are compared when all of this is the same: one budget, one corpus, one machine.
-BUDGET = ("scale", "device", "dataset", "split", "length", "train_tokens")
+BUDGET = ("scale", "device", "dataset", "split", "length", "train_tokens", "budget")
 
 
 def mean_interval(values: list[float]) -> Estimate:

@@ -28,23 +28,29 @@ def write_report(records: Path | str, out: Path | str, formats: Iterable[str] = 
     """Write the tables of all records in a folder and return the files.
 
     csv (tidy), md and latex give one file a table, ``<out>/<name>.<suffix>``; html gives one page,
-    ``<out>/report.html``. Raises UserError for an unknown format or a broken record.
+    ``<out>/report.html``, or ``out`` itself if that ends in ``.html``.
+    Raises UserError for an unknown format, a missing folder or a broken record.
     """
+    formats = list(formats)
+    if unknown := [form for form in formats if form not in FORMATS]:
+        raise UserError(
+            f'unknown format "{unknown[0]}"{suggest(unknown[0], FORMATS)}; there are {", ".join(FORMATS)}'
+        )
+    if not Path(records).is_dir():
+        raise UserError(f"There is no folder of records at {records}; nothing was written.")
     found = read_records(records)
     rows = tidy(found)
     files: dict[str, str] = {}
     for form in formats:
-        if form not in FORMATS:
-            raise UserError(
-                f'unknown format "{form}"{suggest(form, FORMATS)}; there are {", ".join(FORMATS)}'
-            )
         if form == "html":
             files["report.html"] = render.html(sheets(rows, found), paper.SOURCE)
         else:
             files |= {name + FORMATS[form]: _table(name, form, rows, found) for name in NAMES}
-    for name, text in files.items():
-        atomic_write(Path(out) / name, text)
-    return [Path(out) / name for name in files]
+    page = Path(out).suffix == ".html" and list(files) == ["report.html"]  # a file was named, not a folder
+    written = {Path(out) if page else Path(out) / name: text for name, text in files.items()}
+    for path, text in written.items():
+        atomic_write(path, text)
+    return list(written)
 
 
 def _table(name: str, form: str, rows: list[dict[str, Any]], records: list[Record]) -> str:

@@ -85,30 +85,40 @@ def _measurement(record: Record, metric: dict[str, Any], variant: str | None) ->
         "scale": record.config["scale"],
         "commit": commit or None,
         "seed": (record.train.get("seed", record.seed), record.seed),  # of the training, of the evaluation
+        "budget": tuple(sorted((k, v) for k, v in _setup(record).items() if not _own(k))),
         "config": record.config,
         "records": [record.id],
     }
 
 
 def _variants(records: list[Record]) -> dict[str, str | None]:
-    """Record id -> the settings that tell it from other runs of the same model, scale, machine and corpus.
+    """Record id -> the settings that tell it from other runs of the same scale, machine and corpus.
 
-    And from the paper's memory: DEFINING settings that are not at their default.
+    A memory's own settings are compared among runs of its model, all others among all runs. DEFINING settings
+    that are not at their default, those of the paper, are always named.
     """
     default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
     groups: dict[tuple, list[tuple[str, dict[str, str]]]] = defaultdict(list)
     for r in records:
-        place = (r.task, r.config["model"], r.config["scale"], r.device, r.config["data"]["name"])
+        place = (r.task, r.config["scale"], r.device, r.config["data"]["name"])
         groups[place].append((r.id, _setup(r)))
     names: dict[str, str | None] = {}
     for group in groups.values():
         keys = sorted({key for _, setup in group for key in setup})
-        differing = [key for key in keys if len({setup.get(key) for _, setup in group}) > 1]
         for record_id, setup in group:
+            same = [other for _, other in group if other["model"] == setup["model"]]
+            rivals = {key: same if _own(key) else [other for _, other in group] for key in keys}
+            differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
+            differing = [key for key in differing if key != "model"]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
             named = sorted({*differing, *own})
             names[record_id] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
+
+
+def _own(key: str) -> bool:
+    """Whether a setting belongs to the memory rather than to the budget that all models share."""
+    return key == "model" or (key.startswith("memory.") and key != "memory.segment")
 
 
 def _text(value: Any) -> str:
@@ -128,7 +138,7 @@ def _setup(record: Record) -> dict[str, str]:
 
     walk("", {key: value for key, value in record.config.items() if key not in (*UNHASHED, "seed")})
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
-    walk("trained", {key: record.train.get(key) for key in ("task", "data", "steps")})
+    walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps")})
     return {key: value for key, value in flat.items() if key not in (*COVERAGE, "data.cache_dir")}
 
 

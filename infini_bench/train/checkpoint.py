@@ -99,8 +99,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"Cannot write a checkpoint in {folder} ({error}); free some space or allow writing there, then "
-            "resume: what was saved before is intact."
+            f"Cannot write a checkpoint in {folder} ({error}); free space or choose another runs=FOLDER. "
+            "Checkpoints saved before are intact."
         ) from error
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import paper
 from infini_bench.report.compare import deltas, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
-from infini_bench.schema import MemoryConfig
+from infini_bench.schema import MemoryConfig, RunConfig
 
 Row = dict[str, Any]
 
@@ -126,7 +127,10 @@ def _text(value: Any) -> str:
 
 
 def _setup(record: Record) -> dict[str, str]:
-    """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``."""
+    """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``.
+
+    A setting younger than the record has its default, which is how the run behaved.
+    """
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -136,7 +140,9 @@ def _setup(record: Record) -> dict[str, str]:
         else:
             flat[prefix] = _text(value)
 
-    walk("", {key: value for key, value in record.config.items() if key not in (*UNHASHED, "seed")})
+    known = asdict(RunConfig(task=TASKS[record.task]()))
+    for config in (known, record.config):
+        walk("", {key: value for key, value in config.items() if key not in (*UNHASHED, "seed")})
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
     walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps")})
     return {key: value for key, value in flat.items() if key not in (*COVERAGE, "data.cache_dir")}

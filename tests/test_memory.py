@@ -5,7 +5,9 @@ import torch
 from conftest import MEMORIES
 from infini_transformer_pytorch.infini_transformer import FastweightMemory, Memories
 
-from infini_bench.memory import build_memory, reference
+from infini_bench import schema
+from infini_bench.errors import UserError
+from infini_bench.memory import KINDS, build_memory, reference
 from infini_bench.memory.features import FEATURES
 from infini_bench.schema import MemoryConfig
 
@@ -137,6 +139,20 @@ def test_public_peer_agrees_on_memory_and_read_out(update):
             memories = peer.create_new_memories(heads[1], heads[2], memories)
         assert (state["M"] - memories.kv_mem).abs().max() < 1e-4
         assert (state["z"] - memories.k_norm).abs().max() < 1e-4
+
+
+def test_names_that_settings_allow_are_those_that_exist():
+    assert set(schema.MEMORY_KINDS) == set(KINDS)
+    assert set(schema.FEATURES) == set(FEATURES) == set(reference.SIGMA)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kind": "foo"}, {"update": "Delta"}, {"features": "q"}, {"segment": 0}, {"kind": "knn", "layer": 2}],
+)
+def test_a_memory_that_does_not_exist_is_named(wrong):
+    with pytest.raises(UserError, match=r"memory\."):
+        build_memory(MemoryConfig(**wrong), H, G, D, 0, 2)
 
 
 def test_split_gates_start_on_both_sides():

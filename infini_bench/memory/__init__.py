@@ -43,7 +43,10 @@ def build_memory(
 
 def knn_layer(cfg: MemoryConfig, layers: int) -> int:
     """The one layer, from 0, that looks up neighbours; unset: at 3/4 of the depth, the 9th of 12."""
-    return -(-3 * layers // 4) - 1 if cfg.layer is None else cfg.layer
+    layer = -(-3 * layers // 4) - 1 if cfg.layer is None else cfg.layer
+    if not 0 <= layer < layers:
+        raise UserError(f"memory.layer={layer} is none of the {layers} layers, which count from 0.")
+    return layer
 
 
 __all__ = [

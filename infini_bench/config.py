@@ -150,6 +150,8 @@ _RULES: dict[str, Rule] = {
     "memory.kind": _one_of(schema.MEMORY_KINDS),
     "memory.update": _one_of(schema.UPDATES),
     "memory.features": _one_of(schema.FEATURES),
+    "memory.normaliser": _one_of(schema.NORMALISERS),
+    "memory.decay": (lambda value: 0 < value < 1, "above 0 and below 1, or null"),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
     "memory.gradient_depth": _NOT_NEGATIVE,

@@ -116,7 +116,7 @@ class MemoryLlamaPreTrained(LlamaPreTrainedModel):
 
     config_class = MemoryLlamaConfig
     config: MemoryLlamaConfig
-    _keep_in_fp32_modules_strict = ["memory_gate"]  # noqa: RUF012 (transformers reads a list)
+    _keep_in_fp32_modules_strict = ["memory"]  # noqa: RUF012 (transformers reads a list)
     _is_stateful = True  # states cannot be cropped, so assisted decoding is refused
     _can_compile_fullgraph = False
 
@@ -200,7 +200,10 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         return batch * sum(memory.state_floats() for memory in self.memories)
 
     def gates(self) -> Tensor | None:
-        """sigmoid(beta) of every gated layer's heads, (layers, H) on the CPU; None without gates."""
+        """sigmoid(beta) of every gated layer's heads, (layers, H) on the CPU; None without gates.
+
+        With ``gate_input`` it is the gate of a query of zeros.
+        """
         gates = [memory.memory_gate for memory in self.memories if hasattr(memory, "memory_gate")]
         return torch.sigmoid(torch.stack(gates).detach().float()).cpu() if gates else None
 
@@ -289,11 +292,11 @@ def attach_memory(model: LlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaF
     with torch.device("meta"):
         new = MemoryLlamaForCausalLM(MemoryLlamaConfig(memory=asdict(memory), **settings))
     new.model.rotary_emb.inner = model.model.rotary_emb
-    for layer in new.memories:
-        if hasattr(layer, "memory_gate"):
-            layer.memory_gate = nn.Parameter(layer.gate_start().to(model.device))
+    with torch.no_grad():
+        for memory_layer in new.memories:
+            memory_layer.to_empty(device=model.device).reset_parameters()
     loaded = new.load_state_dict(model.state_dict(), strict=False, assign=True)
-    assert all("memory_gate" in name for name in loaded.missing_keys) and not loaded.unexpected_keys
+    assert all(".memory." in name for name in loaded.missing_keys) and not loaded.unexpected_keys
     new.tie_weights()
     new.generation_config = model.generation_config
     return new

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
-UPDATES = ("linear", "delta", "delta_corrected")
-FEATURES = ("elu1", "relu2", "exp")
+UPDATES = ("linear", "delta", "delta_corrected", "delta_token")
+FEATURES = ("elu1", "relu", "relu2", "exp", "dpfp", "gelu", "softmax")
+NORMALISERS = ("sum", "mean", "max", "none", "norm")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
@@ -27,10 +28,15 @@ class MemoryConfig:
 
     kind: str = "compressive"
     segment: int = 128  # N, tokens
-    update: str = "linear"  # compressive: linear (Eq. 8) | delta (Eq. 9) | delta_corrected
+    update: str = "linear"  # compressive: linear (Eq. 8) | delta (Eq. 9) | delta_corrected | delta_token
     features: str = "elu1"  # compressive: sigma of Eq. 7-9
+    normaliser: str = "sum"  # compressive: what a read is divided by: sum (Eq. 7) | mean | max | none | norm
+    decay: float | None = None  # compressive: share kept at a boundary, learned from here; unset = all
+    write_gate: bool = False  # compressive: each key's write strength depends on the key
     gate_start: float = 0.0  # beta at the start, before the sigmoid of Eq. 10
     gate_split: float = 0.0  # added to beta of every second head, subtracted from the others
+    gate_input: bool = False  # compressive: beta also depends on the query
+    gate_frozen: bool = False  # beta stays where it started
     window: int | None = None  # sliding: tokens a query sees, itself included; unset = 2N
     entries: int = 65536  # knn: keys and values stored, oldest first out
     neighbours: int = 32  # knn: of them that a query attends to

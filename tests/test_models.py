@@ -125,8 +125,9 @@ def test_state_size_is_the_formula(model):
     ids = torch.randint(0, V, (3, 4 * N))
     _, state = model.step(ids)
     kind, size, groups, layers = model.config.memory["kind"], 8, 2, 3
+    plain = model.config.memory["features"] == "elu1"
     table1 = {  # Table 1 with H replaced by G, as live floats a row at a boundary
-        "compressive": size * (size + 1) * groups * layers,
+        "compressive": (size * (size + 1) if plain else 2 * size * size) * groups * layers,  # dpfp, no z
         "xl": 2 * size * groups * N * layers,
         "sliding": 2 * size * groups * 2 * N * layers,
         "block": 0,

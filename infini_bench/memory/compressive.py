@@ -1,20 +1,32 @@
-"""Infini-attention's compressive memory (arXiv 2404.07143 v2, Eq. 7-10): Linear and Linear+Delta.
+"""Infini-attention's compressive memory (arXiv 2404.07143 v2, Eq. 7-10): Linear, Linear+Delta, and variants.
 
 Per KV head, segment s, features sigma, with raw (pre-position) queries and keys:
     read     A_mem = sigma(Q) M_{s-1} / (sigma(Q) z_{s-1})                                          (Eq. 7)
     Linear   M_s = M_{s-1} + sigma(K)^T V                z_s = z_{s-1} + sum_t sigma(K_t)           (Eq. 8)
     Delta    M_s = M_{s-1} + sigma(K)^T (V - sigma(K) M_{s-1} / (sigma(K) z_{s-1})),  z_s as above  (Eq. 9)
     gate     A = g A_mem + (1 - g) A_dot,  g = sigmoid(beta), one beta a head                       (Eq. 10)
-Beyond the paper, ``delta_corrected`` lets z grow only by what is new about a key: gamma_t sigma(K_t), where
-gamma_t = clip(1 - z_{s-1} sigma(K_t) / |sigma(K_t)|^2, 0, 1) is not differentiated (ARMT, arXiv 2407.04841).
-Plain Delta writes less for a known pair but lets z grow all the same: repeated, it reads back halved.
 What the paper leaves open is decided here: the first segment has no memory, so its output is A_dot itself and
 Eq. 9 reads 0 there; under GQA there is one memory a KV head, read by all its query heads.
 
+Beyond the paper:
+    delta_corrected  z grows only by what is new about a key: gamma_t sigma(K_t), gamma_t =
+                     clip(1 - z_{s-1} sigma(K_t) / |sigma(K_t)|^2, 0, 1), not differentiated (ARMT, arXiv
+                     2407.04841). Plain Delta writes less for a known pair but lets z grow all the same:
+                     repeated, it reads back halved.
+    delta_token      DeltaNet's rule (arXiv 2406.06484) on unit-norm features, key by key also inside the
+                     segment: M <- M + w_t k_t^T (v_t - k_t M). A pair repeated in a segment is written once.
+    normaliser       what sigma(Q) M is divided by. sum: Eq. 7. mean: the overlap that an average key would
+                     have, |sigma(q)|_1 |z|_1 / F. max: max(|sigma(q) z|, 1) (xLSTM, arXiv 2405.04517). none:
+                     1, with unit-norm features and no z. norm: as none, then RMS norm over D (RetNet, arXiv
+                     2307.08621). Delta subtracts what its own normaliser reads.
+    decay            M and z are scaled by sigmoid(logit) of their KV head before a segment is written.
+    write_gate       a key is written with strength w_t = sigmoid(u k_t + c), u and c of its KV head; else 1.
+    gate_input       beta becomes beta + u q_t, u of its head.
+
 M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
-is a prefix sum; Delta is the affine recurrence M_s = (I - A_s) M_{s-1} + U_s, whose U_s = sigma(K)^T V and
-A_s = sigma(K)^T (sigma(K) / (sigma(K) z_{s-1})) need no earlier M. Gradients flow through all segments, or
-through ``gradient_depth`` of them. All memory arithmetic is float32, outside autocast.
+is a prefix sum; the delta rules are affine recurrences M_s = (I - A_s) M_{s-1} + U_s whose A_s and U_s need
+no earlier M. Gradients flow through all segments, or through ``gradient_depth`` of them. All memory
+arithmetic is float32, outside autocast.
 
 Shapes: B batch, S segments, N segment length, Q queries, H heads, G KV heads, R = H / G, D head size,
 F features.
@@ -25,43 +37,67 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
-from infini_bench.memory.features import FEATURES
+from infini_bench.memory.features import FEATURES, WIDTHS
 from infini_bench.schema import MemoryConfig
 
 EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a feature with the query
+WRITE_START = 2.0  # c of the write gate at the start: keys are written with strength 0.88
 
 
 class CompressiveMemory(Memory):
-    """Linear (Eq. 8) or Linear+Delta (Eq. 9) memory with the paper's gate (Eq. 10).
+    """Linear (Eq. 8) or Linear+Delta (Eq. 9) memory with the paper's gate (Eq. 10), or a variant of them.
 
-    State: M (B, G, D, D) and z (B, G, D), float32: dk (dv + 1) G floats a layer (Table 1, last row).
-    ``memory_gate``: beta, (H,) float32.
+    State, float32: M (B, G, F, D) and, if the normaliser has one, z (B, G, F): dk (dv + 1) G floats a layer
+    (Table 1, last row). Parameters, float32: ``memory_gate`` beta (H,); ``memory_gate_input`` (H, D);
+    ``memory_write`` (G, D + 1), u and c; ``memory_decay`` (G,), the logit of lambda.
     """
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
+        self.normalised = cfg.normaliser not in ("none", "norm")
+        if cfg.update == "delta_token" and self.normalised:
+            raise UserError("memory.update=delta_token keeps no z; add memory.normaliser=none or norm.")
+        if cfg.update in ("delta", "delta_corrected") and not self.normalised:
+            raise UserError(
+                f"memory.update={cfg.update} needs memory.normaliser=sum, mean or max; "
+                "without one take memory.update=delta_token."
+            )
         self.sigma = FEATURES[cfg.features]
-        self.memory_gate = nn.Parameter(self.gate_start())
+        self.width = WIDTHS.get(cfg.features, 1) * head_dim
+        self.memory_gate = nn.Parameter(torch.empty(heads), requires_grad=not cfg.gate_frozen)
+        if cfg.gate_input:
+            self.memory_gate_input = nn.Parameter(torch.empty(heads, head_dim))
+        if cfg.write_gate:
+            self.memory_write = nn.Parameter(torch.empty(kv_heads, head_dim + 1))
+        if cfg.decay is not None:
+            self.memory_decay = nn.Parameter(torch.empty(kv_heads))
+        with torch.no_grad():
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.memory_gate.copy_(self.gate_start())
-
-    def gate_start(self) -> Tensor:
-        """beta before training: ``gate_start``, plus or minus the split for every second head."""
-        sign = torch.arange(self.heads) % 2 * 2.0 - 1.0
-        return self.cfg.gate_start + self.cfg.gate_split * sign
+        """Gates at their start, nothing yet dependent on keys or queries."""
+        sign = torch.arange(self.heads, device=self.memory_gate.device) % 2 * 2.0 - 1.0
+        self.memory_gate.copy_(self.cfg.gate_start + self.cfg.gate_split * sign)
+        if self.cfg.gate_input:
+            self.memory_gate_input.zero_()
+        if self.cfg.write_gate:
+            self.memory_write.zero_()[:, -1] = WRITE_START
+        if self.cfg.decay is not None:
+            self.memory_decay.fill_(self.cfg.decay).logit_()
 
     def state_floats(self) -> int:
-        return self.head_dim * (self.head_dim + 1) * self.kv_heads
+        return self.width * (self.head_dim + self.normalised) * self.kv_heads
 
     def start(self, k_BTGD: Tensor) -> State:
         batch, _, groups, size = k_BTGD.shape
-        M = torch.zeros(batch, groups, size, size, dtype=torch.float32, device=k_BTGD.device)
-        return {"M": M, "z": M[..., 0].clone()}
+        M = torch.zeros(batch, groups, self.width, size, dtype=torch.float32, device=k_BTGD.device)
+        return {"M": M, "z": M[..., 0].clone()} if self.normalised else {"M": M}
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot = self.local(b, rope)
@@ -69,8 +105,8 @@ class CompressiveMemory(Memory):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:
                 return dot, self.carried(prefixes, b.full)
-            read = self.read(b.q_BSQHD.float(), prefixes)
-            gate = torch.sigmoid(self.memory_gate.float())[:, None]
+            q = b.q_BSQHD.float()
+            read, gate = self.read(q, prefixes), self.gate(q)
             mixed = gate * read + (1 - gate) * dot.float()
             known = (b.ages() > 0)[..., None, None, None]
             out = torch.where(known, mixed, dot.float()).to(dot.dtype)
@@ -81,13 +117,39 @@ class CompressiveMemory(Memory):
         """M and z after the last completed segment, cloned so that they do not keep the prefixes alive."""
         return {name: select(x, full).clone() for name, x in prefixes.items()}
 
+    # Read ----------------------------------------------------------------------------------------------
+
+    def gate(self, q_BSQHD: Tensor) -> Tensor:
+        """g of Eq. 10: (H, 1), or (B, S, Q, H, 1) with ``gate_input``."""
+        beta = self.memory_gate.float()
+        if self.cfg.gate_input:
+            beta = beta + (q_BSQHD * self.memory_gate_input.float()).sum(-1)
+        return torch.sigmoid(beta)[..., None]
+
+    def features(self, x: Tensor) -> Tensor:
+        """sigma(x): (..., D) -> (..., F), of unit norm where no z normalises."""
+        return self.sigma(x) if self.normalised else F.normalize(self.sigma(x), dim=-1, eps=EPS)
+
     def read(self, q_BSQHD: Tensor, prefixes: dict[str, Tensor]) -> Tensor:
         """A_mem of every segment from the memory before it (Eq. 7): (B, S, Q, H, D) float32."""
         n_seg = q_BSQHD.shape[1]
-        q = self.sigma(q_BSQHD).unflatten(3, (self.kv_heads, -1))  # (B, S, Q, G, R, F)
+        q = self.features(q_BSQHD).unflatten(3, (self.kv_heads, -1))  # (B, S, Q, G, R, F)
         top = torch.einsum("bsqgrf,bsgfd->bsqgrd", q, prefixes["M"][:, :n_seg])
-        norm = torch.einsum("bsqgrf,bsgf->bsqgr", q, prefixes["z"][:, :n_seg])
-        return (top / norm.clamp_min(EPS)[..., None]).flatten(3, 4)
+        if self.normalised:
+            norm = self.overlap(q, prefixes["z"][:, :n_seg])
+            top = top / torch.where(norm < 0, norm.clamp_max(-EPS), norm.clamp_min(EPS))[..., None]
+        elif self.cfg.normaliser == "norm":
+            top = F.rms_norm(top, top.shape[-1:], eps=EPS)
+        return top.flatten(3, 4)
+
+    def overlap(self, x_BSNGRF: Tensor, z_BSGF: Tensor) -> Tensor:
+        """What a read with features x is divided by, given z: (B, S, N, G, R)."""
+        if self.cfg.normaliser == "mean":
+            return x_BSNGRF.abs().sum(-1) * (z_BSGF.abs().mean(-1))[:, :, None, :, None]
+        product = torch.einsum("bsngrf,bsgf->bsngr", x_BSNGRF, z_BSGF)
+        return product if self.cfg.normaliser == "sum" else product.abs().clamp_min(1)
+
+    # Write ---------------------------------------------------------------------------------------------
 
     def write(self, b: Blocks, carry: State) -> dict[str, Tensor]:
         """M and z before each segment and after the last one: (B, S+1, G, ...) float32.
@@ -96,43 +158,77 @@ class CompressiveMemory(Memory):
         segment adds lies behind the boundary selected for it.
         """
         written = b.full if isinstance(b.full, int) else b.k_BSKGD.shape[1]
-        k = self.sigma(b.k_BSKGD[:, :written].float())
-        v = b.v_BSKGD[:, :written].float()
-        first_M, first_z = carry["M"], carry["z"]
-        z = self.norms(first_z, k, b.done)
-        add = torch.einsum("bsngf,bsngd->bsgfd", k, v)
+        raw, v = (x[:, :written].float() for x in (b.k_BSKGD, b.v_BSKGD))
+        k, strength = self.features(raw), self.strength(raw)
+        if self.cfg.update == "delta_token":
+            take, add = self.one_by_one(k, v, strength)
+            return {"M": self.affine(carry["M"], take, add, b.done)}
+        w = k * strength
+        add = torch.einsum("bsngf,bsngd->bsgfd", w, v)
+        z = {"z": self.norms(carry["z"], k, w, b.done)} if self.normalised else {}
         if self.cfg.update == "linear":
-            return {"M": self.sums(first_M, add, b.done), "z": z}
-        take = self.overlap(k, z[:, :-1])
-        M = self.scan(first_M, written, lambda s, M: add[:, s] - take[:, s] @ M, b.done)
-        return {"M": M, "z": z}
+            return {"M": self.sums(carry["M"], add, b.done), **z}
+        norm = self.overlap(k[..., None, :], self.kept(z["z"][:, :-1], 1))
+        scale = torch.where(norm.abs() > EPS, norm, 1.0).reciprocal() * (norm.abs() > EPS)
+        take = torch.einsum("bsngf,bsnge->bsgfe", w, k * scale)
+        return {"M": self.affine(carry["M"], take, add, b.done), **z}
 
-    def norms(self, z: Tensor, k_BSNGF: Tensor, done: Count) -> Tensor:
+    def strength(self, k_BSNGD: Tensor) -> Tensor:
+        """w_t, how much of each raw key is written: (B, S, N, G, 1), or 1."""
+        if not self.cfg.write_gate:
+            return k_BSNGD.new_ones(())
+        u, c = self.memory_write.float().split([self.head_dim, 1], -1)
+        return torch.sigmoid((k_BSNGD * u).sum(-1, keepdim=True) + c)
+
+    def kept(self, x: Tensor, axes: int) -> Tensor:
+        """What decay leaves of M or z at a boundary; ``axes`` of x stand behind G."""
+        if self.cfg.decay is None:
+            return x
+        return x * torch.sigmoid(self.memory_decay.float()).view(-1, *[1] * axes)
+
+    def one_by_one(self, k_BSNGF: Tensor, v_BSNGD: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """A_s (B, S, G, F, F) and U_s (B, S, G, F, D) of a whole segment written key by key.
+
+        The errors e_t = w_t (v_t - k_t M_{t-1}) solve the triangular system (I + tril(w K K^T, -1)) E =
+        w (V - K M_{s-1}), the WY form of arXiv 2406.06484, section 3.2.
+        """
+        k, v = k_BSNGF.transpose(2, 3), v_BSNGD.transpose(2, 3)
+        w = strength.transpose(2, 3) if strength.dim() else strength
+        system = torch.tril(w * k @ k.mT, -1) + torch.eye(k.shape[3], device=k.device)
+        solved = torch.linalg.solve_triangular(
+            system, w * torch.cat([k, v], -1), upper=False, unitriangular=True
+        )
+        return tuple(k.mT @ x for x in solved.split([k.shape[-1], v.shape[-1]], -1))  # type: ignore[return-value]
+
+    def affine(self, M: Tensor, take_BSGFF: Tensor, add_BSGFD: Tensor, done: Count) -> Tensor:
+        """M_s = (I - A_s) M_{s-1} + U_s, M_{s-1} decayed first: (B, S+1, G, F, D)."""
+
+        def step(s: int, M: Tensor) -> Tensor:
+            M = self.kept(M, 2)
+            return M + add_BSGFD[:, s] - take_BSGFF[:, s] @ M
+
+        return self.scan(M, add_BSGFD.shape[1], step, done)
+
+    def norms(self, z: Tensor, k_BSNGF: Tensor, w_BSNGF: Tensor, done: Count) -> Tensor:
         """z before each segment and after the last, (B, S+1, G, F): Eq. 8, or corrected for known keys."""
         if self.cfg.update != "delta_corrected":
-            return self.sums(z, k_BSNGF.sum(2), done)
+            return self.sums(z, w_BSNGF.sum(2), done)
 
-        def grow(s: int, z: Tensor) -> Tensor:
-            k = k_BSNGF[:, s]
+        def step(s: int, z: Tensor) -> Tensor:
+            k, z = k_BSNGF[:, s], self.kept(z, 1)
             known = torch.einsum("bngf,bgf->bng", k, z) / k.square().sum(-1).clamp_min(EPS)
-            return torch.einsum("bng,bngf->bgf", (1 - known).clamp(0, 1).detach(), k)
+            return z + torch.einsum("bng,bngf->bgf", (1 - known).clamp(0, 1).detach(), w_BSNGF[:, s])
 
-        return self.scan(z, k_BSNGF.shape[1], grow, done)
-
-    def overlap(self, k_BSNGF: Tensor, z_BSGF: Tensor) -> Tensor:
-        """A_s of the affine form, what the segment's keys take back of the old memory: (B, S, G, F, F)."""
-        norm = torch.einsum("bsngf,bsgf->bsng", k_BSNGF, z_BSGF)
-        scale = torch.where(norm > EPS, norm, 1.0).reciprocal() * (norm > EPS)
-        return torch.einsum("bsngf,bsnge->bsgfe", k_BSNGF, k_BSNGF * scale[..., None])
+        return self.scan(z, k_BSNGF.shape[1], step, done)
 
     def sums(self, x: Tensor, add_BS: Tensor, done: Count) -> Tensor:
-        """x_s = x_{s-1} + add_s: before each segment and after the last one, (B, S+1, ...)."""
-        if self.cfg.gradient_depth is None:
+        """x_s = x_{s-1} + add_s, x_{s-1} decayed first: before each segment and after the last one."""
+        if self.cfg.gradient_depth is None and self.cfg.decay is None:
             return torch.cat([x[:, None], add_BS], 1).cumsum(1)
-        return self.scan(x, add_BS.shape[1], lambda s, _: add_BS[:, s], done)
+        return self.scan(x, add_BS.shape[1], lambda s, x: self.kept(x, x.dim() - 2) + add_BS[:, s], done)
 
-    def scan(self, x: Tensor, segments: int, grow: Callable[[int, Tensor], Tensor], done: Count) -> Tensor:
-        """x_s = x_{s-1} + grow(s, x_{s-1}), likewise; gradients stop where ``gradient_depth`` says."""
+    def scan(self, x: Tensor, segments: int, step: Callable[[int, Tensor], Tensor], done: Count) -> Tensor:
+        """x_s = step(s, x_{s-1}), likewise; gradients stop where ``gradient_depth`` says."""
         depth, chain = self.cfg.gradient_depth, []
         if depth is not None and not isinstance(done, int) and torch.is_grad_enabled():
             raise ValueError(
@@ -143,5 +239,5 @@ class CompressiveMemory(Memory):
                 x = x.detach()
             chain.append(x)
             if s < segments:
-                x = x + grow(s, x)
+                x = step(s, x)
         return torch.stack(chain, 1)

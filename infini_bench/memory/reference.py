@@ -32,17 +32,79 @@ def relu2(x: Tensor) -> Tensor:
     return torch.maximum(x, torch.zeros_like(x)) ** 2
 
 
-SIGMA = {"elu1": elu1, "relu2": relu2, "exp": lambda x: torch.exp(torch.clamp(x - 4, max=16))}
+def dpfp(x: Tensor) -> Tensor:
+    signed = torch.cat([torch.maximum(x, 0 * x), torch.maximum(-x, 0 * x)])
+    return torch.stack([signed[i] * signed[i - 1] for i in range(len(signed))])
+
+
+SIGMA = {
+    "elu1": elu1,
+    "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "relu2": relu2,
+    "exp": lambda x: torch.exp(torch.clamp(x - 4, max=16)),
+    "dpfp": dpfp,
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "softmax": lambda x: torch.exp(x) / torch.exp(x).sum(),
+}
+
+
+class Compressed:
+    """M and z of one KV head with all options of the compressive memory, one key at a time."""
+
+    def __init__(self, cfg, size: int, like: Tensor, u: Tensor | None, decay: Tensor | None):
+        self.cfg, self.u, self.decay = cfg, u, decay
+        width = len(self.sigma(like.new_zeros(size)))
+        self.M, self.z = like.new_zeros(width, size), like.new_zeros(width)
+
+    def sigma(self, x_D: Tensor) -> Tensor:
+        s = SIGMA[self.cfg.features](x_D)
+        if self.cfg.normaliser in ("none", "norm"):
+            s = s / torch.clamp((s @ s) ** 0.5, min=1e-6) if s.abs().sum() > 0 else s
+        return s
+
+    def norm(self, s: Tensor, z: Tensor) -> Tensor:
+        if self.cfg.normaliser in ("none", "norm"):
+            return s.new_ones(())
+        if self.cfg.normaliser == "mean":
+            return s.abs().sum() * z.abs().sum() / len(z)
+        return s @ z if self.cfg.normaliser == "sum" else torch.clamp((s @ z).abs(), min=1)
+
+    def read(self, q_D: Tensor) -> Tensor:
+        s = self.sigma(q_D)
+        norm = self.norm(s, self.z)
+        read = (s @ self.M) / (norm if norm.abs() > 1e-6 else norm.new_tensor(1e-6))
+        return read / ((read**2).mean() + 1e-6) ** 0.5 if self.cfg.normaliser == "norm" else read
+
+    def write(self, k_ND: Tensor, v_ND: Tensor) -> None:
+        """One segment (Eq. 8, 9): every key against the memory before the segment, or before the key."""
+        if self.decay is not None:
+            self.M, self.z = self.M * self.decay, self.z * self.decay
+        M, z = self.M, self.z
+        for k, v in zip(k_ND, v_ND, strict=True):
+            s = self.sigma(k)
+            old = self.M if self.cfg.update == "delta_token" else M
+            strength = 1.0 if self.u is None else torch.sigmoid(self.u[:-1] @ k + self.u[-1])
+            norm = self.norm(s, z)
+            if self.cfg.update != "linear" and norm.abs() > 1e-6:
+                v = v - (s @ old) / norm
+            self.M = self.M + strength * torch.outer(s, v)
+            new = 1.0
+            if self.cfg.update == "delta_corrected":
+                new = torch.clamp(1 - (z @ s) / torch.clamp(s @ s, min=1e-6), 0, 1).detach()
+            self.z = self.z + strength * new * s
 
 
 def compressive(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, beta_H: Tensor, n: int, update: str, features: str = "elu1"
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cfg, params: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 6-10 token by token: outputs (T, H, D), and M (G, D, D), z (G, D) after the last full segment."""
-    tokens, heads, size = q_THD.shape
-    groups, sigma = k_TGD.shape[1], SIGMA[features]
-    memory = [q_THD.new_zeros(size, size) for _ in range(groups)]
-    norm = [q_THD.new_zeros(size) for _ in range(groups)]
+    """Eq. 6-10 token by token: outputs (T, H, D), and M (G, F, D), z (G, F) after the last full segment.
+
+    cfg: MemoryConfig. params: the memory's parameters by name, as CompressiveMemory documents them.
+    """
+    (tokens, heads, size), groups, n = q_THD.shape, k_TGD.shape[1], cfg.segment
+    strengths = params.get("memory_write", [None] * groups)
+    decays = [1 / (1 + (-x).exp()) for x in params.get("memory_decay", [])] or [None] * groups
+    memory = [Compressed(cfg, size, q_THD, strengths[g], decays[g]) for g in range(groups)]
     out = []
     for t in range(tokens):
         begin = t // n * n
@@ -51,28 +113,16 @@ def compressive(
             g = h * groups // heads
             keys = [rope(k_TGD[j, g], j) for j in range(begin, t + 1)]
             dot = softmax_read(rope(q_THD[t, h], t), keys, [v_TGD[j, g] for j in range(begin, t + 1)])
-            s = sigma(q_THD[t, h])
-            weight = torch.sigmoid(beta_H[h])
-            row.append(dot if begin == 0 else weight * (s @ memory[g]) / (s @ norm[g]) + (1 - weight) * dot)
+            beta = params["memory_gate"][h]
+            if "memory_gate_input" in params:
+                beta = beta + params["memory_gate_input"][h] @ q_THD[t, h]
+            weight = torch.sigmoid(beta)
+            row.append(dot if begin == 0 else weight * memory[g].read(q_THD[t, h]) + (1 - weight) * dot)
         out.append(torch.stack(row))
         if (t + 1) % n == 0:
             for g in range(groups):
-                memory[g], norm[g] = write(
-                    memory[g], norm[g], k_TGD[begin : t + 1, g], v_TGD[begin : t + 1, g], update, sigma
-                )
-    return torch.stack(out), torch.stack(memory), torch.stack(norm)
-
-
-def write(M: Tensor, z: Tensor, k_ND: Tensor, v_ND: Tensor, update: str, sigma) -> tuple[Tensor, Tensor]:
-    """One segment into the memory, key by key, every one against the memory before the segment (Eq. 8, 9)."""
-    new_M, new_z = M, z
-    for k, v in zip(k_ND, v_ND, strict=True):
-        s = sigma(k)
-        known = z.abs().sum() > 0 and update != "linear"
-        new_M = new_M + torch.outer(s, v - (s @ M) / (s @ z) if known else v)
-        share = torch.clamp(1 - (z @ s) / (s @ s), 0, 1).detach() if update == "delta_corrected" else 1.0
-        new_z = new_z + share * s
-    return new_M, new_z
+                memory[g].write(k_TGD[begin : t + 1, g], v_TGD[begin : t + 1, g])
+    return torch.stack(out), torch.stack([m.M for m in memory]), torch.stack([m.z for m in memory])
 
 
 def window(

@@ -42,7 +42,10 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = ("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls")
 # What makes a memory another one than the paper's: named in the variant even where nothing else differs.
-DEFINING = ("memory.features", "memory.gate_start", "memory.gate_split", "memory.gradient_depth")
+DEFINING = (
+    *("memory.features", "memory.normaliser", "memory.decay", "memory.write_gate", "memory.gradient_depth"),
+    *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),
+)
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")

@@ -13,22 +13,28 @@ from torch import Tensor, nn
 from infini_bench.errors import UserError
 from infini_bench.schema import TrainerConfig
 
-GATE = "memory_gate"
+GATES = ("memory_gate", "memory_decay")
 
 
 def parameter_groups(model: nn.Module, cfg: TrainerConfig) -> list[dict]:
     """Groups ``gates``, ``no_decay`` and ``decay``, each with its rate before the schedule in ``base_lr``.
 
     A gate is one scalar a head that decides whether the memory is used at all: it has its own rate, and
-    decay would pull it to one half. Norms, biases and embeddings (a tied head included) are not decayed.
+    decay would pull it to one half. Norms, biases, embeddings (a tied head included) and a memory's other
+    parameters are not decayed. Frozen parameters are in no group.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[str, list] = {"gates": [], "no_decay": [], "decay": []}
     for name, parameter in model.named_parameters():
-        if name.split(".")[-1] == GATE:
+        leaf = name.split(".")[-1]
+        if not parameter.requires_grad:
+            continue
+        if leaf in GATES:
             kind = "gates"
+        elif parameter.ndim < 2 or id(parameter) in embeddings or leaf.startswith("memory_"):
+            kind = "no_decay"
         else:
-            kind = "no_decay" if parameter.ndim < 2 or id(parameter) in embeddings else "decay"
+            kind = "decay"
         groups[kind].append(parameter)
     gate_lr = cfg.lr if cfg.gate_lr is None else cfg.gate_lr
     rates = {"gates": (gate_lr, 0.0), "no_decay": (cfg.lr, 0.0), "decay": (cfg.lr, cfg.weight_decay)}

@@ -198,7 +198,7 @@ class CompressiveMemory(Memory):
         solved = torch.linalg.solve_triangular(
             system, w * torch.cat([k, v], -1), upper=False, unitriangular=True
         )
-        return tuple(k.mT @ x for x in solved.split([k.shape[-1], v.shape[-1]], -1))  # type: ignore[return-value]
+        return tuple(k.mT @ x for x in solved.split([k.shape[-1], v.shape[-1]], -1))
 
     def affine(self, M: Tensor, take_BSGFF: Tensor, add_BSGFD: Tensor, done: Count) -> Tensor:
         """M_s = (I - A_s) M_{s-1} + U_s, M_{s-1} decayed first: (B, S+1, G, F, D)."""

@@ -88,7 +88,7 @@ class Compressed:
             if self.cfg.update != "linear" and norm.abs() > 1e-6:
                 v = v - (s @ old) / norm
             self.M = self.M + strength * torch.outer(s, v)
-            new = 1.0
+            new = s.new_ones(())
             if self.cfg.update == "delta_corrected":
                 new = torch.clamp(1 - (z @ s) / torch.clamp(s @ s, min=1e-6), 0, 1).detach()
             self.z = self.z + strength * new * s

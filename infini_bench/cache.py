@@ -116,6 +116,11 @@ class MemoryCache(Cache):
         """The state at the start of a document."""
         return cls([MemoryLayer() for _ in range(layers)])
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns fed so far. The last layer knows: of a model that runs segment by segment it is the
+        model's own, behind layers that hold one segment's keys and values."""
+        return self.layers[-1].get_seq_length() if self.layers else 0
+
     def copy(self) -> MemoryCache:
         """The same tensors in new layers: later calls replace states, they never write into them."""
         return MemoryCache([layer.map(lambda x: x) for layer in self.layers])
@@ -154,8 +159,10 @@ class MemoryCache(Cache):
 
     def floats(self) -> int:
         """Floats that cross a segment boundary, counted on live tensors (without the unfinished segment)."""
-        carried = [x for name, x in self.tensors().items() if name.split(".", 1)[1] not in BUFFERED]
-        return sum(x.numel() for x in carried)
+        states = [layer.state or {} for layer in self.layers]
+        if states and "fill" in states[-1] and "k" not in states[-1]:  # the others hold an unfinished segment
+            states = states[-1:]
+        return sum(x.numel() for state in states for name, x in state.items() if name not in BUFFERED)
 
     def bytes(self) -> int:
         """Bytes of everything that the state holds, the unfinished segment included."""

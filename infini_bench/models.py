@@ -29,12 +29,15 @@ from transformers import (
     LlamaModel,
 )
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
-from infini_bench.memory import Memory, build_memory
+from infini_bench.memory import Memory, build_memory, build_tokens
+from infini_bench.memory.tokens import TokenMemory, ZeroLinear
+from infini_bench.recurrent import AssociativeLayer, SegmentRun
 from infini_bench.schema import DecoderConfig, MemoryConfig
 
 IMPLEMENTATION = "infini_bench"
@@ -123,20 +126,24 @@ class MemoryLlamaPreTrained(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Memory):
+        if isinstance(module, Memory | ZeroLinear):
             module.reset_parameters()
 
 
 class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
-    """LlamaModel with memory layers."""
+    """LlamaModel with memory layers, or with one memory (``recurrence``) that runs it by segments."""
 
     def __init__(self, config: MemoryLlamaConfig):
         config._attn_implementation = IMPLEMENTATION
         super().__init__(config)
+        memory, depth = MemoryConfig(**config.memory), config.num_hidden_layers
+        if memory.kind == "armt":
+            self.layers = nn.ModuleList(AssociativeLayer(config, index) for index in range(depth))
         attentions = [MemoryAttention(config, index) for index in range(config.num_hidden_layers)]
         for layer, attention in zip(self.layers, attentions, strict=True):
             layer.self_attn = attention
         self.rotary_emb = SegmentRotary(self.rotary_emb, attentions[0].memory.span)  # type: ignore[assignment]
+        self.recurrence = build_tokens(memory, config.hidden_size, depth)
         self.post_init()
 
     def forward(self, *args: Any, past_key_values: MemoryCache | None = None, **kwargs: Any):
@@ -144,7 +151,33 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         wanted = kwargs.get("use_cache")
         if past_key_values is None and (self.config.use_cache if wanted is None else wanted):
             past_key_values = MemoryCache.empty(len(self.layers))
+        if self.recurrence is not None:
+            return self.by_segments(self.recurrence, past_key_values, *args, **kwargs)
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+    def by_segments(
+        self,
+        memory: TokenMemory,
+        cache: MemoryCache | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The forward pass under ``recurrence``; positions are the segment's own, whatever is given.
+
+        Raises UserError for what a run in rounds cannot give: each layer's outputs, and checkpointed layers.
+        """
+        wanted = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if wanted or (self.gradient_checkpointing and self.training):
+            what = wanted[0] if wanted else "gradient_checkpointing; use trainer.checkpoint_segments"
+            raise UserError(f"A model that runs segment by segment has no {what}.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = padding_only(q_length=x.shape[1], attention_mask=attention_mask)
+        state = MemoryCache.empty(len(self.layers)) if cache is None else cache
+        out = SegmentRun(memory, super().forward, state, len(self.layers))(x, mask)
+        return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=cache)
 
 
 class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
@@ -182,8 +215,15 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
 
     @property
     def memories(self) -> list[Any]:
-        """The ``Memory`` of every layer."""
+        """The ``Memory`` of every layer, or the one ``TokenMemory`` of the whole model."""
+        if self.segmentwise:
+            return [self.model.recurrence]
         return [layer.self_attn.memory for layer in self.model.layers]
+
+    @property
+    def segmentwise(self) -> bool:
+        """Whether segments run one after the other, as each needs the last one's result."""
+        return self.model.recurrence is not None
 
     @property
     def segment(self) -> int:
@@ -196,7 +236,10 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         return self.memories[0].has_memory
 
     def state_floats(self, batch: int = 1) -> int:
-        """Floats that cross a segment boundary, all layers (Table 1, with H replaced by G)."""
+        """Floats that cross a segment boundary, all layers (Table 1, with H replaced by G).
+
+        Of ``full`` and ``autocompressor``, whose states grow: floats that each segment adds.
+        """
         return batch * sum(memory.state_floats() for memory in self.memories)
 
     def gates(self) -> Tensor | None:
@@ -292,14 +335,27 @@ def attach_memory(model: LlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaF
     with torch.device("meta"):
         new = MemoryLlamaForCausalLM(MemoryLlamaConfig(memory=asdict(memory), **settings))
     new.model.rotary_emb.inner = model.model.rotary_emb
-    with torch.no_grad():
-        for memory_layer in new.memories:
-            memory_layer.to_empty(device=model.device).reset_parameters()
     loaded = new.load_state_dict(model.state_dict(), strict=False, assign=True)
-    assert all(".memory." in name for name in loaded.missing_keys) and not loaded.unexpected_keys
+    assert not loaded.unexpected_keys
+    start_parameters(new, model.model.embed_tokens.weight)
     new.tie_weights()
     new.generation_config = model.generation_config
     return new
+
+
+@torch.no_grad()
+def start_parameters(model: MemoryLlamaForCausalLM, embeddings: Tensor) -> None:
+    """Gives every parameter that is still on the meta device, being the memory's, its start."""
+    for module in model.modules():
+        missing = {n: p for n, p in module.named_parameters(recurse=False) if p.is_meta}
+        for name, p in missing.items():
+            dtype = p.dtype if isinstance(module, Memory) else embeddings.dtype  # gates stay float32
+            start = torch.empty(p.shape, dtype=dtype, device=embeddings.device)
+            setattr(module, name, nn.Parameter(start))
+        if missing:
+            model._init_weights(module)
+    if model.segmentwise:  # memory tokens are as large as the embeddings that they stand beside
+        nn.init.normal_(model.model.recurrence.vectors.weight, std=embeddings.float().std().item())
 
 
 def save_model(model: MemoryLlamaForCausalLM, folder: Path) -> None:

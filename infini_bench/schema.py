@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "test")
-MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
+MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn", "rmt", "armt", "autocompressor")
 UPDATES = ("linear", "delta", "delta_corrected", "delta_token")
 FEATURES = ("elu1", "relu", "relu2", "exp", "dpfp", "gelu", "softmax")
 NORMALISERS = ("sum", "mean", "max", "none", "norm")
@@ -23,7 +23,8 @@ class MemoryConfig:
     """What an attention layer remembers beyond the tokens of its own segment.
 
     kind: ``compressive`` (Infini-attention), ``xl`` (one cached segment), ``block`` (nothing),
-    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers).
+    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers);
+    or a whole model's memory in tokens: ``rmt``, ``armt`` or ``autocompressor``.
     """
 
     kind: str = "compressive"
@@ -41,6 +42,8 @@ class MemoryConfig:
     entries: int = 65536  # knn: keys and values stored, oldest first out
     neighbours: int = 32  # knn: of them that a query attends to
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
+    tokens: int = 16  # rmt, armt, autocompressor: memory tokens m that a segment writes
+    key_size: int = 16  # armt: of a query or key before its features, which are 6 times as many
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
 
 

@@ -23,6 +23,9 @@ MEMORIES = {
     "local_sliding": {"kind": "sliding"},
     "full": {"kind": "full"},
     "memorizing": {"kind": "knn", "entries": 20, "neighbours": 5},
+    "rmt": {"kind": "rmt", "tokens": 3},
+    "armt": {"kind": "armt", "tokens": 3, "key_size": 4},
+    "autocompressor": {"kind": "autocompressor", "tokens": 3},
 }
 
 

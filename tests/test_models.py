@@ -22,6 +22,9 @@ def model(decoder, memory):
     for mem in model.memories:
         if hasattr(mem, "memory_gate"):
             mem.memory_gate.data = torch.randn(4)
+    for name, parameter in model.named_parameters():
+        if "association.value" in name:  # starts at 0: an untrained ARMT reads nothing
+            parameter.data = 0.05 * torch.randn_like(parameter)
     return model
 
 
@@ -59,14 +62,14 @@ def test_no_logit_depends_on_a_later_token_nor_on_another_row(model, ids):
         before = grad[
             0, : t // N * N
         ]  # reached through the memory; Transformer-XL's cache is not differentiated
-        reached = model.memories[0].cfg.kind in ("compressive", "sliding", "full")
+        reached = model.memories[0].cfg.kind not in ("xl", "block", "knn")
         assert not len(before) or (before.max() > 0) == reached
 
 
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_batch(model, ids):
     alone = model.step(ids[:1])[0]
-    assert (model.step(ids)[0][:1] - alone).abs().max() < 1e-5
+    assert (model.step(ids)[0][:1] - alone).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
@@ -90,10 +93,11 @@ def test_padding_changes_nothing_and_is_never_written(model, ids, side):
     for row, length in enumerate(lengths):
         plain, state = model.step(ids[row : row + 1, :length])
         assert (torch.cat(logits, 1)[row, mask[row].bool()] - plain[0]).abs().max() < 3e-5
-        for name in ("M", "z"):
-            if name in state.layers[0].state:
-                written = cache.layers[2].state[name][row]
-                assert (written - state.layers[2].state[name][0]).abs().max() < 1e-4
+        for name in ("M", "z", "memory"):
+            if name in state.layers[-1].state:
+                plain = state.layers[-1].state[name][0]
+                written = cache.layers[-1].state[name][row, : len(plain)]
+                assert (written - plain).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -133,9 +137,14 @@ def test_state_size_is_the_formula(model):
         "block": 0,
         "full": 4 * 2 * size * groups * N * layers,
         "knn": 2 * size * groups * (N * layers + 20),
+        "rmt": 3 * 32,  # what is carried; Table 1 counts m d l 2
+        "armt": 6 * 4 * (32 + 1) * layers,
+        "autocompressor": 4 * 3 * 32,
     }[kind]
     assert state.floats() == 3 * table1
-    if kind != "full":
+    if kind in ("full", "autocompressor"):
+        assert model.state_floats(3) == state.floats() / 4  # of each of the four segments
+    else:
         assert model.state_floats(3) == state.floats() == model.step(ids, state)[1].floats()
 
 
@@ -144,9 +153,12 @@ def test_memory_off_is_local_attention(decoder, model, ids):
     with model.memory_off() if model.has_memory else nullcontext():
         off = feed(model, ids, [13, T - 13])[0]
     if model.has_memory:
-        block = build_model(decoder, MemoryConfig(kind="block", segment=N), V).eval()
-        block.load_state_dict(model.state_dict(), strict=False)
-        assert (off - block.step(ids)[0]).abs().max() < 2e-5
+        alone = [model.step(segment)[0] for segment in ids.split(N, 1)]
+        assert (off - torch.cat(alone, 1)).abs().max() < 2e-5
+        if model.memories[0].cfg.kind != "rmt":  # whose segments read learned vectors, even so
+            block = build_model(decoder, MemoryConfig(kind="block", segment=N), V).eval()
+            block.load_state_dict(model.state_dict(), strict=False)
+            assert (off - block.step(ids)[0]).abs().max() < 2e-5
         assert (off - model.step(ids)[0])[:, N:].abs().max() > 1e-2
         assert (off - model.step(ids)[0])[:, :N].abs().max() < 2e-5
 

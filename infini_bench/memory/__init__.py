@@ -7,6 +7,7 @@ from infini_bench.memory.base import Memory, State
 from infini_bench.memory.compressive import CompressiveMemory
 from infini_bench.memory.full import FullMemory
 from infini_bench.memory.knn import KnnMemory
+from infini_bench.memory.tokens import AssociativeTokens, AutoCompressor, RecurrentTokens, TokenMemory
 from infini_bench.memory.window import WindowMemory
 from infini_bench.schema import FEATURES, MEMORY_KINDS, NORMALISERS, UPDATES, MemoryConfig
 from infini_bench.units import suggest
@@ -18,6 +19,15 @@ KINDS: dict[str, type[Memory]] = {
     "sliding": WindowMemory,
     "full": FullMemory,
     "knn": KnnMemory,
+    # inside a segment, attention is full: the memory is the whole model's
+    "rmt": FullMemory,
+    "armt": FullMemory,
+    "autocompressor": FullMemory,
+}
+TOKENS: dict[str, type[TokenMemory]] = {
+    "rmt": RecurrentTokens,
+    "armt": AssociativeTokens,
+    "autocompressor": AutoCompressor,
 }
 
 
@@ -42,6 +52,17 @@ def build_memory(
     return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)
 
 
+def build_tokens(cfg: MemoryConfig, dim: int, layers: int) -> TokenMemory | None:
+    """The memory of a whole model of width ``dim``; None for the kinds that live in the attention layers."""
+    if cfg.kind not in TOKENS:
+        return None
+    for name in ("tokens", "key_size"):
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"memory.{name} is a number, at least 1, not {value!r}.")
+    return TOKENS[cfg.kind](cfg, dim, layers)
+
+
 def knn_layer(cfg: MemoryConfig, layers: int) -> int:
     """The one layer, from 0, that looks up neighbours; unset: at 3/4 of the depth, the 9th of 12."""
     layer = -(-3 * layers // 4) - 1 if cfg.layer is None else cfg.layer
@@ -52,11 +73,14 @@ def knn_layer(cfg: MemoryConfig, layers: int) -> int:
 
 __all__ = [
     "KINDS",
+    "TOKENS",
     "CompressiveMemory",
     "FullMemory",
     "KnnMemory",
     "Memory",
     "State",
+    "TokenMemory",
     "WindowMemory",
     "build_memory",
+    "build_tokens",
 ]

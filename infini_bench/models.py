@@ -207,13 +207,25 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     @contextmanager
     def memory_off(self) -> Iterator[None]:
         """Inside, nothing from before a token's own segment is used: the control of every evaluation."""
-        for memory in self.memories:
+        memories = [m for m in self.modules() if isinstance(m, Memory)]  # a memory's local path is one too
+        for memory in memories:
             memory.enabled = False
         try:
             yield
         finally:
-            for memory in self.memories:
+            for memory in memories:
                 memory.enabled = True
+
+    def take_auxiliary(self) -> Tensor:
+        """What memories add to the training loss for the last call: float32, summed over layers and tokens.
+
+        0 without such memories and outside training mode. It is handed out once, so that no graph is kept.
+        """
+        total = torch.zeros((), device=self.device)
+        for memory in self.memories:
+            if memory.auxiliary is not None:
+                total, memory.auxiliary = total + memory.auxiliary, None
+        return total
 
     def hidden(self, ids: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
         """Last hidden states (B, T, dim) and the state after; the given state is left as it was."""
@@ -290,10 +302,11 @@ def attach_memory(model: LlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaF
         new = MemoryLlamaForCausalLM(MemoryLlamaConfig(memory=asdict(memory), **settings))
     new.model.rotary_emb.inner = model.model.rotary_emb
     for layer in new.memories:
-        if hasattr(layer, "memory_gate"):
-            layer.memory_gate = nn.Parameter(layer.gate_start().to(model.device))
+        layer.to_empty(device=model.device)
+        with torch.no_grad():
+            layer.reset_parameters()
     loaded = new.load_state_dict(model.state_dict(), strict=False, assign=True)
-    assert all("memory_gate" in name for name in loaded.missing_keys) and not loaded.unexpected_keys
+    assert all(".memory." in name for name in loaded.missing_keys) and not loaded.unexpected_keys
     new.tie_weights()
     new.generation_config = model.generation_config
     return new

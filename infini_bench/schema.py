@@ -8,9 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "test")
-MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
+MEMORY_KINDS = (
+    "compressive",
+    "xl",
+    "block",
+    "sliding",
+    "full",
+    "knn",
+    "compressed",
+    "sink",
+    "sparse",
+    "kernel",
+)
+LOCALS = ("block", "sliding", "xl", "sparse", "kernel")
 UPDATES = ("linear", "delta", "delta_corrected")
 FEATURES = ("elu1", "relu2", "exp")
+COMPRESSIONS = ("conv", "mean", "max")
+INDEXES = ("auto", "torch", "faiss")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
@@ -22,18 +36,31 @@ class MemoryConfig:
     """What an attention layer remembers beyond the tokens of its own segment.
 
     kind: ``compressive`` (Infini-attention), ``xl`` (one cached segment), ``block`` (nothing),
-    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers).
+    ``sliding`` (the last ``window`` tokens), ``full`` (everything), ``knn`` (Memorizing Transformers),
+    ``compressed`` (Compressive Transformer), ``sink`` (the first ``sinks`` tokens and the last ``window``);
+    inside the own segment only: ``sparse``, ``kernel`` (linear attention).
     """
 
     kind: str = "compressive"
     segment: int = 128  # N, tokens
     update: str = "linear"  # compressive: linear (Eq. 8) | delta (Eq. 9) | delta_corrected
     features: str = "elu1"  # compressive: sigma of Eq. 7-9
+    local: str = (
+        "block"  # compressive: the attention beside the memory: block | sliding | xl | sparse | kernel
+    )
     gate_start: float = 0.0  # beta at the start, before the sigmoid of Eq. 10
     gate_split: float = 0.0  # added to beta of every second head, subtracted from the others
-    window: int | None = None  # sliding: tokens a query sees, itself included; unset = 2N
+    window: int | None = None  # sliding, sink: tokens a query sees, itself included; unset = 2N
+    sinks: int = 4  # sink: first tokens of the document that stay visible; at most N
+    stride: int = 16  # sparse: a query sees the last so many keys of its segment, and each so-many-th before
+    compressed: int | None = None  # compressed: slots, oldest first out; unset = N
+    rate: int = 4  # compressed: tokens a slot; divides N
+    compression: str = "conv"  # compressed: conv (learns by reconstructing attention) | mean | max
     entries: int = 65536  # knn: keys and values stored, oldest first out
     neighbours: int = 32  # knn: of them that a query attends to
+    index: str = (
+        "auto"  # knn: who finds them: torch | faiss (on the CPU) | auto (faiss if installed, on the CPU)
+    )
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
 

@@ -26,24 +26,34 @@ def qkv(tokens, heads=H, groups=G):
 
 
 def make(**kwargs):
-    mem = build_memory(MemoryConfig(segment=N, **kwargs), H, G, D).double()
+    segment = N + 1 if kwargs["kind"] == "compressed" else N  # a multiple of the rate
+    mem = build_memory(MemoryConfig(segment=segment, **kwargs), H, G, D).double()
     for parameter in mem.parameters():
-        parameter.data = torch.randn(H, dtype=torch.float64)
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
     return mem
 
 
 def slow(mem, q, k, v):
-    if mem.cfg.kind == "compressive":
-        rows = [
-            reference.compressive(a, b, c, mem.memory_gate, N, mem.cfg.update, mem.cfg.features)
-            for a, b, c in zip(q, k, v, strict=True)
-        ]
-        return torch.stack([r[0] for r in rows])
-    if mem.cfg.kind == "knn":
-        settings = (mem.memory_gate, mem.memory_scale, N, mem.cfg.entries, mem.cfg.neighbours)
-        return torch.stack([reference.knn(a, b, c, *settings) for a, b, c in zip(q, k, v, strict=True)])
-    return torch.stack(
-        [reference.window(a, b, c, N, mem.cfg.kind, mem.cfg.window) for a, b, c in zip(q, k, v, strict=True)]
+    return torch.stack([slow_row(mem, mem.cfg.kind, *row) for row in zip(q, k, v, strict=True)])
+
+
+def slow_row(mem, kind, q, k, v):
+    cfg, n = mem.cfg, mem.segment
+    if kind == "compressive":
+        local = slow_row(mem, cfg.local, q, k, v)
+        return reference.compressive(q, k, v, mem.memory_gate, n, cfg.update, cfg.features, local)[0]
+    if kind == "knn":
+        settings = (mem.memory_gate, mem.memory_scale, n, cfg.entries, cfg.neighbours)
+        return reference.knn(q, k, v, *settings)
+    if kind == "compressed":
+        conv = getattr(mem, "memory_conv", None)
+        return reference.compressed(q, k, v, n, mem.slots, cfg.rate, cfg.compression, conv)[0]
+    if kind == "sink":
+        return reference.sink(q, k, v, n, cfg.sinks, cfg.window)
+    if kind == "sparse":
+        return reference.sparse(q, k, v, n, cfg.stride)
+    return (
+        reference.kernel(q, k, v, n) if kind == "kernel" else reference.window(q, k, v, n, kind, cfg.window)
     )
 
 
@@ -53,8 +63,8 @@ def test_outputs_and_gradients_equal_the_reference(name, tokens):
     mem, (q, k, v) = make(**MEMORIES[name]), qkv(tokens)
     rope = rope_table(mem.span or tokens)
     fast, expected = mem(q, k, v, rope)[0], slow(mem, q, k, v)
-    # M and z, and the look-up of neighbours, are float32 whatever the model's dtype
-    tolerance = 2e-6 if mem.cfg.kind in ("compressive", "knn") else 1e-12
+    # M and z, the look-up of neighbours, slots and linear attention are float32 whatever the model's dtype
+    tolerance = 2e-6 if mem.cfg.kind in ("compressive", "knn", "compressed", "kernel") else 1e-12
     assert (fast - expected).abs().max() < tolerance
     wanted = [q, k, v, *mem.parameters()]
     weight = torch.randn_like(fast)
@@ -148,7 +158,20 @@ def test_names_that_settings_allow_are_those_that_exist():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kind": "foo"}, {"update": "Delta"}, {"features": "q"}, {"segment": 0}, {"kind": "knn", "layer": 2}],
+    [
+        {"kind": "foo"},
+        {"update": "Delta"},
+        {"features": "q"},
+        {"segment": 0},
+        {"kind": "knn", "layer": 2},
+        {"local": "full"},
+        {"kind": "compressed", "compression": "sum"},
+        {"kind": "compressed", "segment": 6, "rate": 4},
+        {"kind": "sink", "segment": 6, "sinks": 7},
+        {"kind": "sliding", "window": 1},
+        {"kind": "sparse", "stride": 0},
+        {"kind": "knn", "index": "annoy"},
+    ],
 )
 def test_a_memory_that_does_not_exist_is_named(wrong):
     with pytest.raises(UserError, match=r"memory\."):

@@ -59,7 +59,7 @@ def test_no_logit_depends_on_a_later_token_nor_on_another_row(model, ids):
         before = grad[
             0, : t // N * N
         ]  # reached through the memory; Transformer-XL's cache is not differentiated
-        reached = model.memories[0].cfg.kind in ("compressive", "sliding", "full")
+        reached = model.memories[0].cfg.kind in ("compressive", "sliding", "full", "sink")
         assert not len(before) or (before.max() > 0) == reached
 
 
@@ -90,7 +90,7 @@ def test_padding_changes_nothing_and_is_never_written(model, ids, side):
     for row, length in enumerate(lengths):
         plain, state = model.step(ids[row : row + 1, :length])
         assert (torch.cat(logits, 1)[row, mask[row].bool()] - plain[0]).abs().max() < 3e-5
-        for name in ("M", "z"):
+        for name in ("M", "z", "slot_k", "slot_v", "sink_k", "sink_v"):
             if name in state.layers[0].state:
                 written = cache.layers[2].state[name][row]
                 assert (written - state.layers[2].state[name][0]).abs().max() < 1e-4
@@ -125,13 +125,18 @@ def test_state_size_is_the_formula(model):
     ids = torch.randint(0, V, (3, 4 * N))
     _, state = model.step(ids)
     kind, size, groups, layers = model.config.memory["kind"], 8, 2, 3
+    cached = 2 * size * groups * N * layers * (model.config.memory["local"] == "xl")  # beside M and z
     table1 = {  # Table 1 with H replaced by G, as live floats a row at a boundary
-        "compressive": size * (size + 1) * groups * layers,
+        "compressive": size * (size + 1) * groups * layers + cached,
         "xl": 2 * size * groups * N * layers,
         "sliding": 2 * size * groups * 2 * N * layers,
         "block": 0,
         "full": 4 * 2 * size * groups * N * layers,
         "knn": 2 * size * groups * (N * layers + 20),
+        "compressed": 2 * size * groups * (5 + N) * layers,  # keys and values, not hidden states
+        "sink": 2 * size * groups * (3 + 2 * N) * layers,  # a window of 11 reaches into two segments
+        "sparse": 0,
+        "kernel": 0,
     }[kind]
     assert state.floats() == 3 * table1
     if kind != "full":

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES
+from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
 EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a feature with the query
@@ -38,13 +39,16 @@ EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a fea
 class CompressiveMemory(Memory):
     """Linear (Eq. 8) or Linear+Delta (Eq. 9) memory with the paper's gate (Eq. 10).
 
-    State: M (B, G, D, D) and z (B, G, D), float32: dk (dv + 1) G floats a layer (Table 1, last row).
+    State: M (B, G, D, D) and z (B, G, D), float32: dk (dv + 1) G floats a layer (Table 1, last row), and what
+    the local path ``memory.local`` keeps (nothing in the paper's form, ``block``).
     ``memory_gate``: beta, (H,) float32.
     """
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.sigma = FEATURES[cfg.features]
+        self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
+        self.previous = self.path.previous
         self.memory_gate = nn.Parameter(self.gate_start())
 
     def reset_parameters(self) -> None:
@@ -56,25 +60,25 @@ class CompressiveMemory(Memory):
         return self.cfg.gate_start + self.cfg.gate_split * sign
 
     def state_floats(self) -> int:
-        return self.head_dim * (self.head_dim + 1) * self.kv_heads
+        return self.head_dim * (self.head_dim + 1) * self.kv_heads + self.path.state_floats()
 
     def start(self, k_BTGD: Tensor) -> State:
         batch, _, groups, size = k_BTGD.shape
         M = torch.zeros(batch, groups, size, size, dtype=torch.float32, device=k_BTGD.device)
-        return {"M": M, "z": M[..., 0].clone()}
+        return {"M": M, "z": M[..., 0].clone(), **self.path.start(k_BTGD)}
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
-        dot = self.local(b, rope)
+        dot, past = self.path.segments(b, carry, rope)
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:
-                return dot, self.carried(prefixes, b.full)
+                return dot, {**past, **self.carried(prefixes, b.full)}
             read = self.read(b.q_BSQHD.float(), prefixes)
             gate = torch.sigmoid(self.memory_gate.float())[:, None]
             mixed = gate * read + (1 - gate) * dot.float()
             known = (b.ages() > 0)[..., None, None, None]
             out = torch.where(known, mixed, dot.float()).to(dot.dtype)
-        return out, self.carried(prefixes, b.full)
+        return out, {**past, **self.carried(prefixes, b.full)}
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:

@@ -36,9 +36,19 @@ SIGMA = {"elu1": elu1, "relu2": relu2, "exp": lambda x: torch.exp(torch.clamp(x 
 
 
 def compressive(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, beta_H: Tensor, n: int, update: str, features: str = "elu1"
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    beta_H: Tensor,
+    n: int,
+    update: str,
+    features: str = "elu1",
+    local_THD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 6-10 token by token: outputs (T, H, D), and M (G, D, D), z (G, D) after the last full segment."""
+    """Eq. 6-10 token by token: outputs (T, H, D), and M (G, D, D), z (G, D) after the last full segment.
+
+    local: A_dot, where it is another one than the own segment's (Eq. 6).
+    """
     tokens, heads, size = q_THD.shape
     groups, sigma = k_TGD.shape[1], SIGMA[features]
     memory = [q_THD.new_zeros(size, size) for _ in range(groups)]
@@ -51,6 +61,7 @@ def compressive(
             g = h * groups // heads
             keys = [rope(k_TGD[j, g], j) for j in range(begin, t + 1)]
             dot = softmax_read(rope(q_THD[t, h], t), keys, [v_TGD[j, g] for j in range(begin, t + 1)])
+            dot = dot if local_THD is None else local_THD[t, h]
             s = sigma(q_THD[t, h])
             weight = torch.sigmoid(beta_H[h])
             row.append(dot if begin == 0 else weight * (s @ memory[g]) / (s @ norm[g]) + (1 - weight) * dot)
@@ -139,3 +150,110 @@ def knn(
             row.append(gate * read + (1 - gate) * local[t, h])
         out.append(torch.stack(row))
     return torch.stack(out)
+
+
+def sparse(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, stride: int) -> Tensor:
+    """Sparse Transformer's fixed pattern inside each segment: the last ``stride`` keys, and each so-many-th."""
+    out = []
+    for t in range(q_THD.shape[0]):
+        begin = t // n * n
+        seen = [j for j in range(begin, t + 1) if t - j < stride or (j - begin + 1) % stride == 0]
+        row = []
+        for h in range(q_THD.shape[1]):
+            g = h * k_TGD.shape[1] // q_THD.shape[1]
+            keys = [rope(k_TGD[j, g], j) for j in seen]
+            row.append(softmax_read(rope(q_THD[t, h], t), keys, [v_TGD[j, g] for j in seen]))
+        out.append(torch.stack(row))
+    return torch.stack(out)
+
+
+def kernel(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int) -> Tensor:
+    """Linear attention inside each segment, features rotated in the numerator only (RoFormer, Eq. 19)."""
+    out = []
+    for t in range(q_THD.shape[0]):
+        row = []
+        for h in range(q_THD.shape[1]):
+            g = h * k_TGD.shape[1] // q_THD.shape[1]
+            top, norm = torch.zeros_like(v_TGD[0, 0]), q_THD.new_zeros(())
+            for j in range(t // n * n, t + 1):
+                top = top + rope(elu1(q_THD[t, h]), t) @ rope(elu1(k_TGD[j, g]), j) * v_TGD[j, g]
+                norm = norm + elu1(q_THD[t, h]) @ elu1(k_TGD[j, g])
+            row.append(top / norm)
+        out.append(torch.stack(row))
+    return torch.stack(out)
+
+
+def sink(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, sinks: int, width: int | None = None) -> Tensor:
+    """StreamingLLM: a cache of the first ``sinks`` and the last ``width`` tokens, at positions 0, 1, 2 ..."""
+    width = width or 2 * n
+    out = []
+    for t in range(q_THD.shape[0]):
+        seen = sorted({*range(min(sinks, t + 1)), *range(max(t + 1 - width, 0), t + 1)})
+        row = []
+        for h in range(q_THD.shape[1]):
+            g = h * k_TGD.shape[1] // q_THD.shape[1]
+            keys = [rope(k_TGD[j, g], place) for place, j in enumerate(seen)]
+            row.append(softmax_read(rope(q_THD[t, h], len(seen) - 1), keys, [v_TGD[j, g] for j in seen]))
+        out.append(torch.stack(row))
+    return torch.stack(out)
+
+
+def compressed(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    n: int,
+    slots: int,
+    rate: int,
+    compression: str,
+    conv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compressive Transformer. conv: (2, rate, G, D, D), of keys and values.
+
+    Outputs (T, H, D), the live slots' keys and values (slots, G, D) after the last full segment, and the
+    reconstruction loss, summed over tokens.
+    """
+    tokens, heads, size = q_THD.shape
+    groups = k_TGD.shape[1]
+
+    def compress(x_TGD: Tensor, begin: int, which: int) -> list[Tensor]:
+        """Slots of the segment that begins at ``begin``, each (G, D)."""
+        made = []
+        for first in range(begin, begin + n, rate):
+            part = x_TGD[first : first + rate].detach()
+            if compression == "conv" and conv is not None:
+                row = [[part[i, g] @ conv[which, i, g] for i in range(rate)] for g in range(groups)]
+                made.append(torch.stack([torch.stack(terms).sum(0) for terms in row]))
+            else:
+                made.append(part.mean(0) if compression == "mean" else part.max(0).values)
+        return made
+
+    def live(x_TGD: Tensor, border: int, which: int) -> list[Tensor]:
+        """Slots at a border: all segments but the one before it, which is in the cache."""
+        made = [slot for begin in range(0, border - n, n) for slot in compress(x_TGD, begin, which)]
+        return [slot.detach() for slot in made[-slots:]]
+
+    out, loss = [], q_THD.new_zeros(())
+    for t in range(tokens):
+        begin = t // n * n
+        old = range(max(begin - n, 0), begin)
+        slot_k, slot_v = live(k_TGD, begin, 0), live(v_TGD, begin, 1)
+        new_k, new_v = (compress(x, begin - n, i) if begin else [] for i, x in enumerate((k_TGD, v_TGD)))
+        row = []
+        for h in range(heads):
+            g = h * groups // heads
+            raw = [x[g] for x in slot_k] + [k_TGD[j, g].detach() for j in old]
+            raw += [k_TGD[j, g] for j in range(begin, t + 1)]
+            values = [x[g] for x in slot_v] + [v_TGD[j, g].detach() for j in old]
+            values += [v_TGD[j, g] for j in range(begin, t + 1)]
+            keys = [rope(x, place) for place, x in enumerate(raw)]
+            row.append(softmax_read(rope(q_THD[t, h], len(raw) - 1), keys, values))
+            if begin:
+                q, kept = q_THD[t, h].detach(), [x[j, g].detach() for x in (k_TGD, v_TGD) for j in old]
+                exact = softmax_read(q, kept[:n], kept[n:])
+                short = softmax_read(q, [x[g] for x in new_k], [x[g] for x in new_v])
+                loss = loss + ((short - exact) ** 2).sum() / (heads * size)
+        out.append(torch.stack(row))
+    last = [live(x, tokens // n * n, i) for i, x in enumerate((k_TGD, v_TGD))]
+    end_k, end_v = (torch.stack(x) if x else k_TGD[:0] for x in last)
+    return torch.stack(out), end_k, end_v, loss

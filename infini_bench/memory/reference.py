@@ -153,7 +153,7 @@ def knn(
 
 
 def sparse(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, stride: int) -> Tensor:
-    """Sparse Transformer's fixed pattern inside each segment: the last ``stride`` keys, and each so-many-th."""
+    """Sparse Transformer's fixed pattern in each segment: the last ``stride`` keys, and each so-many-th."""
     out = []
     for t in range(q_THD.shape[0]):
         begin = t // n * n
@@ -174,11 +174,10 @@ def kernel(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int) -> Tensor:
         row = []
         for h in range(q_THD.shape[1]):
             g = h * k_TGD.shape[1] // q_THD.shape[1]
-            top, norm = torch.zeros_like(v_TGD[0, 0]), q_THD.new_zeros(())
-            for j in range(t // n * n, t + 1):
-                top = top + rope(elu1(q_THD[t, h]), t) @ rope(elu1(k_TGD[j, g]), j) * v_TGD[j, g]
-                norm = norm + elu1(q_THD[t, h]) @ elu1(k_TGD[j, g])
-            row.append(top / norm)
+            q, seen = elu1(q_THD[t, h]), range(t // n * n, t + 1)
+            top = torch.stack([(rope(q, t) @ rope(elu1(k_TGD[j, g]), j)) * v_TGD[j, g] for j in seen])
+            norm = torch.stack([q @ elu1(k_TGD[j, g]) for j in seen])
+            row.append(top.sum(0) / norm.sum())
         out.append(torch.stack(row))
     return torch.stack(out)
 

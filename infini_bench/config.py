@@ -13,7 +13,7 @@ from typing import Any
 
 from infini_bench import schema
 from infini_bench.errors import UserError
-from infini_bench.schema import BooksumConfig, LMConfig, PasskeyConfig, RunConfig, TaskConfig
+from infini_bench.schema import BooksumConfig, LMConfig, MemoryConfig, PasskeyConfig, RunConfig, TaskConfig
 from infini_bench.units import format_length, parse_depth, parse_length, suggest
 
 TASKS: dict[str, type[TaskConfig]] = {"lm": LMConfig, "passkey": PasskeyConfig, "booksum": BooksumConfig}
@@ -36,6 +36,7 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     for key, value in _leaves(cfg):
         _check(key, value)
     _check_decoder(cfg)
+    check_memory(cfg.memory)
     _check_sources(cfg)
     if isinstance(cfg.task, PasskeyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
@@ -152,6 +153,9 @@ _RULES: dict[str, Rule] = {
     "memory.features": _one_of(schema.FEATURES),
     "memory.normaliser": _one_of(schema.NORMALISERS),
     "memory.decay": (lambda value: 0 < value < 1, "above 0 and below 1, or null"),
+    "memory.local": _one_of(schema.LOCALS),
+    "memory.compression": _one_of(schema.COMPRESSIONS),
+    "memory.index": _one_of(schema.INDEXES),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
     "memory.gradient_depth": _NOT_NEGATIVE,
@@ -200,6 +204,19 @@ def _check_decoder(cfg: RunConfig) -> None:
         raise UserError(
             f"decoder.heads={d.heads} is not a multiple of decoder.kv_heads={d.kv_heads}; change one."
         )
+
+
+def check_memory(memory: MemoryConfig) -> None:
+    """Raises UserError for settings of a memory that do not fit one another."""
+    n = memory.segment
+    if memory.kind == "compressed" and (memory.rate < 1 or n % memory.rate):
+        raise UserError(f"memory.segment={n} is not a multiple of memory.rate={memory.rate}; change one.")
+    if memory.kind == "sink" and memory.sinks > n:
+        raise UserError(f"memory.sinks={memory.sinks} is more than memory.segment={n}; change one.")
+    if memory.window == 1 and {memory.kind, memory.local} & {"sliding", "sink"}:
+        raise UserError("memory.window=1 shows a token nothing but itself; set 2 or more.")
+    if memory.stride < 1:
+        raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
 
 
 def _check_sources(cfg: RunConfig) -> None:

@@ -253,13 +253,25 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     @contextmanager
     def memory_off(self) -> Iterator[None]:
         """Inside, nothing from before a token's own segment is used: the control of every evaluation."""
-        for memory in self.memories:
+        memories = [m for m in self.modules() if isinstance(m, Memory | TokenMemory)]  # local paths too
+        for memory in memories:
             memory.enabled = False
         try:
             yield
         finally:
-            for memory in self.memories:
+            for memory in memories:
                 memory.enabled = True
+
+    def take_auxiliary(self) -> Tensor:
+        """What memories add to the training loss for the last call: float32, summed over layers and tokens.
+
+        0 without such memories and outside training mode. It is handed out once, so that no graph is kept.
+        """
+        total = torch.zeros((), device=self.device)
+        for memory in self.memories:
+            if memory.auxiliary is not None:
+                total, memory.auxiliary = total + memory.auxiliary, None
+        return total
 
     def hidden(self, ids: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
         """Last hidden states (B, T, dim) and the state after; the given state is left as it was."""

@@ -8,10 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "test")
-MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn", "rmt", "armt", "autocompressor")
+MEMORY_KINDS = (
+    *("compressive", "xl", "block", "sliding", "full", "knn", "compressed", "sink", "sparse", "kernel"),
+    *("rmt", "armt", "autocompressor"),
+)
+LOCALS = ("block", "sliding", "xl", "sparse", "kernel")
 UPDATES = ("linear", "delta", "delta_corrected", "delta_token")
 FEATURES = ("elu1", "relu", "relu2", "exp", "dpfp", "gelu", "softmax")
 NORMALISERS = ("sum", "mean", "max", "none", "norm")
+COMPRESSIONS = ("conv", "mean", "max")
+INDEXES = ("auto", "torch", "faiss")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
@@ -23,7 +29,9 @@ class MemoryConfig:
     """What an attention layer remembers beyond the tokens of its own segment.
 
     kind: ``compressive`` (Infini-attention), ``xl`` (one cached segment), ``block`` (nothing),
-    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers);
+    ``sliding`` (the last ``window`` tokens), ``full`` (everything), ``knn`` (Memorizing Transformers),
+    ``compressed`` (Compressive Transformer), ``sink`` (the first ``sinks`` tokens and the last ``window``);
+    inside the own segment only: ``sparse``, ``kernel`` (linear attention);
     or a whole model's memory in tokens: ``rmt``, ``armt`` or ``autocompressor``.
     """
 
@@ -38,9 +46,16 @@ class MemoryConfig:
     gate_split: float = 0.0  # added to beta of every second head, subtracted from the others
     gate_input: bool = False  # compressive: beta also depends on the query
     gate_frozen: bool = False  # beta stays where it started
-    window: int | None = None  # sliding: tokens a query sees, itself included; unset = 2N
+    local: str = "block"  # compressive: attention beside the memory: block | sliding | xl | sparse | kernel
+    window: int | None = None  # sliding, sink: tokens a query sees, itself included; unset = 2N
+    sinks: int = 4  # sink: first tokens of the document that stay visible; at most N
+    stride: int = 16  # sparse: a query sees the last so many keys of its segment, and each so-many-th before
+    compressed: int | None = None  # compressed: slots, oldest first out; unset = N
+    rate: int = 4  # compressed: tokens a slot; divides N
+    compression: str = "conv"  # compressed: conv (learns by reconstructing attention) | mean | max
     entries: int = 65536  # knn: keys and values stored, oldest first out
     neighbours: int = 32  # knn: of them that a query attends to
+    index: str = "auto"  # knn: who finds them: torch | faiss (CPU) | auto (faiss if it is there, on the CPU)
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     tokens: int = 16  # rmt, armt, autocompressor: memory tokens m that a segment writes
     key_size: int = 16  # armt: of a query or key before its features, which are 6 times as many

@@ -29,7 +29,8 @@ def qkv(tokens, heads=H, groups=G):
 
 
 def make(**kwargs):
-    mem = build_memory(MemoryConfig(segment=N, **kwargs), H, G, D).double()
+    segment = N + 1 if kwargs["kind"] == "compressed" else N  # a multiple of the rate
+    mem = build_memory(MemoryConfig(segment=segment, **kwargs), H, G, D).double()
     for parameter in mem.parameters():
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
     return mem
@@ -38,18 +39,32 @@ def make(**kwargs):
 def compressive(mem, q, k, v):
     """Outputs, M and z of the reference, with the batch in front."""
     rows = zip(q, k, v, strict=True)
-    found = [reference.compressive(*row, mem.cfg, dict(mem.named_parameters())) for row in rows]
+    params = dict(mem.named_parameters())
+    found = [reference.compressive(*row, mem.cfg, params, slow_row(mem, mem.cfg.local, *row)) for row in rows]
     return [torch.stack(x) for x in zip(*found, strict=True)]
 
 
 def slow(mem, q, k, v):
-    if mem.cfg.kind == "compressive":
-        return compressive(mem, q, k, v)[0]
-    if mem.cfg.kind == "knn":
-        settings = (mem.memory_gate, mem.memory_scale, N, mem.cfg.entries, mem.cfg.neighbours)
-        return torch.stack([reference.knn(a, b, c, *settings) for a, b, c in zip(q, k, v, strict=True)])
-    return torch.stack(
-        [reference.window(a, b, c, N, mem.cfg.kind, mem.cfg.window) for a, b, c in zip(q, k, v, strict=True)]
+    return torch.stack([slow_row(mem, mem.cfg.kind, *row) for row in zip(q, k, v, strict=True)])
+
+
+def slow_row(mem, kind, q, k, v):
+    cfg, n = mem.cfg, mem.segment
+    if kind == "compressive":
+        local = slow_row(mem, cfg.local, q, k, v)
+        return reference.compressive(q, k, v, cfg, dict(mem.named_parameters()), local)[0]
+    if kind == "knn":
+        settings = (mem.memory_gate, mem.memory_scale, n, cfg.entries, cfg.neighbours)
+        return reference.knn(q, k, v, *settings)
+    if kind == "compressed":
+        conv = getattr(mem, "memory_conv", None)
+        return reference.compressed(q, k, v, n, mem.slots, cfg.rate, cfg.compression, conv)[0]
+    if kind == "sink":
+        return reference.sink(q, k, v, n, cfg.sinks, cfg.window)
+    if kind == "sparse":
+        return reference.sparse(q, k, v, n, cfg.stride)
+    return (
+        reference.kernel(q, k, v, n) if kind == "kernel" else reference.window(q, k, v, n, kind, cfg.window)
     )
 
 
@@ -59,8 +74,8 @@ def test_outputs_and_gradients_equal_the_reference(name, tokens):
     mem, (q, k, v) = make(**MEMORIES[name]), qkv(tokens)
     rope = rope_table(mem.span or tokens)
     fast, expected = mem(q, k, v, rope)[0], slow(mem, q, k, v)
-    # M and z, and the look-up of neighbours, are float32 whatever the model's dtype
-    tolerance = 2e-6 if mem.cfg.kind in ("compressive", "knn") else 1e-12
+    # M and z, the look-up of neighbours, slots and linear attention are float32 whatever the model's dtype
+    tolerance = 2e-6 if mem.cfg.kind in ("compressive", "knn", "compressed", "kernel") else 1e-12
     assert (fast - expected).abs().max() < tolerance
     wanted = [q, k, v, *mem.parameters()]
     weight = torch.randn_like(fast)
@@ -178,6 +193,13 @@ def test_names_that_settings_allow_are_those_that_exist():
     [
         *({"kind": "foo"}, {"update": "Delta"}, {"features": "q"}, {"segment": 0}, {"normaliser": "l2"}),
         *({"kind": "knn", "layer": 2}, {"update": "delta_token"}, {"update": "delta", "normaliser": "none"}),
+        {"local": "full"},
+        {"kind": "compressed", "compression": "sum"},
+        {"kind": "compressed", "segment": 6, "rate": 4},
+        {"kind": "sink", "segment": 6, "sinks": 7},
+        {"kind": "sliding", "window": 1},
+        {"kind": "sparse", "stride": 0},
+        {"kind": "knn", "index": "annoy"},
     ],
 )
 def test_a_memory_that_does_not_exist_is_named(wrong):

@@ -2,14 +2,26 @@
 
 from dataclasses import replace
 
+from infini_bench.config import check_memory
 from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, State
+from infini_bench.memory.compressed import CompressedMemory
 from infini_bench.memory.compressive import CompressiveMemory
 from infini_bench.memory.full import FullMemory
 from infini_bench.memory.knn import KnnMemory
+from infini_bench.memory.local import KernelMemory, SparseMemory
 from infini_bench.memory.tokens import AssociativeTokens, AutoCompressor, RecurrentTokens, TokenMemory
-from infini_bench.memory.window import WindowMemory
-from infini_bench.schema import FEATURES, MEMORY_KINDS, NORMALISERS, UPDATES, MemoryConfig
+from infini_bench.memory.window import SinkMemory, WindowMemory
+from infini_bench.schema import (
+    COMPRESSIONS,
+    FEATURES,
+    INDEXES,
+    LOCALS,
+    MEMORY_KINDS,
+    NORMALISERS,
+    UPDATES,
+    MemoryConfig,
+)
 from infini_bench.units import suggest
 
 KINDS: dict[str, type[Memory]] = {
@@ -19,6 +31,10 @@ KINDS: dict[str, type[Memory]] = {
     "sliding": WindowMemory,
     "full": FullMemory,
     "knn": KnnMemory,
+    "compressed": CompressedMemory,
+    "sink": SinkMemory,
+    "sparse": SparseMemory,
+    "kernel": KernelMemory,
     # inside a segment, attention is full: the memory is the whole model's
     "rmt": FullMemory,
     "armt": FullMemory,
@@ -40,6 +56,9 @@ def build_memory(
         ("update", cfg.update, UPDATES),
         ("features", cfg.features, FEATURES),
         ("normaliser", cfg.normaliser, NORMALISERS),
+        ("local", cfg.local, LOCALS),
+        ("compression", cfg.compression, COMPRESSIONS),
+        ("index", cfg.index, INDEXES),
     ):
         if value not in known:
             raise UserError(
@@ -47,6 +66,7 @@ def build_memory(
             )
     if not isinstance(cfg.segment, int) or cfg.segment < 1:
         raise UserError(f"memory.segment is a number of tokens, at least 1, not {cfg.segment!r}.")
+    check_memory(cfg)
     if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
         cfg = replace(cfg, kind="xl")
     return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)
@@ -74,10 +94,14 @@ def knn_layer(cfg: MemoryConfig, layers: int) -> int:
 __all__ = [
     "KINDS",
     "TOKENS",
+    "CompressedMemory",
     "CompressiveMemory",
     "FullMemory",
+    "KernelMemory",
     "KnnMemory",
     "Memory",
+    "SinkMemory",
+    "SparseMemory",
     "State",
     "TokenMemory",
     "WindowMemory",

@@ -44,6 +44,7 @@ from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES, WIDTHS
+from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
 EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a feature with the query
@@ -54,8 +55,9 @@ class CompressiveMemory(Memory):
     """Linear (Eq. 8) or Linear+Delta (Eq. 9) memory with the paper's gate (Eq. 10), or a variant of them.
 
     State, float32: M (B, G, F, D) and, if the normaliser has one, z (B, G, F): dk (dv + 1) G floats a layer
-    (Table 1, last row). Parameters, float32: ``memory_gate`` beta (H,); ``memory_gate_input`` (H, D);
-    ``memory_write`` (G, D + 1), u and c; ``memory_decay`` (G,), the logit of lambda.
+    (Table 1, last row); and what the local path ``memory.local`` keeps, nothing in the paper's form (``block``).
+    Parameters, float32: ``memory_gate`` beta (H,); ``memory_gate_input`` (H, D); ``memory_write`` (G, D + 1),
+    u and c; ``memory_decay`` (G,), the logit of lambda.
     """
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
@@ -69,6 +71,8 @@ class CompressiveMemory(Memory):
                 "without one take memory.update=delta_token."
             )
         self.sigma = FEATURES[cfg.features]
+        self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
+        self.previous = self.path.previous
         self.width = WIDTHS.get(cfg.features, 1) * head_dim
         self.memory_gate = nn.Parameter(torch.empty(heads), requires_grad=not cfg.gate_frozen)
         if cfg.gate_input:
@@ -92,25 +96,26 @@ class CompressiveMemory(Memory):
             self.memory_decay.fill_(self.cfg.decay).logit_()
 
     def state_floats(self) -> int:
-        return self.width * (self.head_dim + self.normalised) * self.kv_heads
+        return self.width * (self.head_dim + self.normalised) * self.kv_heads + self.path.state_floats()
 
     def start(self, k_BTGD: Tensor) -> State:
         batch, _, groups, size = k_BTGD.shape
         M = torch.zeros(batch, groups, self.width, size, dtype=torch.float32, device=k_BTGD.device)
-        return {"M": M, "z": M[..., 0].clone()} if self.normalised else {"M": M}
+        own = {"M": M, "z": M[..., 0].clone()} if self.normalised else {"M": M}
+        return {**own, **self.path.start(k_BTGD)}
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
-        dot = self.local(b, rope)
+        dot, past = self.path.segments(b, carry, rope)
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:
-                return dot, self.carried(prefixes, b.full)
+                return dot, {**past, **self.carried(prefixes, b.full)}
             q = b.q_BSQHD.float()
             read, gate = self.read(q, prefixes), self.gate(q)
             mixed = gate * read + (1 - gate) * dot.float()
             known = (b.ages() > 0)[..., None, None, None]
             out = torch.where(known, mixed, dot.float()).to(dot.dtype)
-        return out, self.carried(prefixes, b.full)
+        return out, {**past, **self.carried(prefixes, b.full)}
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:

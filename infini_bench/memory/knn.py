@@ -6,20 +6,46 @@ so the layer learns to read, not to write. Queries and keys of the look-up are L
 learned positive factor a head, exp(memory_scale), 1 at the start. The look-up is mixed with the local
 attention by one gate a head, g A_knn + (1 - g) A_local, g = 0.5 at the start unless ``gate_start`` differs.
 
+The search is exact whoever does it (``memory.index``): torch on any device, by all scores at once, or faiss's
+flat inner-product index on the CPU, which never holds them all. Both find the same entries, but for ties.
+
 Shapes: B batch, S segments, N segment length, Q queries, C stored entries, P entries before and in a call,
 H heads, G KV heads, R = H / G, D head size, E neighbours.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infini_bench.errors import UserError
 from infini_bench.memory.base import Rope, State
 from infini_bench.memory.blocks import Blocks, Count
 from infini_bench.memory.window import WindowMemory
 from infini_bench.schema import MemoryConfig
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def searcher(index: str, device: str) -> str:
+    """``torch`` or ``faiss``: who searches on this kind of device; told once in the log.
+
+    Raises UserError where faiss is asked for and missing, or cannot reach the tensors.
+    """
+    installed = importlib.util.find_spec("faiss") is not None
+    if index == "faiss" and not installed:
+        raise UserError("memory.index=faiss needs faiss: install faiss-cpu, or set memory.index=torch.")
+    if index == "faiss" and device != "cpu":
+        raise UserError(f"memory.index=faiss searches on the CPU, not on {device}; set memory.index=torch.")
+    chosen = "faiss" if index != "torch" and installed and device == "cpu" else "torch"
+    log.info("neighbours on %s are found by %s", device, chosen)
+    return chosen
 
 
 class KnnMemory(WindowMemory):
@@ -31,6 +57,8 @@ class KnnMemory(WindowMemory):
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
+        if cfg.index == "faiss":
+            searcher(cfg.index, "cpu")  # where it is missing, better said now than at the first look-up
         self.memory_gate = nn.Parameter(torch.full((heads,), cfg.gate_start))
         self.memory_scale = nn.Parameter(torch.zeros(heads))
 
@@ -71,10 +99,8 @@ class KnnMemory(WindowMemory):
         if end == first:
             return torch.zeros_like(q).flatten(2, 3), live > 0
         keys = F.normalize(k_BPGD[:, first:end].float(), dim=-1)
-        scores = torch.einsum("bqgrd,bcgd->bgrqc", q, keys)
-        dead = torch.arange(first, end, device=k_BPGD.device) < (end - live)[:, None]
-        scores = scores.masked_fill(dead[:, None, None, None], -torch.inf)
-        top, place = scores.topk(min(self.cfg.neighbours, end - first))
+        search = by_faiss if searcher(self.cfg.index, q.device.type) == "faiss" else by_torch
+        top, place = search(q, keys, live.clamp(max=end - first), min(self.cfg.neighbours, end - first))
         scale = self.memory_scale.float().exp().view(1, self.kv_heads, -1, 1, 1)
         # rows without any live entry are replaced by the caller; finite scores keep their gradient finite too
         weights = torch.softmax(scale * top.clamp_min(-1e4), -1)
@@ -95,3 +121,41 @@ class KnnMemory(WindowMemory):
         index = (ends[:, None] - size + torch.arange(size, device=ends.device)).clamp_min(0)[..., None, None]
         index = index.expand(-1, -1, *k_BPGD.shape[2:])
         return {"mem_k": k_BPGD.gather(1, index), "mem_v": v_BPGD.gather(1, index), "stored": live}
+
+
+def by_torch(q_BQGRD: Tensor, k_BCGD: Tensor, live_B: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest inner products among the last ``live`` keys of each row, and where: (B, G, R, Q, n).
+
+    A row with fewer live keys has scores of -inf for the rest.
+    """
+    scores = torch.einsum("bqgrd,bcgd->bgrqc", q_BQGRD, k_BCGD)
+    entries = k_BCGD.shape[1]
+    dead = torch.arange(entries, device=k_BCGD.device) < (entries - live_B)[:, None]
+    return scores.masked_fill(dead[:, None, None, None], -torch.inf).topk(n)
+
+
+def by_faiss(q_BQGRD: Tensor, k_BCGD: Tensor, live_B: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """As `by_torch`, by one flat index a row and KV head; scores are computed again, for the gradient."""
+    place = flat_search(q_BQGRD.detach(), k_BCGD.detach(), live_B, n)
+    q, k = q_BQGRD.movedim(1, 3), k_BCGD.transpose(1, 2)  # (B, G, R, Q, D), (B, G, C, D)
+    index = place.clamp_min(0).flatten(2)[..., None].expand(-1, -1, -1, k.shape[-1])
+    picked = k.gather(2, index).unflatten(2, place.shape[2:])
+    scores = torch.einsum("bgrqd,bgrqnd->bgrqn", q, picked)
+    return scores.masked_fill(place < 0, -torch.inf), place.clamp_min(0)
+
+
+@torch.compiler.disable
+def flat_search(q_BQGRD: Tensor, k_BCGD: Tensor, live_B: Tensor, n: int) -> Tensor:
+    """Places of the n best keys, -1 where fewer are live: (B, G, R, Q, n) int64."""
+    import faiss
+
+    q_BGRQD = q_BQGRD.movedim(1, 3)
+    rows = []
+    for q_GRQD, k_CGD, live in zip(q_BGRQD, k_BCGD, live_B.tolist(), strict=True):
+        dead = len(k_CGD) - live
+        for q_RQD, k_CD in zip(q_GRQD, k_CGD[dead:].movedim(1, 0), strict=True):
+            index = faiss.IndexFlatIP(k_CD.shape[-1])
+            index.add(k_CD.contiguous().numpy())
+            found = torch.from_numpy(index.search(q_RQD.flatten(0, 1).contiguous().numpy(), n)[1])
+            rows.append(torch.where(found < 0, found, found + dead))
+    return torch.stack(rows).view(*q_BGRQD.shape[:-1], n)

@@ -95,11 +95,12 @@ class Compressed:
 
 
 def compressive(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cfg, params: dict
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cfg, params: dict, local_THD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 6-10 token by token: outputs (T, H, D), and M (G, F, D), z (G, F) after the last full segment.
 
     cfg: MemoryConfig. params: the memory's parameters by name, as CompressiveMemory documents them.
+    local: A_dot (Eq. 6, or what ``memory.local`` puts in its place).
     """
     (tokens, heads, size), groups, n = q_THD.shape, k_TGD.shape[1], cfg.segment
     strengths = params.get("memory_write", [None] * groups)
@@ -111,8 +112,7 @@ def compressive(
         row = []
         for h in range(heads):
             g = h * groups // heads
-            keys = [rope(k_TGD[j, g], j) for j in range(begin, t + 1)]
-            dot = softmax_read(rope(q_THD[t, h], t), keys, [v_TGD[j, g] for j in range(begin, t + 1)])
+            dot = local_THD[t, h]
             beta = params["memory_gate"][h]
             if "memory_gate_input" in params:
                 beta = beta + params["memory_gate_input"][h] @ q_THD[t, h]
@@ -189,3 +189,109 @@ def knn(
             row.append(gate * read + (1 - gate) * local[t, h])
         out.append(torch.stack(row))
     return torch.stack(out)
+
+
+def sparse(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, stride: int) -> Tensor:
+    """Sparse Transformer's fixed pattern in each segment: the last ``stride`` keys, and each so-many-th."""
+    out = []
+    for t in range(q_THD.shape[0]):
+        begin = t // n * n
+        seen = [j for j in range(begin, t + 1) if t - j < stride or (j - begin + 1) % stride == 0]
+        row = []
+        for h in range(q_THD.shape[1]):
+            g = h * k_TGD.shape[1] // q_THD.shape[1]
+            keys = [rope(k_TGD[j, g], j) for j in seen]
+            row.append(softmax_read(rope(q_THD[t, h], t), keys, [v_TGD[j, g] for j in seen]))
+        out.append(torch.stack(row))
+    return torch.stack(out)
+
+
+def kernel(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int) -> Tensor:
+    """Linear attention inside each segment, features rotated in the numerator only (RoFormer, Eq. 19)."""
+    out = []
+    for t in range(q_THD.shape[0]):
+        row = []
+        for h in range(q_THD.shape[1]):
+            g = h * k_TGD.shape[1] // q_THD.shape[1]
+            q, seen = elu1(q_THD[t, h]), range(t // n * n, t + 1)
+            top = torch.stack([(rope(q, t) @ rope(elu1(k_TGD[j, g]), j)) * v_TGD[j, g] for j in seen])
+            norm = torch.stack([q @ elu1(k_TGD[j, g]) for j in seen])
+            row.append(top.sum(0) / norm.sum())
+        out.append(torch.stack(row))
+    return torch.stack(out)
+
+
+def sink(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, sinks: int, width: int | None = None) -> Tensor:
+    """StreamingLLM: a cache of the first ``sinks`` and the last ``width`` tokens, at positions 0, 1, 2 ..."""
+    width = width or 2 * n
+    out = []
+    for t in range(q_THD.shape[0]):
+        seen = sorted({*range(min(sinks, t + 1)), *range(max(t + 1 - width, 0), t + 1)})
+        row = []
+        for h in range(q_THD.shape[1]):
+            g = h * k_TGD.shape[1] // q_THD.shape[1]
+            keys = [rope(k_TGD[j, g], place) for place, j in enumerate(seen)]
+            row.append(softmax_read(rope(q_THD[t, h], len(seen) - 1), keys, [v_TGD[j, g] for j in seen]))
+        out.append(torch.stack(row))
+    return torch.stack(out)
+
+
+def compressed(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    n: int,
+    slots: int,
+    rate: int,
+    compression: str,
+    conv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compressive Transformer. conv: (2, rate, G, D, D), of keys and values.
+
+    Outputs (T, H, D), the live slots' keys and values (slots, G, D) after the last full segment, and the
+    reconstruction loss, summed over tokens.
+    """
+    tokens, heads, size = q_THD.shape
+    groups = k_TGD.shape[1]
+
+    def compress(x_TGD: Tensor, begin: int, which: int) -> list[Tensor]:
+        """Slots of the segment that begins at ``begin``, each (G, D)."""
+        made = []
+        for first in range(begin, begin + n, rate):
+            part = x_TGD[first : first + rate].detach()
+            if compression == "conv" and conv is not None:
+                row = [[part[i, g] @ conv[which, i, g] for i in range(rate)] for g in range(groups)]
+                made.append(torch.stack([torch.stack(terms).sum(0) for terms in row]))
+            else:
+                made.append(part.mean(0) if compression == "mean" else part.max(0).values)
+        return made
+
+    def live(x_TGD: Tensor, border: int, which: int) -> list[Tensor]:
+        """Slots at a border: all segments but the one before it, which is in the cache."""
+        made = [slot for begin in range(0, border - n, n) for slot in compress(x_TGD, begin, which)]
+        return [slot.detach() for slot in made[-slots:]]
+
+    out, loss = [], q_THD.new_zeros(())
+    for t in range(tokens):
+        begin = t // n * n
+        old = range(max(begin - n, 0), begin)
+        slot_k, slot_v = live(k_TGD, begin, 0), live(v_TGD, begin, 1)
+        new_k, new_v = (compress(x, begin - n, i) if begin else [] for i, x in enumerate((k_TGD, v_TGD)))
+        row = []
+        for h in range(heads):
+            g = h * groups // heads
+            raw = [x[g] for x in slot_k] + [k_TGD[j, g].detach() for j in old]
+            raw += [k_TGD[j, g] for j in range(begin, t + 1)]
+            values = [x[g] for x in slot_v] + [v_TGD[j, g].detach() for j in old]
+            values += [v_TGD[j, g] for j in range(begin, t + 1)]
+            keys = [rope(x, place) for place, x in enumerate(raw)]
+            row.append(softmax_read(rope(q_THD[t, h], len(raw) - 1), keys, values))
+            if begin:
+                q, kept = q_THD[t, h].detach(), [x[j, g].detach() for x in (k_TGD, v_TGD) for j in old]
+                exact = softmax_read(q, kept[:n], kept[n:])
+                short = softmax_read(q, [x[g] for x in new_k], [x[g] for x in new_v])
+                loss = loss + ((short - exact) ** 2).sum() / (heads * size)
+        out.append(torch.stack(row))
+    last = [live(x, tokens // n * n, i) for i, x in enumerate((k_TGD, v_TGD))]
+    end_k, end_v = (torch.stack(x) if x else k_TGD[:0] for x in last)
+    return torch.stack(out), end_k, end_v, loss

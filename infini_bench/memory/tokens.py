@@ -35,6 +35,7 @@ class TokenMemory(nn.Module):
     """
 
     has_memory = True
+    auxiliary = None  # nothing is added to the training loss
 
     def __init__(self, cfg: MemoryConfig, dim: int, layers: int):
         super().__init__()

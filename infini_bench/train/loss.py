@@ -37,19 +37,21 @@ class SequenceLoss(nn.Module):
     def forward(self, tokens: Tensor, weights: Tensor, task_weights: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T+1); weights and task_weights (B, T).
 
-        Returns the loss in nats, and (3,) without gradient: the loss, sum(task_weights * nll) and
-        sum(task_weights).
+        Returns what is differentiated, and (3,) without gradient: the loss in nats, sum(task_weights * nll)
+        and sum(task_weights). The first is the loss plus, in training mode, what memories add to it (their
+        ``auxiliary``) as a mean over tokens; what is reported is the loss alone.
         """
         ids, targets = tokens[:, :-1], tokens[:, 1:]
         step = self.tokens or ids.shape[1]
         call = partial(checkpoint, self.one_call, use_reentrant=False) if self.tokens else self.one_call
         state: dict[str, Tensor] = {}
-        sums = torch.zeros(2, device=tokens.device)
+        sums = torch.zeros(3, device=tokens.device)
         for begin in range(0, ids.shape[1], step):
             t = slice(begin, begin + step)
             more, state = call(ids[:, t], targets[:, t], weights[:, t], task_weights[:, t], state)
             sums = sums + more
-        return sums[0], torch.cat([sums.detach(), task_weights.sum()[None]])
+        loss = sums[0] + sums[2] / ids.numel()
+        return loss, torch.cat([sums[:2].detach(), task_weights.sum()[None]])
 
     def one_call(
         self, ids: Tensor, targets: Tensor, weights: Tensor, task_weights: Tensor, state: dict[str, Tensor]
@@ -57,4 +59,5 @@ class SequenceLoss(nn.Module):
         """One call of the model, from an empty state at the start of the document."""
         before = MemoryCache.from_tensors(state) if state else None
         nll, after = self.model.losses(ids, targets, before)
-        return torch.stack([(weights * nll).sum(), (task_weights * nll).sum()]), after.tensors()
+        sums = [(weights * nll).sum(), (task_weights * nll).sum(), self.model.take_auxiliary()]
+        return torch.stack(sums), after.tensors()

@@ -15,6 +15,7 @@ NORMALISERS = ("sum", "mean", "max", "none", "norm")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
+SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -41,6 +42,7 @@ class MemoryConfig:
     entries: int = 65536  # knn: keys and values stored, oldest first out
     neighbours: int = 32  # knn: of them that a query attends to
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
+    layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
 
 
@@ -57,6 +59,16 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
     init_std: float = 0.02
+
+
+@dataclass
+class BaseConfig:
+    """A pretrained model to which the memory is attached; its architecture then replaces ``decoder``."""
+
+    model: str | None = None  # hub id, folder or GGUF file of a Llama, Mistral or Qwen2; unset = from scratch
+    freeze: bool = False  # train the memory's own parameters only (and LoRA)
+    lora: int | None = None  # rank of LoRA on every linear layer of the decoder; implies freeze
+    save: str = "full"  # full (a Hugging Face folder) | changes (what was trained, on top of ``model``)
 
 
 @dataclass
@@ -170,6 +182,7 @@ class RunConfig:
     seed: int = 0
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -37,6 +37,11 @@ def build_memory(
             )
     if not isinstance(cfg.segment, int) or cfg.segment < 1:
         raise UserError(f"memory.segment is a number of tokens, at least 1, not {cfg.segment!r}.")
+    if cfg.layers is not None:
+        if max(cfg.layers) >= layers:
+            raise UserError(f"memory.layers={cfg.layers}: the last of the {layers} layers is {layers - 1}.")
+        if layer not in cfg.layers:
+            cfg = replace(cfg, kind="block")
     if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
         cfg = replace(cfg, kind="xl")
     return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)

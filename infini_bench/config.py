@@ -38,6 +38,7 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     _check_decoder(cfg)
     check_memory(cfg.memory)
     _check_sources(cfg)
+    _check_base(cfg)
     if isinstance(cfg.task, PasskeyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
@@ -156,6 +157,11 @@ _RULES: dict[str, Rule] = {
     "memory.local": _one_of(schema.LOCALS),
     "memory.compression": _one_of(schema.COMPRESSIONS),
     "memory.index": _one_of(schema.INDEXES),
+    "memory.layers": (
+        lambda value: bool(value) and min(value) >= 0 and value == sorted(set(value)),
+        "layer numbers in rising order, from 0",
+    ),
+    "base.save": _one_of(schema.SAVES),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
     "memory.gradient_depth": _NOT_NEGATIVE,
@@ -224,3 +230,13 @@ def _check_sources(cfg: RunConfig) -> None:
         raise UserError("data.path is not set; write data.path=FILE_OR_FOLDER.")
     if cfg.data.source == "hub" and not cfg.data.hub_id:
         raise UserError("data.hub_id is not set; write data.hub_id=OWNER/NAME.")
+
+
+def _check_base(cfg: RunConfig) -> None:
+    b = cfg.base
+    if b.model is None and (b.freeze or b.lora is not None or b.save != "full"):
+        raise UserError("base.freeze, base.lora and base.save are for a pretrained model; set base.model.")
+    if b.lora and b.save == "full":
+        raise UserError("LoRA is saved as changes: add base.save=changes; `infini-bench export` merges it.")
+    if b.save == "changes" and not (b.freeze or b.lora):
+        raise UserError("base.save=changes needs frozen weights; add base.freeze=true or base.lora=RANK.")

@@ -27,6 +27,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
 )
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -41,6 +43,8 @@ from infini_bench.recurrent import AssociativeLayer, SegmentRun
 from infini_bench.schema import DecoderConfig, MemoryConfig
 
 IMPLEMENTATION = "infini_bench"
+FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+ADDED = (".memory.", ".association.", ".recurrence.")  # in the names of parameters that a memory adds
 LOSS_CHUNK = 8192  # tokens whose logits exist at once in ``losses``
 
 
@@ -61,12 +65,16 @@ AttentionInterface.register(IMPLEMENTATION, no_kernel)
 
 
 class MemoryLlamaConfig(LlamaConfig):
-    """LlamaConfig plus ``memory``, the fields of ``MemoryConfig``."""
+    """LlamaConfig plus ``memory``, the fields of ``MemoryConfig``.
+
+    qkv_bias: queries, keys and values have biases, the output has none (Qwen2).
+    """
 
     model_type = "infini_llama"
 
-    def __init__(self, memory: dict[str, Any] | None = None, **kwargs: Any):
+    def __init__(self, memory: dict[str, Any] | None = None, qkv_bias: bool = False, **kwargs: Any):
         self.memory = asdict(MemoryConfig(**(memory or {})))
+        self.qkv_bias = qkv_bias
         super().__init__(**{**kwargs, "attn_implementation": IMPLEMENTATION})
 
 
@@ -93,6 +101,10 @@ class MemoryAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         depth = (layer_idx, config.num_hidden_layers)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                plain = getattr(self, name)
+                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
         self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim, *depth)
 
     def forward(  # type: ignore[override]
@@ -142,7 +154,9 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         attentions = [MemoryAttention(config, index) for index in range(config.num_hidden_layers)]
         for layer, attention in zip(self.layers, attentions, strict=True):
             layer.self_attn = attention
-        self.rotary_emb = SegmentRotary(self.rotary_emb, attentions[0].memory.span)  # type: ignore[assignment]
+        spans = [attention.memory.span for attention in attentions]
+        longest = None if None in spans else max(span for span in spans if span is not None)
+        self.rotary_emb = SegmentRotary(self.rotary_emb, longest)  # type: ignore[assignment]
         self.recurrence = build_tokens(memory, config.hidden_size, depth)
         self.post_init()
 
@@ -233,7 +247,7 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     @property
     def has_memory(self) -> bool:
         """Whether anything crosses a segment boundary that could be switched off."""
-        return self.memories[0].has_memory
+        return any(memory.has_memory for memory in self.memories)
 
     def state_floats(self, batch: int = 1) -> int:
         """Floats that cross a segment boundary, all layers (Table 1, with H replaced by G).
@@ -335,15 +349,18 @@ def build_model(decoder: DecoderConfig, memory: MemoryConfig, vocab_size: int) -
     return MemoryLlamaForCausalLM(config)
 
 
-def attach_memory(model: LlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
+def attach_memory(model: Any, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
     """The same weights, with a memory in every attention layer; parameters are shared, not copied.
 
-    Raises UserError for an architecture other than Llama's.
+    model: LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM. A window of its own attention gives way
+    to the memory's segments. Raises UserError for another architecture.
     """
-    if not isinstance(model, LlamaForCausalLM):
-        raise UserError(f"Memory can be attached to Llama models only, not to {type(model).__name__}.")
-    settings = model.config.to_dict()
-    settings.pop("model_type")
+    if not isinstance(model, FAMILIES):
+        known = ", ".join(family.__name__ for family in FAMILIES)
+        raise UserError(f"Memory can be attached to {known}, not to {type(model).__name__}.")
+    known_keys = LlamaConfig().to_dict().keys() - {"model_type", "architectures"}
+    settings = {key: value for key, value in model.config.to_dict().items() if key in known_keys}
+    settings["qkv_bias"] = isinstance(model, Qwen2ForCausalLM)
     with torch.device("meta"):
         new = MemoryLlamaForCausalLM(MemoryLlamaConfig(memory=asdict(memory), **settings))
     new.model.rotary_emb.inner = model.model.rotary_emb
@@ -376,10 +393,14 @@ def save_model(model: MemoryLlamaForCausalLM, folder: Path) -> None:
 
 
 def load_model(folder: Path) -> MemoryLlamaForCausalLM:
-    """The model of a folder written by ``save_model``, float32.
+    """The model of a folder written by ``save_model`` or ``pretrained.save_changes``, float32.
 
     Raises UserError when the folder is missing, damaged, or holds another architecture.
     """
+    if (folder / "base.json").exists():
+        from infini_bench.pretrained import load_changes
+
+        return load_changes(folder)
     try:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ Values = dict[str, Any]
 PACKAGE = Path(str(files("infini_bench")))
 MODELS = Path(str(files("infini_bench.conf"))) / "model"
 
-TRAINED = ("decoder", "memory", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
+TRAINED = ("decoder", "memory", "base", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
 PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
 MIXES = ("scale", "recipe", "experiment")  # groups whose choice sets the task's own settings
 
@@ -102,7 +102,7 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     if given is not None and "data" not in given and "experiment" not in given:
         asked["data"] = _overlaid(base["data"], asked["data"], "data", (*given, "data.cache_dir"))
     asked["data"] |= {key: base["data"][key] for key in ("tokenizer", "vocab_size")}
-    inherited = ["model", "scale", "decoder", "memory", "trainer"]
+    inherited = ["model", "scale", "decoder", "memory", "base", "trainer"]
     if given is not None and "seed" not in given:
         inherited.append("seed")  # so that tables count the seeds of the models
     return build_config({**asked, **{key: base[key] for key in inherited}})

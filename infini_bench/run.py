@@ -50,6 +50,10 @@ def run_train(
         cfg, folder, lineage = continued_run(cfg, given)
         record = new_record("train", cfg, command, lineage)
     else:
+        if cfg.base.model is not None:
+            from infini_bench.pretrained import decoder_of
+
+            cfg = replace(cfg, decoder=decoder_of(cfg.base.model, cfg.decoder))
         record = new_record("train", cfg, command)
         folder = Path(cfg.runs) / record.id
     record.train = {"folder": str(folder)}
@@ -64,7 +68,8 @@ def run_train(
         record.tokenizer_fingerprint = result.tokenizer_fingerprint
         record.tokens, record.params = result.tokens, result.parameters
         record.state_floats = result.state_floats
-        keys = ("steps", "seconds", "final_loss", "best_loss", "non_embedding_parameters")
+        keys = ["steps", "seconds", "final_loss", "best_loss"]
+        keys += ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
         record.train |= {key: getattr(result, key) for key in keys}
     if progress is None:
         show_training(record, folder)

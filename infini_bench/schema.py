@@ -21,6 +21,7 @@ INDEXES = ("auto", "torch", "faiss")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
+SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -59,6 +60,7 @@ class MemoryConfig:
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     tokens: int = 16  # rmt, armt, autocompressor: memory tokens m that a segment writes
     key_size: int = 16  # armt: of a query or key before its features, which are 6 times as many
+    layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
 
 
@@ -75,6 +77,16 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
     init_std: float = 0.02
+
+
+@dataclass
+class BaseConfig:
+    """A pretrained model to which the memory is attached; its architecture then replaces ``decoder``."""
+
+    model: str | None = None  # hub id, folder or GGUF file of a Llama, Mistral or Qwen2; unset = from scratch
+    freeze: bool = False  # train the memory's own parameters only (and LoRA)
+    lora: int | None = None  # rank of LoRA on every linear layer of the decoder; implies freeze
+    save: str = "full"  # full (a Hugging Face folder) | changes (what was trained, on top of ``model``)
 
 
 @dataclass
@@ -188,6 +200,7 @@ class RunConfig:
     seed: int = 0
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -94,6 +94,38 @@ def train(
     _launch("train", overrides or [], multirun, cfg, config_dir)
 
 
+@app.command()
+def adapt(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or run folder.")],
+    overrides: Overrides = None,
+    stages: Annotated[
+        str, typer.Option(help="pretrain, passkey, booksum; several with commas, in order.")
+    ] = "pretrain",
+) -> None:
+    """Give a pretrained Llama, Mistral or Qwen2 a memory and train it, in stages that build on each other.
+
+    base.lora=16 base.save=changes trains and saves only what is added; base.freeze=true only the memory.
+    """
+    from infini_bench.adapt import adapt as run
+    from infini_bench.adapt import added
+
+    records = run(model, stages.split(","), overrides or [])
+    print(added(records[-1]))
+    raise typer.Exit(0 if records[-1].status == "done" else INTERRUPTED)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Write a model as one Hugging Face folder, LoRA merged, with its tokenizer."""
+    from infini_bench.adapt import export as run
+
+    run(checkpoint, out)
+    print(out)
+
+
 @app.command("eval")
 def evaluate(
     what: Annotated[

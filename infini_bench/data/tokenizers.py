@@ -216,8 +216,9 @@ def _read_bpe(path: Path) -> tokenizers.Tokenizer:
 def _from_pretrained(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    gguf = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(str(Path(name).parent) if gguf else name, **gguf)
     except (OSError, ValueError) as error:  # not found, no network; no tokenizer among the files
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(

@@ -67,6 +67,11 @@ def build_memory(
     if not isinstance(cfg.segment, int) or cfg.segment < 1:
         raise UserError(f"memory.segment is a number of tokens, at least 1, not {cfg.segment!r}.")
     check_memory(cfg)
+    if cfg.layers is not None:
+        if max(cfg.layers) >= layers:
+            raise UserError(f"memory.layers={cfg.layers}: the last of the {layers} layers is {layers - 1}.")
+        if layer not in cfg.layers:
+            cfg = replace(cfg, kind="block")
     if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
         cfg = replace(cfg, kind="xl")
     return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)
@@ -76,6 +81,8 @@ def build_tokens(cfg: MemoryConfig, dim: int, layers: int) -> TokenMemory | None
     """The memory of a whole model of width ``dim``; None for the kinds that live in the attention layers."""
     if cfg.kind not in TOKENS:
         return None
+    if cfg.layers is not None:
+        raise UserError(f"memory.layers cannot be set: {cfg.kind} is the memory of the whole model.")
     for name in ("tokens", "key_size"):
         value = getattr(cfg, name)
         if not isinstance(value, int) or value < 1:

@@ -55,7 +55,7 @@ class CompressiveMemory(Memory):
     """Linear (Eq. 8) or Linear+Delta (Eq. 9) memory with the paper's gate (Eq. 10), or a variant of them.
 
     State, float32: M (B, G, F, D) and, if the normaliser has one, z (B, G, F): dk (dv + 1) G floats a layer
-    (Table 1, last row); and what the local path ``memory.local`` keeps, nothing in the paper's form (``block``).
+    (Table 1, last row); and what the path ``memory.local`` keeps: nothing if it is ``block``, the paper's.
     Parameters, float32: ``memory_gate`` beta (H,); ``memory_gate_input`` (H, D); ``memory_write`` (G, D + 1),
     u and c; ``memory_decay`` (G,), the logit of lambda.
     """

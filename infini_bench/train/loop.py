@@ -16,6 +16,7 @@ from infini_bench.device import peak_bytes
 from infini_bench.errors import UserError
 from infini_bench.files import write_json
 from infini_bench.models import MemoryLlamaForCausalLM, build_model, save_model
+from infini_bench.pretrained import adapted_model, freeze, is_added, save_changes
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.schema import RunConfig
 from infini_bench.tasks import build_task
@@ -42,6 +43,8 @@ class TrainResult:
     best_loss: float | None
     parameters: int
     non_embedding_parameters: int
+    trained_parameters: int
+    memory_parameters: int
     state_floats: int
     peak_bytes: int
     task_version: str
@@ -71,7 +74,7 @@ class Trainer:
         resumed = self.open_folder(resume)
         self.accelerator = build_accelerator(cfg)
         self.task = build_task(cfg, resumed.tokenizer if resumed else None)
-        self.model = resumed.model if resumed else self.new_model()
+        self.model = self.frozen(resumed.model) if resumed else self.new_model()
         self.stepper = Stepper(cfg, self.accelerator, self.task, self.model)
         self.curriculum = Curriculum(cfg.trainer)
         self.state = TrainState(processes=self.accelerator.num_processes, data=self.task.fingerprint)
@@ -106,7 +109,22 @@ class Trainer:
 
     def new_model(self) -> MemoryLlamaForCausalLM:
         torch.manual_seed(self.cfg.seed)
-        return build_model(self.cfg.decoder, self.cfg.memory, self.task.tokenizer.vocab_size)
+        words = self.task.tokenizer.vocab_size
+        if self.cfg.base.model is None:
+            return build_model(self.cfg.decoder, self.cfg.memory, words)
+        model = adapted_model(self.cfg.base, self.cfg.memory)
+        if words > model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {words} tokens, {self.cfg.base.model} only {model.config.vocab_size}; "
+                "set data.tokenizer to the model's own."
+            )
+        return model
+
+    def frozen(self, model: MemoryLlamaForCausalLM) -> MemoryLlamaForCausalLM:
+        """A resumed model, with the same weights frozen as before; one with LoRA comes frozen."""
+        if self.cfg.base.freeze and not self.cfg.base.lora:
+            freeze(model)
+        return model
 
     def restore(self, resumed: Resumed) -> None:
         """Puts optimizer, counters and curriculum back. Raises UserError if data or processes changed."""
@@ -209,7 +227,10 @@ class Trainer:
 
     def write_checkpoint(self, folder: Path) -> None:
         self.state.curriculum = self.curriculum.state()
-        save_model(self.model, folder / "model")
+        if self.cfg.base.save == "changes":
+            save_changes(self.model, self.cfg.base, folder / "model")
+        else:
+            save_model(self.model, folder / "model")
         self.task.tokenizer.save(folder / "tokenizer")
         write_json(folder / "config.json", to_dict(self.cfg))
         save_file(state_tensors(self.model, self.stepper.optimizer), folder / "optimizer.safetensors")
@@ -228,6 +249,8 @@ class Trainer:
             best_loss=self.state.best_loss,
             parameters=parameters,
             non_embedding_parameters=parameters - embedding,
+            trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            memory_parameters=sum(p.numel() for name, p in self.model.named_parameters() if is_added(name)),
             state_floats=self.model.state_floats(),
             peak_bytes=peak_bytes(self.accelerator.device),
             task_version=self.task.version,

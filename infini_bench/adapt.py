@@ -1,0 +1,70 @@
+"""``infini-bench adapt``: a pretrained model gets a memory, in stages that build on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from infini_bench.cli.bridge import compose_run, quote
+from infini_bench.errors import UserError
+from infini_bench.pretrained import is_own, merge_lora
+from infini_bench.report.records import Record
+from infini_bench.units import suggest
+
+STAGES = ("pretrain", "passkey", "booksum")
+
+
+def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Record]:
+    """Train ``model`` (hub id, folder, GGUF file or run folder) through ``stages``, each from the one before.
+
+    overrides hold for every stage. A stage that is recorded as done is not run again; an interrupted one ends
+    the call. Returns the records. Raises UserError for what does not exist, before anything is trained.
+    """
+    from infini_bench.run import run_train
+
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(
+                f'There is no stage "{stage}"{suggest(stage, STAGES)}; choose {", ".join(STAGES)}.'
+            )
+        compose_run(_words(model, stage, overrides))
+    records: list[Record] = []
+    for stage in stages:
+        words = _words(model, stage, overrides)
+        record = run_train(compose_run(words), command=["infini-bench", "train", *words])
+        records.append(record)
+        if record.status != "done":
+            break
+        model = record.train["folder"]
+    return records
+
+
+def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:
+    from infini_bench.train.checkpoint import find_checkpoint
+
+    tokenizer = str(find_checkpoint(Path(model)) / "tokenizer") if is_own(model) else model
+    named = [f"base.model={quote(model)}", f"data.tokenizer={quote(tokenizer)}"]
+    return [f"experiment=adapt_{stage}", *named, *overrides]
+
+
+def added(record: Record) -> str:
+    """What the memory added to the model, in one sentence."""
+    train, floats = record.train, record.state_floats or 0
+    return (
+        f"{record.config['base']['model']}: {record.params:,} parameters, {train['trained_parameters']:,} of "
+        f"them trained and {train['memory_parameters']:,} the memory's; state: {4 * floats:,} "
+        "bytes a sequence in float32."
+    )
+
+
+def export(path: Path, out: Path) -> None:
+    """A run's or checkpoint's model, LoRA merged, and its tokenizer as one Hugging Face folder."""
+    from infini_bench.models import save_model
+    from infini_bench.train.checkpoint import load_checkpoint_model
+
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new folder.")
+    model, tokenizer, _ = load_checkpoint_model(path)
+    merge_lora(model)
+    save_model(model, out)
+    tokenizer.save(out)

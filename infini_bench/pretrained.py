@@ -1,0 +1,183 @@
+"""A pretrained decoder as the base of a memory: where it comes from, what of it is trained, what is saved.
+
+Llama, Mistral and Qwen2 compute the same decoder, up to biases on the query, key and value projections; their
+weights have the same names. So each becomes a `MemoryLlamaForCausalLM`, without a fork of its code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from infini_bench.errors import UserError
+from infini_bench.files import read_json, write_json
+from infini_bench.models import ADDED, MemoryLlamaForCausalLM, attach_memory
+from infini_bench.origin import trained_config
+from infini_bench.schema import BaseConfig, DecoderConfig, MemoryConfig
+
+SHARD = "15MB"  # below what most code hosts take in a file
+BASE_FILE = "base.json"
+PATTERN = "changes{suffix}.safetensors"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load_pretrained(name: str) -> Any:
+    """The stock model of a hub id, a folder or a GGUF file, float32, on the CPU.
+
+    Raises UserError when it cannot be had. Remote code is never run.
+    """
+    gguf = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
+    with told(name):
+        return AutoModelForCausalLM.from_pretrained(
+            str(Path(name).parent) if gguf else name, dtype=torch.float32, trust_remote_code=False, **gguf
+        )
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """What transformers and its file readers raise for a model that is not there, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f'The model "{name}" cannot be loaded ({reason}); give a hub id, a folder or a .gguf file of a '
+            "Llama, Mistral or Qwen2."
+        ) from error
+
+
+def adapted_model(base: BaseConfig, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
+    """``base.model`` with ``memory``; frozen and with LoRA as ``base`` says. LoRA starts as no change.
+
+    A run or checkpoint folder of infini-bench is a base too, for the next stage; its memory must be this one.
+    """
+    assert base.model is not None
+    if is_own(base.model):
+        from infini_bench.train.checkpoint import load_checkpoint_model
+
+        model, _, trained = load_checkpoint_model(Path(base.model))
+        if trained.memory != memory:
+            raise UserError(f"{base.model} was trained with another memory; leave memory.* as it was there.")
+        merge_lora(model)
+    else:
+        model = attach_memory(load_pretrained(base.model), memory)
+    if base.freeze or base.lora:
+        freeze(model, base.lora)
+    return model
+
+
+def is_own(name: str) -> bool:
+    """Whether ``name`` is a run or checkpoint folder of infini-bench."""
+    return any((Path(name) / part).exists() for part in ("checkpoints", "checksums.json"))
+
+
+def decoder_of(name: str, start: DecoderConfig) -> DecoderConfig:
+    """The architecture of a base, for the record; what only a fresh start uses is ``start``'s."""
+    if is_own(name):
+        return trained_config(Path(name)).decoder
+    gguf = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
+    with told(name):
+        c = AutoConfig.from_pretrained(str(Path(name).parent) if gguf else name, **gguf)
+    heads = c.num_attention_heads
+    return DecoderConfig(
+        layers=c.num_hidden_layers,
+        dim=c.hidden_size,
+        heads=heads,
+        kv_heads=getattr(c, "num_key_value_heads", heads),
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads,
+        ffn=c.intermediate_size,
+        rope_theta=c.rope_parameters["rope_theta"],
+        tie_embeddings=c.tie_word_embeddings,
+        init_std=start.init_std,
+    )
+
+
+def freeze(model: MemoryLlamaForCausalLM, rank: int | None = None) -> None:
+    """From here on only the memory's parameters are trained, and with ``rank`` LoRA (arXiv 2106.09685).
+
+    LoRA is on every linear layer of the decoder, scaled by 2 (alpha = 2 rank). Raises UserError without peft.
+    """
+    own = [p for name, p in model.named_parameters() if is_added(name) and p.requires_grad]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if rank:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise UserError("base.lora needs the package peft: pip install 'infini-bench[adapt]'.") from error
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR), model)
+    for parameter in own:
+        parameter.requires_grad_(True)
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is the memory's, not the pretrained decoder's."""
+    return any(part in name for part in ADDED)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds LoRA's product to the weights that it changes, and takes it away; nothing where there is none."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+
+
+def changes(model: nn.Module) -> dict[str, Tensor]:
+    """What may differ from the base: all that is trained, and the memory's frozen parameters."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or is_added(name)}
+
+
+def save_changes(model: MemoryLlamaForCausalLM, base: BaseConfig, folder: Path) -> None:
+    """Config, `changes` in shards of at most 15 MB, and the name and fingerprint of the base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    save_torch_state_dict(
+        {name: x.contiguous().cpu() for name, x in changes(model).items()},
+        folder,
+        filename_pattern=PATTERN,
+        max_shard_size=SHARD,
+    )
+    write_json(
+        folder / BASE_FILE, {"model": base.model, "lora": base.lora, "fingerprint": fingerprint(model)}
+    )
+
+
+def load_changes(folder: Path) -> MemoryLlamaForCausalLM:
+    """The model that `save_changes` wrote. Raises UserError if its base is gone or is another one."""
+    about = read_json(folder / BASE_FILE)
+    settings = json.loads((folder / "config.json").read_text())
+    base = BaseConfig(model=about["model"], freeze=True, lora=about["lora"])
+    model = adapted_model(base, MemoryConfig(**settings["memory"]))
+    if fingerprint(model) != about["fingerprint"]:
+        raise UserError(f'{folder} was trained on another "{base.model}" than the one that is there now.')
+    saved: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("changes*.safetensors")):
+        saved |= load_file(path)
+    own = changes(model)
+    if own.keys() != saved.keys() or any(own[name].shape != x.shape for name, x in saved.items()):
+        raise UserError(f"{folder} is damaged: its weights are not those that its base takes.")
+    model.load_state_dict(saved, strict=False)
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the frozen weights' names, shapes and first values, whatever adapters hang on them."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if p.requires_grad or is_added(name):
+            continue
+        head = p.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(p.shape)}".encode() + head)
+    return digest.hexdigest()[:16]

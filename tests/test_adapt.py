@@ -1,0 +1,138 @@
+"""A pretrained model gets a memory: families, what is trained, what is saved, stages, export."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from infini_bench import adapt
+from infini_bench.data.tokenizers import build_tokenizer
+from infini_bench.errors import UserError
+from infini_bench.models import load_model
+from infini_bench.pretrained import adapted_model, changes, freeze, merge_lora, save_changes
+from infini_bench.schema import BaseConfig, DataConfig, MemoryConfig
+
+SIZES = dict(
+    vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, initializer_range=0.2,
+)  # fmt: skip
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=7)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request, tmp_path) -> Path:
+    """A folder with random weights (biases included) and a byte-level tokenizer."""
+    torch.manual_seed(0)
+    model = FAMILIES[request.param]()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_()
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    ours = build_tokenizer(
+        DataConfig(vocab_size=280, cache_dir=str(tmp_path)), lambda: ["a book about a key"] * 9
+    )
+    backend = ours._backend  # type: ignore[attr-defined]
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>").save_pretrained(folder)
+    return folder
+
+
+def only(base, **settings):
+    return BaseConfig(model=str(base), **settings)
+
+
+@torch.no_grad()
+def test_closed_gates_give_the_originals_local_attention(base):
+    stock = AutoModelForCausalLM.from_pretrained(base).eval()
+    model = adapted_model(only(base), MemoryConfig(segment=8, gate_start=-1e9)).eval()
+    ids = torch.randint(0, 280, (2, 24))
+    ours = model.step(ids)[0]
+    for s in range(3):
+        part = slice(8 * s, 8 * s + (7 if "Mistral" in type(stock).__name__ else 8))  # its own window is 7
+        assert (ours[:, part] - stock(ids[:, part]).logits).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_chosen_layers_only(base):
+    model = adapted_model(only(base), MemoryConfig(segment=8, layers=[1], update="delta")).eval()
+    assert [m.has_memory for m in model.memories] == [False, True]
+    assert model.state_floats() == 8 * 9 * 2 and model.has_memory
+    with pytest.raises(UserError, match="the last of the 2 layers is 1"):
+        adapted_model(only(base), MemoryConfig(layers=[2]))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_changes_alone_restore_the_model_and_lora_merges(base, rank, tmp_path):
+    pytest.importorskip("peft")
+    settings = only(base, freeze=True, lora=rank, save="changes")
+    model = adapted_model(settings, MemoryConfig(segment=8)).eval()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("memory_gate" in name or "lora_" in name for name in trained)
+    assert len(trained) == 2 + (2 * 7 * 2 if rank else 0)
+    for p in changes(model).values():
+        p.normal_(std=0.1)
+    save_changes(model, settings, tmp_path / "saved")
+    assert sum(f.stat().st_size for f in (tmp_path / "saved").glob("*.safetensors")) < 30_000
+    ids = torch.randint(0, 280, (1, 20))
+    loaded = load_model(tmp_path / "saved").eval()
+    with torch.no_grad():
+        expected = model.step(ids)[0]
+        assert torch.equal(loaded.step(ids)[0], expected)
+        merge_lora(loaded)
+        assert not any("lora" in name for name, _ in loaded.named_parameters())
+        assert (loaded.step(ids)[0] - expected).abs().max() < 1e-4
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    stock.model.norm.weight.data += 1
+    stock.save_pretrained(base)
+    with pytest.raises(UserError, match="another"):
+        load_model(tmp_path / "saved")
+
+
+def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path):
+    places = [f"runs={tmp_path}/runs", f"records={tmp_path}/records", f"data.cache_dir={tmp_path}/cache"]
+    small = ["data=embedded", "memory.segment=32", "trainer.steps=2", "trainer.batch=2", "device=cpu"]
+    small += ["trainer.save_every=null", "data.max_documents=2", "trainer.validate_rows=2"]
+    first = adapt.adapt(str(base), ["pretrain"], [*small, *places, "task.sequence=64"])[0]
+    assert first.config["decoder"]["dim"] == 32 and first.train["memory_parameters"] == 8
+    second = adapt.adapt(
+        first.train["folder"], ["pretrain"], [*small, *places, "task.sequence=64", "seed=1"]
+    )[0]
+    assert second.config["base"]["model"] == first.train["folder"] and "bytes a sequence" in adapt.added(
+        second
+    )
+    adapt.export(Path(second.train["folder"]), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(0, 280, (1, 70))
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+    with pytest.raises(UserError, match="not empty"):
+        adapt.export(Path(second.train["folder"]), tmp_path / "out")
+    with pytest.raises(UserError, match="another memory"):
+        adapt.adapt(first.train["folder"], ["pretrain"], [*small, *places, "memory.update=delta"])
+
+
+def test_what_cannot_be_loaded_is_told(tmp_path, base):
+    for name in (str(tmp_path / "nothing"), str(tmp_path / "nothing.gguf")):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            adapted_model(BaseConfig(model=name), MemoryConfig())
+    with pytest.raises(UserError, match="no stage"):
+        adapt.adapt(str(base), ["pretrian"])
+    model = adapted_model(only(base), MemoryConfig())
+    freeze(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        f"model.layers.{i}.self_attn.memory.memory_gate" for i in range(2)
+    ]

@@ -154,6 +154,7 @@ _RULES: dict[str, Rule] = {
     "memory.features": _one_of(schema.FEATURES),
     "memory.normaliser": _one_of(schema.NORMALISERS),
     "memory.decay": (lambda value: 0 < value < 1, "above 0 and below 1, or null"),
+    "memory.gate_frozen": _SHARE,
     "memory.local": _one_of(schema.LOCALS),
     "memory.compression": _one_of(schema.COMPRESSIONS),
     "memory.index": _one_of(schema.INDEXES),

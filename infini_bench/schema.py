@@ -46,7 +46,7 @@ class MemoryConfig:
     gate_start: float = 0.0  # beta at the start, before the sigmoid of Eq. 10
     gate_split: float = 0.0  # added to beta of every second head, subtracted from the others
     gate_input: bool = False  # compressive: beta also depends on the query
-    gate_frozen: bool = False  # beta stays where it started
+    gate_frozen: float | None = None  # compressive: g of all heads, 0 to 1, not trained; unset = learned
     local: str = "block"  # compressive: attention beside the memory: block | sliding | xl | sparse | kernel
     window: int | None = None  # sliding, sink: tokens a query sees, itself included; unset = 2N
     sinks: int = 4  # sink: first tokens of the document that stay visible; at most N

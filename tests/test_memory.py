@@ -212,12 +212,16 @@ def test_split_gates_start_on_both_sides():
     assert mem.memory_gate.tolist() == [-1.5, 2.5, -1.5, 2.5]
 
 
-def test_frozen_gates_are_not_trained():
-    model = build_model(DecoderConfig(), MemoryConfig(gate_start=-50.0, gate_frozen=True), 20)
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_frozen_gates_are_not_trained(value):
+    model = build_model(DecoderConfig(), MemoryConfig(segment=N, gate_frozen=value), 20)
     trained = {id(p) for group in parameter_groups(model, TrainerConfig()) for p in group["params"]}
     gates = [memory.memory_gate for memory in model.memories]
     assert not trained & set(map(id, gates)) and len(trained) == len(list(model.parameters())) - len(gates)
-    assert model.gates().max() < 1e-20
+    assert (model.gates() == value).all()
+    nll = model.losses(*torch.randint(0, 20, (2, 1, 3 * N)))[0].sum()
+    nll.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_state_stays_float32_under_bfloat16_and_autocast():

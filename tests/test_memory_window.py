@@ -267,20 +267,18 @@ def test_both_searches_return_the_same_places(live):
 
 
 def test_faiss_is_taken_where_it_can_be_and_named_once(monkeypatch, caplog):
-    monkeypatch.setattr(knn.importlib.util, "find_spec", lambda name: object())
-    knn.searcher.cache_clear()
+    monkeypatch.setattr(knn, "FAISS", True)
+    monkeypatch.setattr(knn, "told", set())
     with caplog.at_level("INFO"):
         assert [knn.searcher("auto", "cpu"), knn.searcher("auto", "cpu")] == ["faiss", "faiss"]
     assert len(caplog.records) == 1 and "found by faiss" in caplog.text
     assert knn.searcher("auto", "cuda") == knn.searcher("torch", "cpu") == "torch"
     with pytest.raises(UserError, match="on the CPU, not on cuda"):
         knn.searcher("faiss", "cuda")
-    monkeypatch.setattr(knn.importlib.util, "find_spec", lambda name: None)
-    knn.searcher.cache_clear()
+    monkeypatch.setattr(knn, "FAISS", False)
     assert knn.searcher("auto", "cpu") == "torch"
     with pytest.raises(UserError, match="install faiss-cpu"):
         make(kind="knn", index="faiss")
-    knn.searcher.cache_clear()
 
 
 @pytest.mark.parametrize(

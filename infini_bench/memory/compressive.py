@@ -74,7 +74,7 @@ class CompressiveMemory(Memory):
         self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
         self.previous = self.path.previous
         self.width = WIDTHS.get(cfg.features, 1) * head_dim
-        self.memory_gate = nn.Parameter(torch.empty(heads), requires_grad=not cfg.gate_frozen)
+        self.memory_gate = nn.Parameter(torch.empty(heads), requires_grad=cfg.gate_frozen is None)
         if cfg.gate_input:
             self.memory_gate_input = nn.Parameter(torch.empty(heads, head_dim))
         if cfg.write_gate:
@@ -88,6 +88,8 @@ class CompressiveMemory(Memory):
         """Gates at their start, nothing yet dependent on keys or queries."""
         sign = torch.arange(self.heads, device=self.memory_gate.device) % 2 * 2.0 - 1.0
         self.memory_gate.copy_(self.cfg.gate_start + self.cfg.gate_split * sign)
+        if self.cfg.gate_frozen is not None:
+            self.memory_gate.fill_(self.cfg.gate_frozen).logit_()  # 0 and 1 are infinite, and exact
         if self.cfg.gate_input:
             self.memory_gate_input.zero_()
         if self.cfg.write_gate:

@@ -15,7 +15,6 @@ H heads, G KV heads, R = H / G, D head size, E neighbours.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 
@@ -30,21 +29,23 @@ from infini_bench.memory.window import WindowMemory
 from infini_bench.schema import MemoryConfig
 
 log = logging.getLogger(__name__)
+told: set[str] = set()  # what the log says already
+FAISS = importlib.util.find_spec("faiss") is not None
 
 
-@functools.cache
 def searcher(index: str, device: str) -> str:
-    """``torch`` or ``faiss``: who searches on this kind of device; told once in the log.
+    """``torch`` or ``faiss``: who searches on this kind of device; told once in the log (if not compiled).
 
     Raises UserError where faiss is asked for and missing, or cannot reach the tensors.
     """
-    installed = importlib.util.find_spec("faiss") is not None
-    if index == "faiss" and not installed:
+    if index == "faiss" and not FAISS:
         raise UserError("memory.index=faiss needs faiss: install faiss-cpu, or set memory.index=torch.")
     if index == "faiss" and device != "cpu":
         raise UserError(f"memory.index=faiss searches on the CPU, not on {device}; set memory.index=torch.")
-    chosen = "faiss" if index != "torch" and installed and device == "cpu" else "torch"
-    log.info("neighbours on %s are found by %s", device, chosen)
+    chosen = "faiss" if index != "torch" and FAISS and device == "cpu" else "torch"
+    if chosen not in told and not torch.compiler.is_compiling():
+        told.add(chosen)
+        log.info("neighbours on %s are found by %s", device, chosen)
     return chosen
 
 

@@ -122,6 +122,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         model.train(was_training)
 
+
 @torch.no_grad()
 def forced(model, logits, state, expected_BA: np.ndarray) -> np.ndarray:
     """The most probable token at each answer position, given the right tokens before it: (B, A)."""

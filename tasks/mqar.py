@@ -1,26 +1,28 @@
-"""Multi-query associative recall (MQAR): many pairs are written, and all of them are asked for, segments later.
+"""Multi-query associative recall (MQAR): many pairs are written, and segments later all are asked for.
 
-Protocol, version 1; the recipe is that of Zoology (Arora et al. 2023, arXiv 2312.04927), laid out in segments.
-Tokens are ids below ``task.vocabulary``: keys from the lower half, values from the upper. A trial writes
-``key value`` for each of P pairs, keys all different; then come filler and the questions, each a key with its value
-behind it (the next token is what our loss predicts; a key is asked once, so nothing leaks). Questions stand at
-even places of the asking zone, the i-th of which has a probability in proportion to i ^ (power - 1), power 0.01.
-All other places are random tokens, but never a key of the trial: over thousands of filler tokens each key would be
-written over.
+Protocol, version 1; the recipe is that of Zoology (Arora et al. 2023, arXiv 2312.04927), laid out in
+segments. Tokens are ids below ``task.vocabulary``: keys from the lower half, values from the upper. A trial
+writes ``key value`` for each of P pairs, keys all different; then come filler and the questions, each a key
+with its value behind it (the next token is what our loss predicts; a key is asked once, so nothing leaks).
+Questions stand at even places of the asking zone, the i-th of which has a probability in proportion to i ^
+(power - 1), power 0.01. All other places are random tokens, but never a key of the trial: over thousands of
+filler tokens each key would be written over.
 
-Distance d: 0 = the asking zone follows the pairs directly, as in Zoology; else it starts d segments behind the
-segment in which the last pair ends, which d segments then are written to the memory after the last pair. The
-zone has as many segments as the questions need, so late ones are further away. ``position``: d. ``length``: tokens
-up to the zone's end.
+Distance d: 0 = the asking zone follows the pairs directly, as in Zoology; else it starts d segments behind
+the segment in which the last pair ends, which d segments then are written to the memory after the last pair.
+The zone has as many segments as the questions need, so late ones are further away. ``position``: d.
+``length``: tokens up to the zone's end.
 
 * ``token_accuracy``: percent of questions whose value is the most probable token; chance is 2 / vocabulary.
   Wilson intervals, over the questions of all trials; those of one trial are not quite independent.
 
-Conditions: ``<P> pairs``, and ``<P> pairs, memory_off``: nothing from before a question's segment; left out for
-models without a memory that could be switched off. Trials depend on seed, P and number; the questions also on d.
+Conditions: ``<P> pairs``, and ``<P> pairs, memory_off``: nothing from before a question's segment; left out
+for models without a memory that could be switched off. Trials depend on seed, P and number; the questions
+also on d.
 
-Training: rows of ``segments`` segments; P is one of ``train_pairs`` that fit, the start of the asking zone one of
-those possible, both uniform, and the zone takes the rest of the row. Loss: mean over the answers, nothing else.
+Training: rows of ``segments`` segments; P is one of ``train_pairs`` that fit, the start of the asking zone
+one of those possible, both uniform, and the zone takes the rest of the row. Loss: mean over the answers,
+nothing else.
 """
 
 from __future__ import annotations
@@ -100,11 +102,12 @@ class MQAR(Task):
         """Tokens (length + 1,), and the mask (length,) of the answers' targets."""
         seed = [self.cfg.seed, zlib.crc32(split.encode()), number]
         rng, segment = np.random.default_rng([*seed, 1]), self.cfg.memory.segment
+        least = self.task.train_pairs[0]
         fitting = [pairs for pairs in self.task.train_pairs if 4 * pairs <= length]
         if not fitting:
             raise UserError(
-                f"Set task.segments and trainer.curriculum to {-(-4 * self.task.train_pairs[0] // segment)} or "
-                f"more: {self.task.train_pairs[0]} pairs and their questions take that many segments."
+                f"Set task.segments and trainer.curriculum to {-(-4 * least // segment)} or more: {least} "
+                "pairs and their questions take that many segments."
             )
         trial = Trial(seed, self.task.vocabulary, fitting[rng.integers(len(fitting))])
         pairs, needed = trial.written(), self.segments_of(len(trial.keys))
@@ -136,7 +139,9 @@ class MQAR(Task):
                         for condition, d, hits in self._read(model, pairs, group, bar):
                             found.setdefault((condition, d), []).append(hits)
                 for (condition, d), parts in found.items():
-                    rows.append(self._row(pairs, condition, d, *map(np.concatenate, zip(*parts, strict=True))))
+                    rows.append(
+                        self._row(pairs, condition, d, *map(np.concatenate, zip(*parts, strict=True)))
+                    )
         return rows
 
     def _start(self, pairs: int, distance: int) -> int:
@@ -145,7 +150,7 @@ class MQAR(Task):
         return (self.segments_of(pairs) - 1 + distance) * segment if distance else 2 * pairs
 
     def _read(self, model, pairs: int, group: np.ndarray, bar) -> Iterator[tuple[str, int, tuple]]:
-        """Condition, distance, and values (trials, P) asked for and most probable, at each distance in turn."""
+        """Condition, distance, and values (trials, P) asked for and most probable, distance by distance."""
         seeds = [[self.cfg.seed, zlib.crc32(b"evaluation"), pairs, int(trial)] for trial in group]
         trials = [Trial(seed, self.task.vocabulary, pairs) for seed in seeds]
         written = np.stack([trial.written() for trial in trials])
@@ -159,7 +164,9 @@ class MQAR(Task):
                 filler = np.stack([trial.filler(size) for trial in trials])
                 state, read, tail = feed(model, [filler], state, bar), read + size, filler[:, :0]
             zones = [
-                trial.zone(self.segments_of(pairs) * segment, self.task.power, np.random.default_rng([*seed, d]))
+                trial.zone(
+                    self.segments_of(pairs) * segment, self.task.power, np.random.default_rng([*seed, d])
+                )
                 for trial, seed in zip(trials, seeds, strict=True)
             ]
             tokens, places = (np.stack(part) for part in zip(*zones, strict=True))
@@ -168,7 +175,11 @@ class MQAR(Task):
             if has_controls(self.cfg, model):
                 with model.memory_off():
                     own = feed(model, [tail], None) if tail.size else None
-                    yield f"{pairs} pairs, memory_off", d, (expected, self._answer(model, tokens, places, own))
+                    yield (
+                        f"{pairs} pairs, memory_off",
+                        d,
+                        (expected, self._answer(model, tokens, places, own)),
+                    )
 
     def _answer(self, model, tokens: np.ndarray, places: np.ndarray, state) -> np.ndarray:
         """The most probable token at each place, (trials, P), read segment by segment: logits are large."""

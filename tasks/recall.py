@@ -1,33 +1,34 @@
 """Recall against compressions: one fact, k segments of filler, and the question.
 
-Protocol, version 1. Ids only: the data config's text tokenizer, and behind its ids symbols of our own, which no
-text can hold. The fact is ``WRITE key value``, the question ``ASK key`` and the answer the value; key and value
-are ``task.key`` and ``task.value`` random symbols, each from an alphabet of ``task.symbols`` of its own.
+Protocol, version 1. Ids only: the data config's text tokenizer, and behind its ids symbols of our own, which
+no text can hold. The fact is ``WRITE key value``, the question ``ASK key`` and the answer the value; key and
+value are ``task.key`` and ``task.value`` random symbols, each from an alphabet of ``task.symbols`` of its
+own.
 
-A trial starts with a segment that holds the fact at a random place (over the filler, which goes on behind it).
-The question ends segment k, counted from there: of its N tokens the last are ``ASK key`` and the answer but
-for its last symbol, which is only predicted. So k segments are written to the memory before the question's own;
-at k = 0 fact and question share one. ``length``: tokens of all segments. ``position``: k.
+A trial starts with a segment that holds the fact at a random place (over the filler, which goes on behind
+it). The question ends segment k, counted from there: of its N tokens the last are ``ASK key`` and the answer
+but for its last symbol, which is only predicted. So k segments are written to the memory before the
+question's own; at k = 0 fact and question share one. ``length``: tokens of all segments. ``position``: k.
 
-Fillers. ``constant``: a cycle of `CYCLE` symbols. ``text``: the documents of a split end to end, again from the
-first behind the last. Either starts at a random token of its own.
+Fillers. ``constant``: a cycle of `CYCLE` symbols. ``text``: the documents of a split end to end, again from
+the first behind the last. Either starts at a random token of its own.
 
-* ``exact_match``: percent of trials whose answer symbols all are the most probable ones, teacher-forced, which
-  is the same as generating them greedily; chance is ``symbols ** -value``. Wilson intervals.
+* ``exact_match``: percent of trials whose answer symbols all are the most probable ones, teacher-forced,
+  which is the same as generating them greedily; chance is ``symbols ** -value``. Wilson intervals.
 * ``token_accuracy``: percent of answer symbols, likewise; chance is ``1 / symbols``.
-* ``gate``: mean sigmoid of all gates at the largest k, ``position`` = ``filler`` or ``question``, over the tokens
-  of the last call that reads filler and of the one that reads ``ASK key``'s segment. Gates that depend on data
-  are measured, others are the same everywhere; models without gates have no such row.
+* ``gate``: mean sigmoid of all gates at the largest k, ``position`` = ``filler`` or ``question``, over the
+  tokens of the last call that reads filler and of the one that reads ``ASK key``'s segment. Gates that depend
+  on data are measured, others are the same everywhere; models without gates have no such row.
 
 Conditions: the filler's name. With the first filler also the controls ``memory_off`` (nothing from before the
-question's segment) and ``other_memory`` (the state of the next trial side by side; not at k = 0, nor with one trial).
-Both are left out for models without a memory that could be switched off. Trials depend on seed, filler and
-number alone: those of all k are the same.
+question's segment) and ``other_memory`` (the state of the next trial side by side; not at k = 0, nor with one
+trial). Both are left out for models without a memory that could be switched off. Trials depend on seed,
+filler and number alone: those of all k are the same.
 
-Training: rows of exactly ``segments`` segments. The question ends the last of them in half of the rows and any of
-them in the others, whose rest is filler: else short distances are unlearned at the long levels of a curriculum.
-The fact's segment, up to the question's own, its place and one of ``train_fillers`` are uniform; text is the train
-split's. Loss: mean over the answer + ``lm_weight`` x the mean over all other tokens.
+Training: rows of exactly ``segments`` segments. The question ends the last of them in half of the rows and
+any of them in the others, whose rest is filler: else short distances are unlearned at the long levels of a
+curriculum. The fact's segment, up to the question's own, its place and one of ``train_fillers`` are uniform;
+text is the train split's. Loss: mean over the answer + ``lm_weight`` x the mean over all other tokens.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Recall(Task):
 
     @property
     def symbols(self) -> SymbolTokenizer:
-        """The vocabulary. Raises UserError if a checkpoint's is another."""
+        """The vocabulary, which has a text's. Raises UserError if a checkpoint's is another."""
         known, wanted = self.tokenizer, 2 + CYCLE + 2 * self.task.symbols
         if not (isinstance(known, SymbolTokenizer) and known.text and known.symbols == wanted):
             raise UserError(
@@ -120,13 +121,15 @@ class Recall(Task):
     def _filler(self, kind: str, split: str) -> np.ndarray:
         if kind == "constant":
             return self.symbols.first + 2 + np.arange(CYCLE)
-        store = data.token_store(self.cfg.data, self.documents(split), self.symbols.text)
+        text = self.symbols.text
+        assert text is not None
+        store = data.token_store(self.cfg.data, self.documents(split), text)
         if not len(store.all_tokens):
             raise UserError(f'Split "{split}" has no text to fill segments with; use another task.split.')
         return store.all_tokens
 
     def trials(self, rngs: list[np.random.Generator], kind: str, split: str, segments: int = 1) -> Trials:
-        """One row a generator; the fact lies in one of the first ``segments`` segments, before any question."""
+        """One row a generator; the fact lies in one of the first ``segments``, before any question."""
         task, first, segment = self.task, self.symbols.first, self.cfg.memory.segment
         ids = self.filler(kind, split)
         room = segment - (1 + task.key + task.value) - (task.key + task.value)
@@ -138,8 +141,9 @@ class Recall(Task):
         drawn = []
         for rng in rngs:
             phase = rng.integers(len(ids))
-            key, value = (key_of + rng.integers(task.symbols, size=task.key)), rng.integers(
-                task.symbols, size=task.value
+            key, value = (
+                (key_of + rng.integers(task.symbols, size=task.key)),
+                rng.integers(task.symbols, size=task.value),
             )
             place = rng.integers(segments) * segment + rng.integers(room + 1)
             drawn.append((phase, key, value_of + value, place))
@@ -174,7 +178,7 @@ class Recall(Task):
     # Evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, model, progress=None) -> list[Row]:
-        """All fillers and distances; each trial's filler is read once and its state asked at every distance."""
+        """All fillers and distances; each trial's filler is read once, its state asked at every distance."""
         groups = np.array_split(np.arange(self.task.trials), -(-self.task.trials // self.task.batch))
         longest = self.task.segments_after[-1] * model.segment * self.task.trials
         rows = []

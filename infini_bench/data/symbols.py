@@ -1,4 +1,4 @@
-"""The vocabulary of synthetic tasks: symbols without a spelling, behind the ids of a text tokenizer if any."""
+"""The vocabulary of synthetic tasks: symbols without a spelling, behind a text tokenizer's ids if any."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class SymbolTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text as text, symbols as ``<0>``, ``<1>`` ...; eos gives nothing."""
-        spelt = [self._spell(run, of_text) for of_text, run in groupby(map(int, ids), lambda i: i < self.first)]
+        spelt = [
+            self._spell(run, of_text) for of_text, run in groupby(map(int, ids), lambda i: i < self.first)
+        ]
         return "".join(spelt)
 
     def _spell(self, run: Iterable[int], of_text: bool) -> str:

@@ -13,10 +13,25 @@ from typing import Any
 
 from infini_bench import schema
 from infini_bench.errors import UserError
-from infini_bench.schema import BooksumConfig, LMConfig, MemoryConfig, PasskeyConfig, RunConfig, TaskConfig
+from infini_bench.schema import (
+    BooksumConfig,
+    LMConfig,
+    MemoryConfig,
+    MQARConfig,
+    PasskeyConfig,
+    RecallConfig,
+    RunConfig,
+    TaskConfig,
+)
 from infini_bench.units import format_length, parse_depth, parse_length, suggest
 
-TASKS: dict[str, type[TaskConfig]] = {"lm": LMConfig, "passkey": PasskeyConfig, "booksum": BooksumConfig}
+TASKS: dict[str, type[TaskConfig]] = {
+    "lm": LMConfig,
+    "passkey": PasskeyConfig,
+    "booksum": BooksumConfig,
+    "recall": RecallConfig,
+    "mqar": MQARConfig,
+}
 
 Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
 
@@ -138,6 +153,19 @@ def _one_of(options: tuple[str, ...]) -> Rule:
     return lambda value: value in options, f"one of {', '.join(options)}"
 
 
+def _some_of(options: tuple[str, ...]) -> Rule:
+    names = f"one or more of {', '.join(options)}, each once"
+    return lambda value: bool(value) and set(value) <= {*options} and len({*value}) == len(value), names
+
+
+def _rising(least: int, words: str) -> Rule:
+    """At least one whole number, each larger than the one before."""
+    return (
+        lambda value: bool(value) and value[0] >= least and value == sorted(set(value)),
+        f"{words} in rising order, from {least} on",
+    )
+
+
 _NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
 _POSITIVE: Rule = (lambda value: value > 0, "above 0")
 _SHARE: Rule = (lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -173,6 +201,12 @@ _RULES: dict[str, Rule] = {
     "task.lengths": (bool, "at least one length"),
     "task.depths": (bool, "at least one depth"),
     "task.lm_weight": _NOT_NEGATIVE,
+    "task.symbols": (lambda value: value >= 2, "2 or more"),
+    "task.fillers": _some_of(schema.FILLERS),
+    "task.train_fillers": _some_of(schema.FILLERS),
+    "task.segments_after": _rising(0, "numbers of segments"),
+    "task.pairs": _rising(1, "numbers of pairs"),
+    "task.train_pairs": _rising(1, "numbers of pairs"),
     "task.temperature": (lambda value: value > 0, "above 0 (task.greedy=true takes the likeliest token)"),
     "task.top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "trainer.optimizer": _one_of(schema.OPTIMIZERS),

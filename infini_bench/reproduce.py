@@ -6,6 +6,7 @@ does not stop the others.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,29 +20,22 @@ from rich.text import Text
 
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
+from infini_bench.origin import TRAINED
+from infini_bench.plans import read_plan
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.report.check import Check, demo_checks
-from infini_bench.report.records import Record, config_hash, current, now, read_records
-from infini_bench.report.tables import PRINTED, print_tables, write_report
-from infini_bench.report.tidy import TABLES, tidy
+from infini_bench.report.records import Record, add_plan, config_hash, current, now, read_records
+from infini_bench.report.tables import print_tables, write_report
+from infini_bench.report.tidy import tidy
 from infini_bench.schema import RunConfig
-from infini_bench.units import suggest
 from infini_bench.workers import Board, Relay, cores, run_all
 
-# The longest task first, so that no core idles at the end.
-PLANS = {
-    "table2": ("lm",),
-    "table3": ("passkey",),
-    "table4": ("booksum",),
-    "demo": ("passkey", "lm", "booksum"),
-}
-MODELS = ("infini_linear", "infini_delta", "transformer_xl", "local_block")
 WEIGHTS = {"train": 0.8, "eval": 0.2}  # of a job's time
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model on one task."""
+    """One model on one task, in one variant."""
 
     name: str
     cfg: RunConfig
@@ -65,26 +59,30 @@ def reproduce(
     out: Path | str | None = None,
     jobs: int | None = None,
     seeds: Sequence[int] = (0,),
-    models: Sequence[str] = MODELS,
+    models: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | NullProgress | None = None,
 ) -> int:
-    """Run the plan ``what`` (a key of PLANS), print its tables and return the exit code.
+    """Run the plan ``what`` (a file of conf/plan/), print its tables and return the exit code.
 
-    Records go to ``<out>/records``, run folders to ``<out>/runs``, tables to ``<out>/tables``; out unset =
-    ``runs/<what>``. jobs: how many run side by side; unset = one a core at small scales, else 1. Exit code
+    Records go to ``<out>/records``, run folders to ``<out>/runs``, tables to ``<out>/tables``, figures to
+    ``<out>/figures``; out unset = ``runs/<what>``. models: unset = the plan's.
+    jobs: how many run side by side; unset = one a core at small scales, else 1. Exit code
     1: a job failed, or the demo did not show what it must. Raises UserError for what does not exist.
     """
     started = time.monotonic()
     folder = Path(out or default_folder(what))
+    tables, models = read_plan(what).tables, models or read_plan(what).models
     planned = plan(what, scale, folder, seeds, models, overrides)
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
     records = _planned_records(planned, read_records(folder / "records"))
+    for record in records:
+        add_plan(folder / "records", record, what)
     write_report(folder / "records", folder / "tables")
     console = Console()
-    print_tables(records, names=[name for name in PRINTED if name in {TABLES[task] for task in PLANS[what]}])
+    print_tables(records, names=tables)
     checks = demo_checks(tidy(records), tuple(models)) if what == "demo" else []
     for line in summary(outcomes, checks, records, time.monotonic() - started, workers):
         console.print(line, soft_wrap=True)
@@ -117,22 +115,20 @@ def plan(
     models: Sequence[str],
     overrides: Sequence[str] = (),
 ) -> list[Job]:
-    """The jobs of a plan, checked and longest task first."""
+    """The jobs of a plan, checked, in its order of tasks."""
     from infini_bench.cli.bridge import compose_run
 
-    if what not in PLANS:
-        raise UserError(
-            f'There is no "{what}" to reproduce{suggest(what, PLANS)}; choose one of {", ".join(PLANS)}.'
-        )
-    places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}", *overrides)
+    plan = read_plan(what)
+    places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
     jobs = []
-    for task, model in product(PLANS[what], models):
-        words = [f"model={model}", f"task={task}", *places]
+    for (task, own), model, (variant, words) in product(plan.tasks.items(), models, plan.settings()):
+        words = [f"model={model}", f"task={task}", *places, *own, *words, *overrides]
         cfg = compose_run(words)
         for seed in seeds:
-            settings = [*words, f"seed={seed}"]
-            log = out / "logs" / f"{task}-{model}-seed{seed}.txt"
-            jobs.append(Job(f"{task} {model} seed {seed}", replace(cfg, seed=seed), settings, log))
+            name = " ".join([task, model, *([variant] if variant else []), f"seed {seed}"])
+            parts = [task, model, re.sub(r"[^\w.=-]+", "-", variant), f"seed{seed}"]
+            log = out / "logs" / f"{'-'.join(part for part in parts if part)}.txt"
+            jobs.append(Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log))
     return jobs
 
 
@@ -158,7 +154,7 @@ def run_job(job: Job, board: Any) -> Outcome:
     try:
         trained = timed("train", run_train, _startable(job.cfg), job.settings)
         cfg = replace(job.cfg, checkpoint=trained.train["folder"])
-        words = [word for word in job.settings if not word.startswith(("model=", "task="))]
+        words = [word for word in job.settings if not word.startswith(("model=", "task=", *TRAINED))]
         timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
     except UserError as error:
         outcome.error = str(error)

@@ -23,6 +23,7 @@ OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
 SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
+FILLERS = ("constant", "text")
 
 
 @dataclass
@@ -114,7 +115,7 @@ class DataConfig:
 
 @dataclass
 class TaskConfig:
-    """Base of the three tasks; ``name`` picks the module in ``tasks/``."""
+    """Base of the tasks; ``name`` picks the module in ``tasks/``."""
 
     name: str = "???"
 
@@ -161,6 +162,41 @@ class BooksumConfig(TaskConfig):
     samples: int = 1  # summaries a book
     chunk: int = 8192
     controls: bool = True  # memory off, and another book's memory
+
+
+@dataclass
+class RecallConfig(TaskConfig):
+    name: str = "recall"
+    symbols: int = 16  # that a key's or a value's symbol is drawn from, each from its own
+    key: int = 2  # symbols of the key
+    value: int = 2  # symbols of the value: chance is symbols ** -value
+    segments: int = 4  # training length, in segments of the model
+    train_fillers: list[str] = field(default_factory=lambda: list(FILLERS))  # constant | text, row by row
+    lm_weight: float = 0.1  # of the filler's own loss beside the answer's
+    fillers: list[str] = field(default_factory=lambda: list(FILLERS))  # evaluated; controls with the first
+    segments_after: list[int] = field(default_factory=lambda: [2**n for n in range(13)])  # fact to question
+    split: str = "test"  # whose documents are the text
+    trials: int = 400
+    batch: int = 400  # trials run side by side
+    chunk: int = 8192
+    controls: bool = True  # memory off, and another trial's memory
+    protocol: str = "curriculum"
+
+
+@dataclass
+class MQARConfig(TaskConfig):
+    name: str = "mqar"
+    vocabulary: int = 8192  # keys are its lower half, values its upper half
+    power: float = 0.01  # of the law of the places of the questions: near ones are likelier below 1
+    train_pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])  # one of these a row
+    segments: int = 4  # training length, in segments of the model
+    pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256])
+    segments_after: list[int] = field(default_factory=lambda: [0, 1, 4, 16, 64])  # pairs to questions
+    trials: int = 100
+    batch: int = 100  # trials run side by side
+    chunk: int = 8192
+    controls: bool = True  # memory off
+    protocol: str = "curriculum"
 
 
 @dataclass

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
     from .base import Task
 
-TASKS = {"lm": "LM", "passkey": "Passkey", "booksum": "Booksum"}  # module -> class
+TASKS = {  # module -> class
+    "lm": "LM",
+    "passkey": "Passkey",
+    "booksum": "Booksum",
+    "recall": "Recall",
+    "mqar": "MQAR",
+}
 
 
 def build_task(cfg: RunConfig, tokenizer: Tokenizer | None = None) -> Task:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,3 +121,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def forced(model, logits, state, expected_BA: np.ndarray) -> np.ndarray:
+    """The most probable token at each answer position, given the right tokens before it: (B, A)."""
+    best = [logits.argmax(-1, keepdim=True)]
+    if expected_BA.shape[1] > 1:
+        known = torch.from_numpy(expected_BA[:, :-1].astype(np.int64)).to(model.device)
+        best.append(model.step(known, state)[0].argmax(-1))
+    return torch.cat(best, dim=1).cpu().numpy()

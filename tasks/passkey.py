@@ -36,7 +36,7 @@ from infini_bench.progress import NullProgress
 from infini_bench.stream import feed, generate, prefill
 from infini_bench.units import parse_depth, parse_length
 
-from .base import Batch, Row, Task, aligned, evaluating, has_controls, mean_over_rows
+from .base import Batch, Row, Task, aligned, evaluating, forced, has_controls, mean_over_rows
 from .haystack import FILLER, NEEDLE, QUESTION, TASK_LINE, Haystack, Prompt, prompt_text, side_by_side
 
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
@@ -196,13 +196,3 @@ class Passkey(Task):
             columns |= {"n": share.n, "extra": {**extra, "chance": by_chance}}
             rows.append(self.row(metric, share.value, Interval(share.low, share.high), **columns))
         return rows
-
-
-@torch.no_grad()
-def forced(model, logits, state, expected_BA: np.ndarray) -> np.ndarray:
-    """The most probable token at each answer position, given the right tokens before it: (B, A)."""
-    best = [logits.argmax(-1, keepdim=True)]
-    if expected_BA.shape[1] > 1:
-        known = torch.from_numpy(expected_BA[:, :-1].astype(np.int64)).to(model.device)
-        best.append(model.step(known, state)[0].argmax(-1))
-    return torch.cat(best, dim=1).cpu().numpy()

@@ -16,9 +16,10 @@ from infini_bench.cli import bridge
 from infini_bench.errors import UserError
 from infini_bench.progress import NullProgress
 from infini_bench.report.records import config_hash, find_done, read_records, write_record
-from infini_bench.reproduce import MODELS, plan, reproduce
+from infini_bench.reproduce import plan, reproduce
 from infini_bench.schema import RunConfig
 
+MODELS = ("infini_linear", "infini_delta", "transformer_xl", "local_block")
 PLACES = ("records=", "runs=")
 EVALUATIONS = {"lm": lm, "passkey": passkey, "booksum": booksum}
 

@@ -131,6 +131,11 @@ def _check_group(override: Override, loader: ConfigLoader, overrides: Sequence[s
 
 def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
     """One sentence for what Hydra tells in several lines."""
+    if missing := re.search(r"Could not find 'recipe/(\w+)_(\w+)'", str(err)):
+        task, scale = missing.groups()
+        recipes = loader.get_group_options("recipe", ObjectType.CONFIG)
+        there = [name.removeprefix(f"{task}_") for name in recipes if name.startswith(f"{task}_")]
+        return UserError(f"Task {task} has no scale={scale}: choose one of {', '.join(there)}.")
     groups = [o for o in parsed if loader.get_group_options(o.key_or_group, ObjectType.CONFIG)]
     try:
         task = hydra.compose(CONFIG, [str(o.input_line) for o in groups]).task.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-GROUPS = {"models": "model", "tasks": "task", "data": "data", "experiments": "experiment"}
+GROUPS = {"models": "model", "tasks": "task", "data": "data", "experiments": "experiment", "plans": "plan"}
 KINDS = (*GROUPS, "runs")
 
 

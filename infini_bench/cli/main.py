@@ -16,6 +16,7 @@ from infini_bench.units import parse_depth, parse_length, suggest
 
 INTERRUPTED = 130
 LENGTH_KEYS = {"lm": "task.max_tokens", "passkey": "task.lengths", "booksum": "task.input_tokens"}
+COUNTED = ("recall", "mqar")  # whose distances are segments
 
 
 class Verbs(TyperGroup):
@@ -129,7 +130,10 @@ def export(
 @app.command("eval")
 def evaluate(
     what: Annotated[
-        str, typer.Argument(metavar="lm|passkey|booksum", help="The task.", autocompletion=complete_task)
+        str,
+        typer.Argument(
+            metavar="lm|passkey|booksum|recall|mqar", help="The task.", autocompletion=complete_task
+        ),
     ],
     overrides: Overrides = None,
     checkpoint: Annotated[
@@ -142,7 +146,10 @@ def evaluate(
     depths: Annotated[
         str | None, typer.Option(help="Passkey: start,middle,end,end_outside or percent.")
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="Passkey: prompts a length and depth.")] = None,
+    segments: Annotated[
+        str | None, typer.Option(help="Recall, mqar: segments up to the question, e.g. 1,64,4096.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Passkey, recall, mqar: trials a number.")] = None,
     multirun: Multirun = False,
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
@@ -151,7 +158,11 @@ def evaluate(
     known = [name for name, _ in list_options("tasks", config_dir)]
     if what not in known:
         raise UserError(f'There is no task "{what}"{suggest(what, known)}; choose one of {", ".join(known)}.')
-    options = [f"task={what}", *_length_override(what, length), *_passkey_overrides(what, depths, trials)]
+    options = [
+        f"task={what}",
+        *_length_override(what, length),
+        *_trial_overrides(what, depths, segments, trials),
+    ]
     if checkpoint is not None:
         from infini_bench.cli.bridge import quote
 
@@ -161,21 +172,19 @@ def evaluate(
 
 @app.command()
 def reproduce(
-    what: Annotated[str, typer.Argument(help="demo, table2, table3 or table4.")],
+    what: Annotated[str, typer.Argument(help="A plan; `infini-bench ls plans` lists them.")],
     overrides: Overrides = None,
-    models: Annotated[
-        str | None, typer.Option(help="Models with commas; unset: the four of the demo.")
-    ] = None,
+    models: Annotated[str | None, typer.Option(help="Models with commas; unset: the plan's.")] = None,
     scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
     seeds: Annotated[str, typer.Option(help="Seeds with commas, e.g. 0,1,2.")] = "0",
     jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs, records and tables.")] = None,
 ) -> None:
-    """Train and evaluate all that a table of the paper needs, and print it; overrides hold for every job."""
-    from infini_bench.reproduce import MODELS, parse_seeds
+    """Train and evaluate all that a table needs, and print it; overrides hold for every job."""
+    from infini_bench.reproduce import parse_seeds
     from infini_bench.reproduce import reproduce as run
 
-    chosen, numbers = models.split(",") if models else MODELS, parse_seeds(seeds)
+    chosen, numbers = models.split(",") if models else None, parse_seeds(seeds)
     raise typer.Exit(run(what, scale, out, jobs, numbers, chosen, overrides or []))
 
 
@@ -186,17 +195,20 @@ def report(
     formats: Annotated[
         str, typer.Option("--format", help="csv, md, latex, html; several with commas.")
     ] = "csv,md",
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures; unset: `figures` beside the tables' folder.")
+    ] = None,
 ) -> None:
-    """Make the tables from the records, beside the paper's numbers."""
+    """Make the tables from the records, beside the paper's numbers, and the figures."""
     from infini_bench.report.tables import write_report
 
-    for path in write_report(records, out, formats.split(",")):
+    for path in write_report(records, out, formats.split(","), figures):
         print(path)
 
 
 @app.command()
 def ls(
-    kind: Annotated[str | None, typer.Argument(metavar="models|tasks|data|experiments|runs")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="models|tasks|data|experiments|plans|runs")] = None,
     records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
     config_dir: ConfigDir = None,
 ) -> None:
@@ -256,13 +268,21 @@ def _length_override(task: str, text: str | None) -> list[str]:
     lengths = [parse_length(part) for part in text.split(",")]
     if task == "passkey":
         return [f"task.lengths=[{','.join(map(str, lengths))}]"]
+    if task not in LENGTH_KEYS:
+        raise UserError(f"eval {task} counts segments, not tokens: give --segments, e.g. 1,64,4096.")
     if len(lengths) > 1:
         raise UserError(f"eval {task} takes one --length; for several add -m {LENGTH_KEYS[task]}={text}.")
     return [f"{LENGTH_KEYS[task]}={lengths[0]}"]
 
 
-def _passkey_overrides(task: str, depths: str | None, trials: int | None) -> list[str]:
-    if task != "passkey" and (depths is not None or trials is not None):
-        raise UserError(f"--depths and --trials belong to eval passkey, not to eval {task}.")
+def _trial_overrides(task: str, depths: str | None, segments: str | None, trials: int | None) -> list[str]:
+    """Of the tasks that are made of trials."""
+    if task != "passkey" and depths is not None:
+        raise UserError(f"--depths belongs to eval passkey, not to eval {task}.")
+    if task not in COUNTED and segments is not None:
+        raise UserError(f"--segments belongs to eval {' and '.join(COUNTED)}, not to eval {task}.")
+    if task not in ("passkey", *COUNTED) and trials is not None:
+        raise UserError(f"--trials belongs to eval passkey, {' and '.join(COUNTED)}, not to eval {task}.")
     depth = [] if depths is None else [f"task.depths=[{','.join(parse_depth(d) for d in depths.split(','))}]"]
-    return depth + ([] if trials is None else [f"task.trials={trials}"])
+    after = [] if segments is None else [f"task.segments_after=[{segments}]"]
+    return depth + after + ([] if trials is None else [f"task.trials={trials}"])

@@ -49,6 +49,11 @@ class TokenStore:
         end = int(self._ends[i])
         return self._tokens[end - int(self.n_tokens[i]) : end]
 
+    @property
+    def all_tokens(self) -> np.ndarray:
+        """Ids of all documents end to end, (T,), likewise."""
+        return self._tokens
+
 
 def token_store(data: DataConfig, documents: list[Document], tokenizer: Tokenizer) -> TokenStore:
     """The tokens of ``documents``, from ``data.cache_dir/tokens`` or tokenized now.

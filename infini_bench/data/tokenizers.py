@@ -75,6 +75,10 @@ class Tokenizer(ABC):
             return BPETokenizer(_read_bpe(folder / "tokenizer.json"), str(name))
         if kind == "pretrained":
             return PretrainedTokenizer(_from_pretrained(str(folder)), str(name))
+        if kind == "symbols":
+            from infini_bench.data.symbols import SymbolTokenizer
+
+            return SymbolTokenizer.read(folder)
         raise UserError(f"{folder / KIND_FILE} names no tokenizer that we know; restore it from a copy.")
 
     def _save_files(self, folder: Path) -> None:  # noqa: B027 - bytes have none

@@ -24,6 +24,14 @@ class Column:
     wide: bool = False
 
 
+def grouped(rows: list[Row], keys: tuple[str, ...]) -> list[Line]:
+    """Rows by equal ``keys``, in order of first appearance."""
+    groups: dict[tuple, Line] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
+
+
 def find(line: Line, metric: str, **match: Any) -> Row | None:
     """The line's row of a metric, without condition and position unless they are asked for."""
     wanted = {"metric": metric, "condition": None, "position": None, **match}.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import paper
+from infini_bench.report import diagnostics, paper
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -16,13 +16,14 @@ from infini_bench.report.cells import (
     Row,
     fact,
     find,
+    grouped,
     measured,
     number,
     setting,
 )
 from infini_bench.report.compare import REFERENCES
 from infini_bench.report.records import Record, current
-from infini_bench.report.tidy import NAMES, POSITIONS, TABLES, rank
+from infini_bench.report.tidy import NAMES, POSITIONS, VIEWS, rank, tables_of
 from infini_bench.units import format_length
 
 TITLES = {
@@ -30,12 +31,21 @@ TITLES = {
     "lm_position": "Table 2 by position: loss along the document",
     "table3_passkey": "Table 3: passkey retrieval",
     "table4_booksum": "Table 4: book summaries",
+    **diagnostics.TITLES,
+}
+LINES = {  # what the rows of a line share beside model and variant
+    **dict.fromkeys(NAMES, ("protocol",)),
+    "lm_position": ("condition",),
+    **dict.fromkeys(VIEWS, ()),
+    **diagnostics.LINES,
 }
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
 INTERVALS = "In brackets 95 % intervals: over documents with one seed, over seeds (Student) with several."
 DELTA = "delta_bits_per_byte"
 NEEDLE = "constant"  # the paper's kind
+SHEET = ("scale", "device", "dataset", "split")  # what the rows of a sheet share; views have no split
+OF_SCALE = ("table2_lm", "lm_position", "table4_booksum")
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,13 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
     made = []
     for name in names:
         own = [row for row in rows if row["table"] == name]
-        *groups, last = _grouped(own, ("scale", "device", "dataset", "split")) or [[]]
+        *groups, last = grouped(own, SHEET if name not in VIEWS else SHEET[:-1]) or [[]]
         made += [*(_sheet(name, group, []) for group in groups), _sheet(name, last, failed.get(name, []))]
     return made
 
 
 def _sheet(name: str, rows: list[Row], failures: list[str]) -> Sheet:
-    # by position, a control is a row of its own: its columns are taken
-    keys = ("model", "variant", "condition") if name == "lm_position" else ("model", "variant", "protocol")
-    lines = _grouped(rows, keys)
+    lines = grouped(rows, ("model", "variant", *LINES[name]))
     columns = BUILDERS[name](rows)
     return Sheet(
         table=name,
@@ -82,7 +90,8 @@ def _title(name: str, rows: list[Row]) -> str:
     if not rows:
         return TITLES[name]
     first = rows[0]
-    corpus = f"{first['dataset']} ({first['split']})" if first["split"] else first["dataset"]
+    split = None if name in VIEWS else first["split"]
+    corpus = f"{first['dataset']} ({split})" if split else first["dataset"]
     return f"{TITLES[name]}, {corpus}, scale {first['scale']}, {first['device']}"
 
 
@@ -90,7 +99,7 @@ def _caption(name: str, rows: list[Row]) -> str:
     if not rows:
         return "No run is recorded yet."
     scale = rows[0]["scale"]
-    warned = "" if name == "table3_passkey" else PIPELINE  # a memory that finds the key is no matter of scale
+    warned = PIPELINE if name in OF_SCALE else ""  # a memory that finds the key is no matter of scale
     warning = {"smoke": SMOKE, "laptop": warned}.get(scale, "")
     return f"{warning} {CAPTIONS[name](rows)}".strip()
 
@@ -102,16 +111,9 @@ def _failures(records: Iterable[Record]) -> dict[str, list[str]]:
         if r.status != "done":
             reason = (r.error or "killed, or still running").strip().splitlines()[-1]
             what = f"{r.kind} {r.config['model']}, {r.config['scale']}, seed {r.seed}"
-            found.setdefault(TABLES[r.task], []).append(f"{what}: {r.status} ({reason}) [{r.id}]")
+            for table in tables_of(r):
+                found.setdefault(table, []).append(f"{what}: {r.status} ({reason}) [{r.id}]")
     return found
-
-
-def _grouped(rows: list[Row], keys: tuple[str, ...]) -> list[Line]:
-    """Rows by equal ``keys``, in order of first appearance."""
-    groups: dict[tuple, Line] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.values())
 
 
 # --- the tables -----------------------------------------------------------------------------------------
@@ -269,6 +271,7 @@ BUILDERS = {
     "lm_position": _positions,
     "table3_passkey": _table3,
     "table4_booksum": _table4,
+    **diagnostics.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table2_lm": _caption2,
@@ -277,4 +280,5 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     ),
     "table3_passkey": _caption3,
     "table4_booksum": _caption4,
+    **diagnostics.CAPTIONS,
 }

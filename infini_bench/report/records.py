@@ -57,6 +57,9 @@ class Record:
     train: dict[str, Any] = field(
         default_factory=dict
     )  # train: its summary; eval: the train record's id, hash, tokens
+    plans: list[str] = field(
+        default_factory=list
+    )  # of ``reproduce`` that it is part of; one run may serve many
     error: str | None = None
     schema: int = SCHEMA
 
@@ -123,6 +126,20 @@ def write_record(folder: Path | str, record: Record) -> Path:
     path = Path(folder) / f"{record.id}.jsonl"
     atomic_write(path, record.to_json() + "\n")
     return path
+
+
+def add_plan(folder: Path | str, record: Record, plan: str) -> None:
+    """Note in ``record``, and in its line wherever that is in the folder, that it is part of ``plan``."""
+    from infini_bench.files import atomic_write
+
+    if plan in record.plans:
+        return
+    record.plans.append(plan)
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if any(mine := [bool(line.strip()) and json.loads(line)["id"] == record.id for line in lines]):
+            new = [record.to_json() if own else line for own, line in zip(mine, lines, strict=True)]
+            atomic_write(path, "\n".join(new) + "\n")
 
 
 def read_records(folder: Path | str) -> list[Record]:

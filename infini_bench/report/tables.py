@@ -1,4 +1,4 @@
-"""Tables from records, and from nothing else: files of one folder, one page, or a terminal."""
+"""Tables and figures from records, and from nothing else: files, one page, or a terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.report import paper, render
+from infini_bench.report.figures import svg
 from infini_bench.report.layouts import sheets
 from infini_bench.report.records import Record, read_records
 from infini_bench.report.tidy import COLUMNS, NAMES, tidy
@@ -24,11 +25,17 @@ FORMATS = {"csv": ".csv", "md": ".md", "latex": ".tex", "html": ".html"}
 PRINTED = ("table2_lm", "table3_passkey", "table4_booksum")
 
 
-def write_report(records: Path | str, out: Path | str, formats: Iterable[str] = ("csv", "md")) -> list[Path]:
-    """Write the tables of all records in a folder and return the files.
+def write_report(
+    records: Path | str,
+    out: Path | str,
+    formats: Iterable[str] = ("csv", "md"),
+    figures: Path | str | None = None,
+) -> list[Path]:
+    """Write the tables and figures of all records in a folder and return the files.
 
     csv (tidy), md and latex give one file a table, ``<out>/<name>.<suffix>``; html gives one page,
-    ``<out>/report.html``, or ``out`` itself if that ends in ``.html``.
+    ``<out>/report.html``, or ``out`` itself if that ends in ``.html``. Tables with a figure and something to
+    show in it give ``<figures>/<name>.svg``; figures unset = the folder ``figures`` beside ``out``.
     Raises UserError for an unknown format, a missing folder or a broken record.
     """
     formats = list(formats)
@@ -48,6 +55,9 @@ def write_report(records: Path | str, out: Path | str, formats: Iterable[str] = 
             files |= {name + FORMATS[form]: _table(name, form, rows, found) for name in NAMES}
     page = Path(out).suffix == ".html" and list(files) == ["report.html"]  # a file was named, not a folder
     written = {Path(out) if page else Path(out) / name: text for name, text in files.items()}
+    folder = Path(figures) if figures else Path(out).parent / "figures"
+    drawn = {name: svg(name, [row for row in rows if row["table"] == name]) for name in NAMES}
+    written |= {folder / f"{name}.svg": text for name, text in drawn.items() if text is not None}
     for path, text in written.items():
         atomic_write(path, text)
     return list(written)

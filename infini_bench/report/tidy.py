@@ -2,6 +2,9 @@
 
 Runs that differ in anything but the seed never share a row: where model, scale, machine and corpus are the
 same, the settings that differ become the row's ``variant``.
+
+A run has a place in its task's own table, unless it is part of plans whose runs have a table of their own
+(VIEWS): then in those, together with what its training was like.
 """
 
 from __future__ import annotations
@@ -26,8 +29,15 @@ COLUMNS = [
     *("metric", "value", "ci_low", "ci_high", "n", "seeds"),
     *("params", "train_tokens", "state_floats", "device", "scale", "commit", "paper_value"),
 ]
-TABLES = {"lm": "table2_lm", "passkey": "table3_passkey", "booksum": "table4_booksum"}
-NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum")
+TABLES = {
+    "lm": "table2_lm",
+    "passkey": "table3_passkey",
+    "booksum": "table4_booksum",
+    "recall": "diag_recall",
+    "mqar": "diag_mqar",
+}
+VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
+NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum", "diag_recall", "diag_mqar", *VIEWS)
 MODELS = (
     "transformer_xl",
     "memorizing",
@@ -40,7 +50,10 @@ MODELS = (
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
-COVERAGE = ("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls")
+COVERAGE = (
+    *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
+    *("task.segments_after", "task.fillers", "task.pairs"),
+)
 # What makes a memory another one than the paper's: named in the variant even where nothing else differs.
 DEFINING = (
     *("memory.features", "memory.normaliser", "memory.decay", "memory.write_gate", "memory.gradient_depth"),
@@ -67,23 +80,54 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     return sorted(rows, key=_order)
 
 
+def tables_of(record: Record) -> list[str]:
+    """Tables that show a run."""
+    views = [plan for plan in record.plans if plan in VIEWS]
+    home = [] if views and len(views) == len(record.plans) else [TABLES[record.task]]
+    return [*home, *views]
+
+
 def measurements(records: Iterable[Record]) -> list[Row]:
-    """One row for each metric row of each finished evaluation, oldest first, with its seed and ``extra``."""
-    done = [r for r in current(records) if r.kind == "eval" and r.status == "done"]
-    variants = _variants(done)
-    return [_measurement(record, metric, variants[record.id]) for record in done for metric in record.metrics]
+    """One row for each metric row of each finished evaluation and table, with its seed and ``extra``.
+
+    Oldest first. In VIEWS also what each training was like (`_training`).
+    """
+    found = current(records)
+    shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
+    ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
+    shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
+    variants = _variants(shown)
+    return [
+        _measurement(record, metric, table, variants[record.id, table])
+        for record, table in shown
+        for metric in (record.metrics if record.kind == "eval" else _training(record))
+        if table not in VIEWS or record.task != "lm" or metric["position"] is None
+    ]
 
 
-def _measurement(record: Record, metric: dict[str, Any], variant: str | None) -> Row:
-    by_position = record.task == "lm" and metric["position"] is not None
+def _training(record: Record) -> list[dict[str, Any]]:
+    """How a training went, as metric rows; of one that failed without values, but with the reason."""
+    train = record.train
+    speed = record.tokens / train["seconds"] if record.tokens and train.get("seconds") else None
+    values = {"final_loss": train.get("final_loss"), "train_tokens_per_s": speed}
+    values |= {key: train.get(key) for key in ("grad_norm_mean", "grad_norm_max")}
+    extra = (
+        {"failed": (record.error or "killed").strip().splitlines()[-1]} if record.status == "failed" else {}
+    )
+    blank = {"position": None, "condition": record.task, "dataset": record.config["data"]["name"]}
+    return [{**blank, "metric": name, "value": value, "extra": extra} for name, value in values.items()]
+
+
+def _measurement(record: Record, metric: dict[str, Any], table: str, variant: str | None) -> Row:
+    by_position = table == "table2_lm" and metric["position"] is not None
     commit = (record.git_commit or "")[:10] + ("-dirty" if record.git_dirty else "")
     return {
         **{key: metric.get(key) for key in (*COLUMNS, "extra")},
-        "table": "lm_position" if by_position else TABLES[record.task],
+        "table": "lm_position" if by_position else table,
         "model": record.config["model"],
         "variant": variant,
         "params": record.params,
-        "train_tokens": record.train.get("tokens"),
+        "train_tokens": record.tokens if record.kind == "train" else record.train.get("tokens"),
         "state_floats": record.state_floats,
         "device": record.device,
         "scale": record.config["scale"],
@@ -95,28 +139,28 @@ def _measurement(record: Record, metric: dict[str, Any], variant: str | None) ->
     }
 
 
-def _variants(records: list[Record]) -> dict[str, str | None]:
-    """Record id -> the settings that tell it from other runs of the same scale, machine and corpus.
+def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | None]:
+    """(Record id, table) -> the settings that tell it from others of the same scale, machine, corpus.
 
     A memory's own settings are compared among runs of its model, all others among all runs. DEFINING settings
     that are not at their default, those of the paper, are always named.
     """
     default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
-    groups: dict[tuple, list[tuple[str, dict[str, str]]]] = defaultdict(list)
-    for r in records:
-        place = (r.task, r.config["scale"], r.device, r.config["data"]["name"])
-        groups[place].append((r.id, _setup(r)))
-    names: dict[str, str | None] = {}
+    groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
+    for r, table in shown:
+        place = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
+        groups[place].append(((r.id, table), _setup(r)))
+    names: dict[tuple[str, str], str | None] = {}
     for group in groups.values():
         keys = sorted({key for _, setup in group for key in setup})
-        for record_id, setup in group:
+        for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
             rivals = {key: same if _own(key) else [other for _, other in group] for key in keys}
             differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
             differing = [key for key in differing if key != "model"]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
             named = sorted({*differing, *own})
-            names[record_id] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
+            names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
 
 
@@ -140,15 +184,17 @@ def _setup(record: Record) -> dict[str, str]:
         if isinstance(value, dict):
             for key, item in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, item)
-        else:
+        elif prefix not in (*COVERAGE, "data.cache_dir"):
             flat[prefix] = _text(value)
 
     known = asdict(RunConfig(task=TASKS[record.task]()))
     for config in (known, record.config):
         walk("", {key: value for key, value in config.items() if key not in (*UNHASHED, "seed")})
+    if record.kind == "train":
+        return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
     walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps")})
-    return {key: value for key, value in flat.items() if key not in (*COVERAGE, "data.cache_dir")}
+    return flat
 
 
 def _aggregate(rows: list[Row]) -> Row:
@@ -156,6 +202,7 @@ def _aggregate(rows: list[Row]) -> Row:
     values = [row["value"] for row in rows]
     first = rows[0]
     if None in values:  # a run that gave no finite number: shown as such, not averaged away
+        rows = sorted(rows, key=lambda row: row["value"] is None)  # its reason is the last one's
         return _summed_up(rows, (None, None, None, first["n"]))
     if first["metric"] in PROPORTIONS:
         n = sum(row["n"] for row in rows)

@@ -41,6 +41,8 @@ class TrainResult:
     seconds: float
     final_loss: float | None
     best_loss: float | None
+    grad_norm_mean: float | None  # over all steps, before clipping
+    grad_norm_max: float | None
     parameters: int
     non_embedding_parameters: int
     trained_parameters: int
@@ -239,6 +241,7 @@ class Trainer:
     def result(self, interrupted: bool) -> TrainResult:
         parameters = sum(p.numel() for p in self.model.parameters())
         embedding = self.model.model.embed_tokens.weight.numel()
+        count, total, largest = self.state.grad_norms
         return TrainResult(
             folder=self.folder,
             checkpoint=find_checkpoint(self.folder),
@@ -247,6 +250,8 @@ class Trainer:
             seconds=self.state.seconds,
             final_loss=self.state.loss,
             best_loss=self.state.best_loss,
+            grad_norm_mean=total / count if count else None,
+            grad_norm_max=largest if count else None,
             parameters=parameters,
             non_embedding_parameters=parameters - embedding,
             trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),

@@ -27,6 +27,8 @@ PINNED = ("seed", "decoder", "memory", "data", "task", "trainer")
 class TrainState:
     """Counters of a run after ``step`` updates.
 
+    grad_norms: number, sum and largest of the gradient norms before clipping, as far as they were counted.
+
     cursor: rows drawn, all processes together. seconds: of all sessions. loss: of the last step, nats.
     best_loss: lowest validation loss. data: the task's fingerprint. There is no generator state, because each
     step seeds its own from (seed, step, process), and none for the data, because a batch is a function of the
@@ -40,6 +42,7 @@ class TrainState:
     loss: float | None = None
     best_loss: float | None = None
     curriculum: dict = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=lambda: [0, 0.0, 0.0])
     processes: int = 1
     data: str = ""
     torch: str = str(torch.__version__)

@@ -69,6 +69,8 @@ class Stepper:
         self.optimizer.zero_grad()
         state.step, state.cursor, state.tokens = state.step + 1, state.cursor + rows, state.tokens + tokens
         state.loss = loss
+        count, total, largest = state.grad_norms
+        state.grad_norms = [count + 1, total + grad_norm, max(largest, grad_norm)]
         curriculum.update(task_sum / task_count)
         return StepStats(loss, task_sum / task_count, grad_norm, rates, segments, stops > 0)
 

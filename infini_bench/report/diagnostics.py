@@ -1,0 +1,188 @@
+"""Layouts of the trained diagnostics: recall against compressions, MQAR, and what varies a memory's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from infini_bench.report.cells import (
+    ABSENT,
+    BUDGET,
+    MODEL,
+    SEEDS,
+    Column,
+    Line,
+    Row,
+    fact,
+    find,
+    measured,
+    number,
+)
+
+FILLERS = ("constant", "text")
+WILSON = "in brackets 95 % Wilson intervals over all trials of all seeds"
+
+TITLES = {
+    "diag_recall": "Recall against compressions",
+    "diag_mqar": "Multi-query associative recall",
+    "diag_features": "Feature maps and normalisers",
+    "diag_gates": "Gates",
+    "diag_local": "Local attention and memory",
+}
+# What a printed row has in common, beside model and variant.
+LINES = {"diag_recall": ("condition",), "diag_mqar": ("condition",)}
+
+
+def distances(rows: list[Row]) -> list[str]:
+    """Positions that are numbers of segments, rising."""
+    return sorted({row["position"] for row in rows if (row["position"] or "").isdecimal()}, key=int)
+
+
+def trained_segments(config: Row) -> int:
+    """The longest training sequence, in segments."""
+    return max(config["trainer"]["curriculum"] or [config["task"]["segments"]])
+
+
+def _of_line(metric: str, place: str, digits: int = 0) -> Callable[[Line], str]:
+    return lambda line: measured(metric, digits, position=place, condition=line[0]["condition"])(line)
+
+
+def _grid(metric: str, rows: list[Row]) -> list[Column]:
+    """A column for each distance in segments."""
+    return [Column(f"{int(place):,}", _of_line(metric, place)) for place in distances(rows)]
+
+
+def _trained(line: Line) -> str:
+    return f"{trained_segments(line[0]['config']):,}"
+
+
+def _recall(rows: list[Row]) -> list[Column]:
+    gates = [place for place in ("filler", "question") if any(row["position"] == place for row in rows)]
+    return [
+        MODEL,
+        SEEDS,
+        Column("filler or control", lambda line: str(line[0]["condition"])),
+        Column("trained at", _trained),
+        *_grid("exact_match", rows),
+        *(Column(f"gate, {place}", _of_line("gate", place, 2), wide=True) for place in gates),
+        Column("memory floats", fact("state_floats"), wide=True),
+        *BUDGET,
+    ]
+
+
+def _chance(rows: list[Row]) -> str:
+    return ", ".join(sorted({f"{row['extra']['chance']:.3g}" for row in rows if "chance" in row["extra"]}))
+
+
+def _caption_recall(rows: list[Row]) -> str:
+    trials = max(row["n"] for row in rows if row["metric"] == "exact_match")
+    return (
+        "Exact match in % by segments from fact to question (0: the same one), at most "
+        f"{trials} trials a number, {WILSON}; chance {_chance(rows)} %. Trained at: segments. Controls, with "
+        "the first filler: memory off, and the memory of another trial. Gate: mean sigmoid at the largest "
+        "distance."
+    )
+
+
+def _mqar(rows: list[Row]) -> list[Column]:
+    return [
+        MODEL,
+        SEEDS,
+        Column("memory floats", fact("state_floats")),
+        Column("pairs", lambda line: str(line[0]["condition"])),
+        Column("trained at", _trained),
+        *_grid("token_accuracy", rows),
+        *BUDGET,
+    ]
+
+
+def _caption_mqar(rows: list[Row]) -> str:
+    pairs = rows[0]["config"]["task"]["train_pairs"]
+    return (
+        "Keys whose value is the most probable token, in %, by segments from the last pair to the questions "
+        f"(0: they follow directly), {WILSON}; chance {_chance(rows)} %. Trained on "
+        f"{', '.join(map(str, pairs))} pairs, at that many segments."
+    )
+
+
+# --- views: recall and language modelling of the same settings --------------------------------------------
+
+
+def _view(*more: Column) -> Callable[[list[Row]], list[Column]]:
+    """Recall at every distance, bits per byte with its controls, and what a table needs beside them."""
+
+    def columns(rows: list[Row]) -> list[Column]:
+        recall = [
+            Column(f"{filler} {int(place):,}", measured("exact_match", 0, position=place, condition=filler))
+            for filler in FILLERS
+            for place in distances(rows)
+            if any(row["position"] == place and row["condition"] == filler for row in rows)
+        ]
+        return [
+            MODEL,
+            SEEDS,
+            *recall,
+            Column("bits/byte", measured("bits_per_byte", 3)),
+            *more,
+            Column("training", _training),
+        ]
+
+    return columns
+
+
+def _training(line: Line) -> str:
+    """How the line's trainings ended: ``done``, or why not, each task once."""
+    rows = [row for row in line if row["metric"] == "final_loss"]
+    ends = {f"{row['condition']}: {row['extra']['failed']}" for row in rows if "failed" in row["extra"]}
+    return "\n".join(sorted(ends)) or ("done" if rows else ABSENT)
+
+
+def _both(metric: str, digits: int) -> Callable[[Line], str]:
+    """recall's and lm's number, one above the other."""
+
+    def cell(line: Line) -> str:
+        rows = [find(line, metric, condition=task) for task in ("recall", "lm")]
+        return "\n".join(number(row["value"] if row else None, digits) for row in rows)
+
+    return cell
+
+
+OFF = [
+    Column("bits/byte, memory off", measured("bits_per_byte_memory_off", 3)),
+    Column("bits/byte, other memory", measured("bits_per_byte_other_memory", 3)),
+    Column("recall 1 back, memory off", measured("exact_match", 0, position="1", condition="memory_off")),
+    Column("recall 1 back, other memory", measured("exact_match", 0, position="1", condition="other_memory")),
+]
+GATES = [
+    Column(f"gate, {filler} {place}", measured("gate", 2, position=place, condition=filler))
+    for filler in FILLERS
+    for place in ("filler", "question")
+]
+NORMS = [
+    Column("gradient norm, mean (recall, lm)", _both("grad_norm_mean", 2)),
+    Column("gradient norm, max (recall, lm)", _both("grad_norm_max", 1)),
+]
+SPEED = [Column("training tokens/s (recall, lm)", _both("train_tokens_per_s", 0))]
+
+
+def _caption_view(what: str) -> Callable[[list[Row]], str]:
+    return lambda rows: (
+        "Recall (constant, text): exact match in % by segments from fact to question, "
+        f"{WILSON}; chance {_chance(rows)} %. Bits per byte: language model of the same settings. {what}"
+        "A training that gave no number stands here with its reason."
+    )
+
+
+BUILDERS: dict[str, Callable[[list[Row]], list[Column]]] = {
+    "diag_recall": _recall,
+    "diag_mqar": _mqar,
+    "diag_features": _view(*NORMS),
+    "diag_gates": _view(*OFF, *GATES),
+    "diag_local": _view(*SPEED),
+}
+CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
+    "diag_recall": _caption_recall,
+    "diag_mqar": _caption_mqar,
+    "diag_features": _caption_view("Gradient norms: over all training steps, before clipping. "),
+    "diag_gates": _caption_view("Gate: mean sigmoid over tokens of filler and of the question's segment. "),
+    "diag_local": _caption_view("Tokens a second: of the whole training, on the machine as busy as it was. "),
+}

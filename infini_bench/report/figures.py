@@ -1,0 +1,244 @@
+"""Figures from tidy rows, as SVG: one function a table, ``rows -> Figure``, named in FIGURES.
+
+The same rows give the same bytes: no date, no random ids, text as text. Lines differ in colour (Okabe and
+Ito, safe for colour-blind readers), in marker and in dashes, so that they can be told apart in grey, too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from infini_bench.report.cells import Line, Row, find, grouped
+from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+DASHES = ("-", "--", "-.", ":")
+PANEL = (4.4, 3.2)  # inches
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "infini-bench",
+    "svg.fonttype": "none",
+    "font.size": 9.0,
+    "axes.grid": True,
+}
+STYLE |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+SHEET = ("scale", "device", "dataset")
+
+
+def svg(name: str, rows: list[Row]) -> str | None:
+    """The figure of a table, None if it has none or nothing to show."""
+    if name not in FIGURES or not rows:
+        return None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(STYLE)
+        figure = FIGURES[name](rows)
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def panels(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` axes in rows of ``columns``."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, **options).ravel()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, [*axes[:count]]
+
+
+def label(row: Row) -> str:
+    """A line's name: the model and its variant, without the sections of the settings."""
+    words = (word.rpartition(".")[2] for word in (row["variant"] or "").split())
+    return " ".join([row["model"], *words])
+
+
+def curve(axes: Axes, number: int, rows: list[Row], x: list[float]) -> None:
+    """Values of rows over x with their intervals as a band; a value that is missing leaves a gap."""
+    order = np.argsort(x)
+    values = {key: np.array([_float(rows[i][key]) for i in order]) for key in ("value", "ci_low", "ci_high")}
+    style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
+    axes.plot(
+        np.array(x)[order],
+        values["value"],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=4,
+        label=label(rows[0]),
+        **style,
+    )
+    axes.fill_between(
+        np.array(x)[order], values["ci_low"], values["ci_high"], alpha=0.15, color=style["color"]
+    )
+
+
+def _float(value: float | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+def percent_axes(axes: Axes, rows: list[Row], x: str) -> None:
+    """Accuracy in percent over powers of two, with the line of chance."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(ylim=(-3, 103), xlabel=x)
+    axes.axhline(
+        rows[0]["extra"]["chance"], color="0.4", linewidth=0.8, linestyle=(0, (1, 1)), label="chance"
+    )
+
+
+def legend(figure: Figure, axes: list[Axes]) -> None:
+    """One legend for all panels, below them; each name once."""
+    found = [pair for each in axes for pair in zip(*each.get_legend_handles_labels(), strict=True)]
+    names = {name: handle for handle, name in found if name != "chance"}
+    names |= {name: handle for handle, name in found if name == "chance"}
+    figure.legend([*names.values()], [*names], loc="outside lower center", ncols=3, frameon=False)
+
+
+def _place(row: Row) -> str:
+    return f"{row['dataset']}, {row['scale']}, {row['device']}"
+
+
+# --- one function a table ---------------------------------------------------------------------------------
+
+
+def recall(rows: list[Row]) -> Figure:
+    """Accuracy against segments after the fact: a panel for each filler, a line for each model."""
+    kept = [row for row in rows if row["metric"] == "exact_match" and row["condition"] in FILLERS]
+    groups = grouped(kept, (*SHEET, "split", "condition"))
+    figure, axes = panels(len(groups), 2, sharey=True)
+    for each, group in zip(axes, groups, strict=True):
+        _recall_panel(each, group)
+        each.set_title(f"{group[0]['condition']} filler: {_place(group[0])}", fontsize=8)
+    legend(figure, axes)
+    return figure
+
+
+def _recall_panel(axes: Axes, rows: list[Row]) -> None:
+    rows = [row for row in rows if row["position"] != "0"]  # a logarithm has no place for it
+    for number, line in enumerate(grouped(rows, ("model", "variant"))):
+        curve(axes, number, line, [float(row["position"]) for row in line])
+    longest = max(trained_segments(row["config"]) for row in rows) - 1
+    if longest:
+        axes.axvline(longest, color="0.6", linewidth=0.8)
+        axes.annotate("trained up to here ", (longest, 50), rotation=90, ha="right", va="center", fontsize=7)
+    percent_axes(axes, rows, "segments from fact to question")
+    axes.set_ylabel("exact match, %")
+
+
+def mqar(rows: list[Row]) -> Figure:
+    """Accuracy against pairs: a panel for each distance, a line for each model."""
+    kept = [row for row in rows if row["condition"] == f"{row['extra']['pairs']} pairs"]
+    groups = [
+        [row for row in sheet if row["position"] == place]
+        for sheet in grouped(kept, SHEET)
+        for place in distances(sheet)
+    ]
+    figure, axes = panels(len(groups), 4, sharey=True)
+    for each, group in zip(axes, groups, strict=True):
+        for number, line in enumerate(grouped(group, ("model", "variant"))):
+            curve(each, number, line, [float(row["extra"]["pairs"]) for row in line])
+        percent_axes(each, group, "pairs")
+        each.set_title(f"asked {group[0]['position']} segments later: {_place(group[0])}", fontsize=8)
+        each.set_ylabel("right values, %")
+    legend(figure, axes)
+    return figure
+
+
+def features(rows: list[Row]) -> Figure:
+    """Heat maps, feature map x normaliser: recall at two distances, and bits per byte."""
+    maps = []
+    for group in grouped(rows, (*SHEET, "model")):
+        for filler in FILLERS:
+            cells = [row for row in group if row["metric"] == "exact_match" and row["condition"] == filler]
+            maps += [
+                (f"recall, {filler}, {place} segments, %", group, {"position": place, "condition": filler})
+                for place in distances(cells)
+                if int(place) in SHOWN
+            ]
+        if any(row["metric"] == "bits_per_byte" for row in group):
+            maps.append(("bits per byte", group, {}))
+    figure, axes = panels(max(len(maps), 1), 5)
+    for each, (title, group, match) in zip(axes, maps, strict=False):
+        metric = "exact_match" if match else "bits_per_byte"
+        _heat(each, group, metric, match, (0, 100) if match else None)
+        each.set_title(f"{group[0]['model']}: {title}\n{_place(group[0])}", fontsize=8)
+    return figure
+
+
+SHOWN = (64, 1024)  # distances with a heat map
+
+
+def _heat(axes: Axes, rows: list[Row], metric: str, match: Row, limits: tuple[float, float] | None) -> None:
+    """Values at (feature map, normaliser); a dash where there is none."""
+
+    def setting(row: Row, name: str) -> str:
+        return str(row["config"]["memory"].get(name, "sum"))
+
+    maps, norms = (list(dict.fromkeys(setting(row, n) for row in rows)) for n in ("features", "normaliser"))
+    values = np.full((len(maps), len(norms)), np.nan)
+    for line in grouped(rows, ("variant",)):
+        row = find(line, metric, **match)
+        if row is not None:
+            values[maps.index(setting(row, "features")), norms.index(setting(row, "normaliser"))] = _float(
+                row["value"]
+            )
+    low, high = limits or (np.nanmin(values, initial=np.inf), np.nanmax(values, initial=-np.inf))
+    axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        dark = np.isfinite(value) and value - low < 0.5 * (high - low)
+        text = "—" if np.isnan(value) else f"{value:.0f}" if limits else f"{value:.3f}"
+        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    axes.set_xticks(range(len(norms)), norms)
+    axes.set_yticks(range(len(maps)), maps)
+    axes.grid(False)
+
+
+def variants(rows: list[Row]) -> Figure:
+    """Recall curves of each variant, a panel for each model and filler, and their bits per byte."""
+    parts: list[tuple[str, Line]] = []
+    for group in grouped(rows, (*SHEET, "model")):
+        for filler in FILLERS:
+            cells = [row for row in group if row["metric"] == "exact_match" and row["condition"] == filler]
+            parts += [(f"{filler} filler", cells)] if cells else []
+        bits = [row for row in group if row["metric"] == "bits_per_byte"]
+        parts += [("", bits)] if bits else []
+    figure, axes = panels(max(len(parts), 1), 3)
+    for each, (filler, group) in zip(axes, parts, strict=False):
+        _recall_panel(each, group) if filler else _bits_panel(each, group)
+        each.set_title(f"{group[0]['model']} {filler}: {_place(group[0])}", fontsize=8)
+    legend(figure, axes)
+    return figure
+
+
+def _bits_panel(axes: Axes, rows: list[Row]) -> None:
+    """A point with its interval for each variant."""
+    for number, row in enumerate(rows):
+        if row["value"] is not None:
+            style: dict[str, Any] = {
+                "color": COLORS[number % len(COLORS)],
+                "marker": MARKERS[number % len(MARKERS)],
+            }
+            low, high = (_float(row[key]) for key in ("ci_low", "ci_high"))
+            error = [[np.nan_to_num(row["value"] - low)], [np.nan_to_num(high - row["value"])]]
+            axes.errorbar([row["value"]], [number], xerr=error, capsize=2, **style)
+    axes.set_yticks(range(len(rows)), [label(row).partition(" ")[2] or row["model"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("bits per byte")
+
+
+FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
+    "diag_recall": recall,
+    "diag_mqar": mqar,
+    "diag_features": features,
+    "diag_gates": variants,
+    "diag_local": variants,
+}

@@ -13,10 +13,26 @@ from typing import Any
 
 from infini_bench import schema
 from infini_bench.errors import UserError
-from infini_bench.schema import BooksumConfig, LMConfig, PasskeyConfig, RunConfig, TaskConfig
+from infini_bench.schema import (
+    BooksumConfig,
+    CapacityConfig,
+    FootprintConfig,
+    LMConfig,
+    PasskeyConfig,
+    ReachConfig,
+    RunConfig,
+    TaskConfig,
+)
 from infini_bench.units import format_length, parse_depth, parse_length, suggest
 
-TASKS: dict[str, type[TaskConfig]] = {"lm": LMConfig, "passkey": PasskeyConfig, "booksum": BooksumConfig}
+TASKS: dict[str, type[TaskConfig]] = {
+    "lm": LMConfig,
+    "passkey": PasskeyConfig,
+    "booksum": BooksumConfig,
+    "footprint": FootprintConfig,
+    "capacity": CapacityConfig,
+    "reach": ReachConfig,
+}
 
 Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
 
@@ -141,6 +157,15 @@ _POSITIVE: Rule = (lambda value: value > 0, "above 0")
 _SHARE: Rule = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _DECAY: Rule = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _ANY: Rule = (lambda value: True, "")
+_RISING: Rule = (
+    lambda value: bool(value) and min(value) > 0 and value == sorted(set(value)),
+    "different positive numbers in rising order",
+)
+
+
+def _some_of(options: tuple[str, ...]) -> Rule:
+    return lambda value: bool(value) and set(value) <= {*options}, f"some of {', '.join(options)}"
+
 
 _RULES: dict[str, Rule] = {
     "seed": _NOT_NEGATIVE,
@@ -162,6 +187,16 @@ _RULES: dict[str, Rule] = {
     "task.lm_weight": _NOT_NEGATIVE,
     "task.temperature": (lambda value: value > 0, "above 0 (task.greedy=true takes the likeliest token)"),
     "task.top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "task.after": _RISING,
+    "task.ratios": _RISING,
+    "task.distances": _RISING,
+    "task.keys": _some_of(schema.KEYS),
+    "task.between": _some_of(schema.BETWEEN),
+    "task.cosine": _SHARE,
+    "task.per_segment": (
+        lambda value: bool(value) and all(n == "all" or (n.isdecimal() and int(n)) for n in value),
+        'numbers of writes, or "all"',
+    ),
     "trainer.optimizer": _one_of(schema.OPTIMIZERS),
     "trainer.precision": _one_of(schema.PRECISIONS),
     "trainer.warmup": _NOT_NEGATIVE,

@@ -11,6 +11,8 @@ SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
 UPDATES = ("linear", "delta", "delta_corrected")
 FEATURES = ("elu1", "relu2", "exp")
+KEYS = ("random", "collinear", "duplicated", "overwritten", "zipf")
+BETWEEN = ("constant", "random")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
@@ -78,9 +80,10 @@ class DataConfig:
 
 @dataclass
 class TaskConfig:
-    """Base of the three tasks; ``name`` picks the module in ``tasks/``."""
+    """Base of the tasks; ``name`` picks the module in ``tasks/``."""
 
     name: str = "???"
+    untrained = False  # no field: a task that asks random weights has no checkpoint, and trains nothing
 
 
 @dataclass
@@ -125,6 +128,37 @@ class BooksumConfig(TaskConfig):
     samples: int = 1  # summaries a book
     chunk: int = 8192
     controls: bool = True  # memory off, and another book's memory
+
+
+@dataclass
+class FootprintConfig(TaskConfig):
+    name: str = "footprint"
+    untrained = True
+    after: list[int] = field(default_factory=lambda: [4, 16, 64])  # segments read when the state is counted
+    shapes: bool = False  # tensors without values, for bodies too large to run here
+
+
+@dataclass
+class CapacityConfig(TaskConfig):
+    name: str = "capacity"
+    untrained = True
+    keys: list[str] = field(default_factory=lambda: [*KEYS])
+    ratios: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0, 4.0])  # pairs / D
+    per_segment: list[str] = field(
+        default_factory=lambda: ["all", "16", "1"]
+    )  # writes; memory.segment: unused
+    copies: int = 4  # duplicated, zipf: writes for each distinct pair
+    cosine: float = 0.9  # collinear: of two keys, expected
+    trials: int = 16  # memories filled with keys and values of their own
+
+
+@dataclass
+class ReachConfig(TaskConfig):
+    name: str = "reach"
+    untrained = True
+    distances: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])  # segments
+    between: list[str] = field(default_factory=lambda: [*BETWEEN])  # what is read between write and loss
+    trials: int = 2  # texts
 
 
 @dataclass

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
     from .base import Task
 
-TASKS = {"lm": "LM", "passkey": "Passkey", "booksum": "Booksum"}  # module -> class
+TASKS = {  # module -> class
+    "lm": "LM",
+    "passkey": "Passkey",
+    "booksum": "Booksum",
+    "footprint": "Footprint",
+    "capacity": "Capacity",
+    "reach": "Reach",
+}
 
 
 def build_task(cfg: RunConfig, tokenizer: Tokenizer | None = None) -> Task:

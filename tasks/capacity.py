@@ -1,20 +1,22 @@
 """The compressive memory alone, without a model or training: what is written, and what can be read back.
 
-Protocol, version 1. ``task.trials`` memories of one head of D = ``decoder.head_dim`` are each filled with P = ratio x D
-distinct pairs: keys and values of independent standard normal components. Everything goes through
-`CompressiveMemory.forward` with the gate fully open, so that an output is what was read and nothing else. All
-writes are cut into segments of ``task.per_segment`` writes (``all``: one segment). Afterwards the memory is asked for
-every distinct pair with exactly its key, each time from the same state. ``position``: the ratio; ``length``: P;
-``protocol``: the cut; ``condition``: how keys are made and written,
+Protocol, version 1. ``task.trials`` memories of one head of D = ``decoder.head_dim`` are each filled with P
+= ratio x D distinct pairs: keys and values of independent standard normal components. Everything goes
+through `CompressiveMemory.forward` with the gate fully open, so that an output is what was read and nothing
+else. All writes are cut into segments of ``task.per_segment`` writes (``all``: one segment). Afterwards the
+memory is asked for every distinct pair with exactly its key, each time from the same state. ``position``:
+the ratio; ``length``: P; ``protocol``: the cut; ``condition``: how keys are made and written,
 
 * ``random``: each pair once;
-* ``collinear``: each once, but any two keys share one common part and have a cosine of ``task.cosine``, expected;
+* ``collinear``: each once, but any two keys share one common part and have a cosine of ``task.cosine``,
+  expected;
 * ``duplicated``: all pairs in order, ``task.copies`` times over;
 * ``overwritten``: every key with an old value, then every key with the value that is asked for;
 * ``zipf``: each pair once and (copies - 1) P further writes drawn with probability 1 / rank, shuffled.
 
-Of a value v and what was read, r: ``cosine`` of both; ``relative_error`` |r - v| / |v|; ``gain`` r.v / v.v, the part
-of the value that comes back (1: all of it). Means over pairs and trials; intervals: bootstrap over trials.
+Of a value v and what was read, r: ``cosine`` of both; ``relative_error`` |r - v| / |v|; ``gain`` r.v / v.v,
+the part of the value that comes back (1: all of it). Means over pairs and trials; intervals: bootstrap over
+trials.
 
 Shapes: B trials, P pairs, W writes, D head size.
 """
@@ -43,7 +45,7 @@ CALL = 32  # segments a call: the memory after each of them exists at once
 
 @dataclass
 class Pairs:
-    """k_BPD, v_BPD: what is asked for. writes_BW: which pair each write is; old_v_BWD: a value in its place."""
+    """k_BPD, v_BPD: what is asked for. order_BW: which pair each write is. old_v_BWD: first values."""
 
     k_BPD: Tensor
     v_BPD: Tensor
@@ -122,7 +124,7 @@ class Capacity(Untrained):
         size = writes if cut == "all" else min(int(cut), writes)
         if writes % size:
             raise UserError(
-                f"task.per_segment={cut} does not divide {writes} writes ({kind}, ratio {ratio:g}); change one."
+                f"task.per_segment={cut} does not divide {writes} writes ({kind}, ratio {ratio:g})."
             )
         read = read_back(self.memory(size).to(device), k, v, pairs.k_BPD.to(device)).cpu()
         asked = pairs.v_BPD

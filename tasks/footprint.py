@@ -1,13 +1,14 @@
 """What a model carries over a segment boundary, counted on live tensors (Table 1).
 
-Protocol, version 1. A model with random weights reads one row of random tokens, segment by segment, in float32.
-After each number of segments in ``task.after`` its state is counted (``length``: tokens read so far):
+Protocol, version 1. A model with random weights reads one row of random tokens, segment by segment, in
+float32. After each number of segments in ``task.after`` its state is counted (``length``: tokens read so
+far):
 
 * ``state_floats``, ``state_bytes``: what the `MemoryCache` holds there; no segment is unfinished.
-* ``paper_formula_floats``: the paper's Table 1 as printed (with H, also where fewer KV heads are stored) at this
-  model's sizes. Left out for models that it does not have.
-* ``local_floats``, after the last one only: what the unfinished segment holds at its fullest, one token before
-  its end.
+* ``paper_formula_floats``: the paper's Table 1 as printed (with H, also where fewer KV heads are stored) at
+  this model's sizes. Left out for models that it does not have.
+* ``local_floats``, after the last one only: what the unfinished segment holds at its fullest, one token
+  before its end.
 
 With ``task.shapes`` the same code runs on tensors that have shapes and types and no values (PyTorch's fake
 tensors), so that the paper's own body can be counted anywhere; counts do not depend on values.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -33,8 +35,8 @@ from .base import Row, Untrained, evaluating
 
 @dataclass(frozen=True)
 class Sizes:
-    """The letters of Table 1: head size dk = dv, heads H, segment length N, layers l, width d_model, segments S, stored
-    entries NS, compressed slots c, summary vectors p."""
+    """The letters of Table 1: head size dk = dv, heads H, segment length N, layers l, width d_model,
+    segments S, stored entries NS, compressed slots c, summary vectors p."""
 
     dk: int
     H: int
@@ -47,8 +49,9 @@ class Sizes:
     p: int
 
 
-# Model -> floats, as printed; ``infini`` stands for all infini_*. The words are in report/paper.py. Memorizing: what
-# is stored, without the Transformer-XL cache that Table 2 counts too. AutoCompressors: one accumulation a segment.
+# Model -> floats, as printed; ``infini`` stands for all infini_*. The words are in report/paper.py.
+# Memorizing: what is stored, without the Transformer-XL cache that Table 2 counts too. AutoCompressors: one
+# accumulation a segment.
 FORMULAS: dict[str, Callable[[Sizes], int]] = {
     "transformer_xl": lambda x: 2 * x.dk * x.H * x.N * x.l,
     "compressive": lambda x: x.d_model * (x.c + x.N) * x.l,
@@ -106,7 +109,8 @@ class Footprint(Untrained):
     def _count(self, model, progress) -> list[Row]:
         size, after = model.segment, self.task.after
         ids = torch.randint(self.cfg.data.vocab_size, (1, size), device=model.device)
-        rows, state = [], None
+        rows: list[Row] = []
+        state: Any = None
         work = (progress or NullProgress()).task("footprint", after[-1])
         with evaluating(model), work as bar:
             for segments in range(1, after[-1] + 1):

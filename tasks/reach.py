@@ -1,16 +1,17 @@
 """How far back a gradient reaches through a memory, at random weights.
 
-Protocol, version 1. A text of random tokens is written in segment 0, filler follows, and segment s holds fresh random
-tokens. The loss is the mean negative log-likelihood of the next token over segment s. For each distance s of
-``task.distances``, ``task.trials`` texts are read in one call, and the loss is differentiated with respect to the
-embeddings. ``position``: s; ``length``: tokens read; ``condition``: the filler, one segment of random tokens that is
-repeated (``constant``) or new ones everywhere (``random``).
+Protocol, version 1. A text of random tokens is written in segment 0, filler follows, and segment s holds
+fresh random tokens. The loss is the mean negative log-likelihood of the next token over segment s. For each
+distance s of ``task.distances``, ``task.trials`` texts are read in one call, and the loss is differentiated
+with respect to the embeddings. ``position``: s; ``length``: tokens read; ``condition``: the filler, one
+segment of random tokens that is repeated (``constant``) or new ones everywhere (``random``).
 
 * ``gradient_norm``: Euclidean norm over all embeddings of segment 0.
 * ``gradient_share``: this over the norm at segment s itself: what crossed, of what is there at all.
 
-Means over texts; intervals: bootstrap over texts, and over seeds (weights) with several records. A zero is exact: no
-path leads there, by construction (a cache that is not differentiated) or by ``memory.gradient_depth``.
+Means over texts; intervals: bootstrap over texts, and over seeds (weights) with several records. A zero is
+exact: no path leads there, by construction (a cache that is not differentiated) or by
+``memory.gradient_depth``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import paper
+from infini_bench.report import paper, probes
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -30,7 +30,10 @@ TITLES = {
     "lm_position": "Table 2 by position: loss along the document",
     "table3_passkey": "Table 3: passkey retrieval",
     "table4_booksum": "Table 4: book summaries",
+    **probes.TITLES,
 }
+# by position, a control is a row of its own: its columns are taken
+LINES = {"lm_position": ("model", "variant", "condition"), **probes.LINES}
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
 INTERVALS = "In brackets 95 % intervals: over documents with one seed, over seeds (Student) with several."
@@ -63,9 +66,7 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
 
 
 def _sheet(name: str, rows: list[Row], failures: list[str]) -> Sheet:
-    # by position, a control is a row of its own: its columns are taken
-    keys = ("model", "variant", "condition") if name == "lm_position" else ("model", "variant", "protocol")
-    lines = _grouped(rows, keys)
+    lines = _grouped(rows, LINES.get(name, ("model", "variant", "protocol")))
     columns = BUILDERS[name](rows)
     return Sheet(
         table=name,
@@ -89,6 +90,8 @@ def _title(name: str, rows: list[Row]) -> str:
 def _caption(name: str, rows: list[Row]) -> str:
     if not rows:
         return "No run is recorded yet."
+    if name in probes.CAPTIONS:  # nothing was trained, so no scale is too small for it
+        return CAPTIONS[name](rows)
     scale = rows[0]["scale"]
     warned = "" if name == "table3_passkey" else PIPELINE  # a memory that finds the key is no matter of scale
     warning = {"smoke": SMOKE, "laptop": warned}.get(scale, "")
@@ -269,6 +272,7 @@ BUILDERS = {
     "lm_position": _positions,
     "table3_passkey": _table3,
     "table4_booksum": _table4,
+    **probes.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table2_lm": _caption2,
@@ -277,4 +281,5 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     ),
     "table3_passkey": _caption3,
     "table4_booksum": _caption4,
+    **probes.CAPTIONS,
 }

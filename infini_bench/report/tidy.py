@@ -26,8 +26,23 @@ COLUMNS = [
     *("metric", "value", "ci_low", "ci_high", "n", "seeds"),
     *("params", "train_tokens", "state_floats", "device", "scale", "commit", "paper_value"),
 ]
-TABLES = {"lm": "table2_lm", "passkey": "table3_passkey", "booksum": "table4_booksum"}
-NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum")
+TABLES = {
+    "lm": "table2_lm",
+    "passkey": "table3_passkey",
+    "booksum": "table4_booksum",
+    "footprint": "table1_memory",
+    "capacity": "diag_memory",
+    "reach": "diag_gradients",
+}
+NAMES = (
+    "table1_memory",
+    "table2_lm",
+    "lm_position",
+    "table3_passkey",
+    "table4_booksum",
+    "diag_memory",
+    "diag_gradients",
+)
 MODELS = (
     "transformer_xl",
     "memorizing",
@@ -40,7 +55,10 @@ MODELS = (
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
-COVERAGE = ("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls")
+COVERAGE = (
+    *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
+    *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
+)
 # What makes a memory another one than the paper's: named in the variant even where nothing else differs.
 DEFINING = ("memory.features", "memory.gate_start", "memory.gate_split", "memory.gradient_depth")
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")

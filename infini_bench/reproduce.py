@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from infini_bench import first_steps
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.progress import NullProgress, Progress
@@ -34,6 +35,7 @@ PLANS = {
     "table3": ("passkey",),
     "table4": ("booksum",),
     "demo": ("passkey", "lm", "booksum"),
+    first_steps.NAME: first_steps.TASKS,
 }
 MODELS = ("infini_linear", "infini_delta", "transformer_xl", "local_block")
 WEIGHTS = {"train": 0.8, "eval": 0.2}  # of a job's time
@@ -75,6 +77,9 @@ def reproduce(
     ``runs/<what>``. jobs: how many run side by side; unset = one a core at small scales, else 1. Exit code
     1: a job failed, or the demo did not show what it must. Raises UserError for what does not exist.
     """
+    if what == first_steps.NAME:
+        chosen = first_steps.MODELS if models is MODELS else models
+        return first_steps.first_steps(scale, out, jobs, seeds, chosen, overrides, progress)
     started = time.monotonic()
     folder = Path(out or default_folder(what))
     planned = plan(what, scale, folder, seeds, models, overrides)
@@ -156,10 +161,13 @@ def run_job(job: Job, board: Any) -> Outcome:
         return record
 
     try:
-        trained = timed("train", run_train, _startable(job.cfg), job.settings)
-        cfg = replace(job.cfg, checkpoint=trained.train["folder"])
-        words = [word for word in job.settings if not word.startswith(("model=", "task="))]
-        timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
+        if job.cfg.task.untrained:
+            timed("eval", run_eval, job.cfg, [job.cfg.task.name, *job.settings])
+        else:
+            trained = timed("train", run_train, _startable(job.cfg), job.settings)
+            cfg = replace(job.cfg, checkpoint=trained.train["folder"])
+            words = [word for word in job.settings if not word.startswith(("model=", "task="))]
+            timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
     except UserError as error:
         outcome.error = str(error)
     except Exception as error:
@@ -186,9 +194,7 @@ def _startable(cfg: RunConfig) -> RunConfig:
 def _planned_records(jobs: list[Job], records: list[Record]) -> list[Record]:
     """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
     digests = {config_hash(asdict(job.cfg)) for job in jobs}
-    return [
-        r for r in records if (r.config_hash if r.kind == "train" else r.train.get("config_hash")) in digests
-    ]
+    return [r for r in records if {r.config_hash, r.train.get("config_hash")} & digests]
 
 
 def _lost(job: Job) -> Outcome:

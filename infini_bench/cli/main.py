@@ -129,7 +129,7 @@ def evaluate(
 
 @app.command()
 def reproduce(
-    what: Annotated[str, typer.Argument(help="demo, table2, table3 or table4.")],
+    what: Annotated[str, typer.Argument(help="first-steps, demo, table2, table3 or table4.")],
     overrides: Overrides = None,
     models: Annotated[
         str | None, typer.Option(help="Models with commas; unset: the four of the demo.")

@@ -1,4 +1,4 @@
-"""``infini-bench reproduce first-steps``: the three small experiments to understand Infini-attention by.
+"""What ``infini-bench reproduce first-steps`` shows: three small experiments that explain Infini-attention.
 
 1. The compressive memory alone, on synthetic pairs and without any training (``eval capacity``).
 2. The gate, on a simple sequence task (``passkey``): how far training moves it, and what the memory brings.
@@ -9,53 +9,16 @@ Each ends in a short reading whose numbers come from this run's records and trai
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from infini_bench.progress import NullProgress, Progress
-from infini_bench.report.records import Record, read_records
-from infini_bench.report.tables import print_tables, write_report
-from infini_bench.report.tidy import TABLES
-from infini_bench.train.log import read_log
+from infini_bench.report.records import Record
 
 NAME = "first-steps"
 TASKS = ("passkey", "lm", "capacity")  # the longest first, so that no core idles at the end
 MODELS = ("infini_linear", "infini_delta")
 TITLES = ("1. The memory alone", "2. The gate", "3. A whole model on short text")
-
-
-def first_steps(
-    scale: str,
-    out: Path | str | None,
-    jobs: int | None,
-    seeds: Sequence[int],
-    models: Sequence[str],
-    overrides: Sequence[str],
-    progress: Progress | NullProgress | None,
-) -> int:
-    """Run what is not done yet, print tables and readings; arguments and exit code as of `reproduce`."""
-    from infini_bench import reproduce as r
-
-    started = time.monotonic()
-    folder = Path(out or r.default_folder(NAME))
-    planned = r.plan(NAME, scale, folder, seeds, models, overrides)
-    workers = min(jobs or (r.cores() if scale in ("smoke", "laptop") else 1), len(planned))
-    board = r.Board(progress or Progress(), f"{NAME}, {len(planned)} jobs", len(planned), r.WEIGHTS)
-    outcomes = r.run_all(planned, r.run_job, workers, board, r._lost)
-    records = r._planned_records(planned, read_records(folder / "records"))
-    write_report(folder / "records", folder / "tables")
-    console = Console()
-    print_tables(records, names=[TABLES[task] for task in TASKS[:2]])
-    for line in reading(records):
-        console.print(line, soft_wrap=True, highlight=False)
-    for text in r.summary(outcomes, [], records, time.monotonic() - started, workers):
-        console.print(text, soft_wrap=True)
-    console.print(f"All tables: {folder / 'tables'}", soft_wrap=True, highlight=False)
-    return int(any(outcome.error for outcome in outcomes))
 
 
 def reading(records: Sequence[Record]) -> list[str]:
@@ -156,4 +119,6 @@ def _mean(rows: list[dict[str, Any]], condition: str) -> float:
 
 
 def _log(training: Record | None) -> list[dict[str, Any]]:
+    from infini_bench.train.log import read_log  # loads torch
+
     return read_log(Path(training.train["folder"]) / "metrics.jsonl") if training else []

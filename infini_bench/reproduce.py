@@ -77,9 +77,8 @@ def reproduce(
     ``runs/<what>``. jobs: how many run side by side; unset = one a core at small scales, else 1. Exit code
     1: a job failed, or the demo did not show what it must. Raises UserError for what does not exist.
     """
-    if what == first_steps.NAME:
-        chosen = first_steps.MODELS if models is MODELS else models
-        return first_steps.first_steps(scale, out, jobs, seeds, chosen, overrides, progress)
+    if what == first_steps.NAME and models is MODELS:
+        models = first_steps.MODELS
     started = time.monotonic()
     folder = Path(out or default_folder(what))
     planned = plan(what, scale, folder, seeds, models, overrides)
@@ -90,6 +89,8 @@ def reproduce(
     write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=[name for name in PRINTED if name in {TABLES[task] for task in PLANS[what]}])
+    for line in first_steps.reading(records) if what == first_steps.NAME else []:
+        console.print(line, soft_wrap=True, highlight=False)
     checks = demo_checks(tidy(records), tuple(models)) if what == "demo" else []
     for line in summary(outcomes, checks, records, time.monotonic() - started, workers):
         console.print(line, soft_wrap=True)

@@ -15,10 +15,13 @@ from infini_bench import schema
 from infini_bench.errors import UserError
 from infini_bench.schema import (
     BooksumConfig,
+    CapacityConfig,
+    FootprintConfig,
     LMConfig,
     MemoryConfig,
     MQARConfig,
     PasskeyConfig,
+    ReachConfig,
     RecallConfig,
     RunConfig,
     TaskConfig,
@@ -31,6 +34,9 @@ TASKS: dict[str, type[TaskConfig]] = {
     "booksum": BooksumConfig,
     "recall": RecallConfig,
     "mqar": MQARConfig,
+    "footprint": FootprintConfig,
+    "capacity": CapacityConfig,
+    "reach": ReachConfig,
 }
 
 Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
@@ -171,7 +177,6 @@ _POSITIVE: Rule = (lambda value: value > 0, "above 0")
 _SHARE: Rule = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _DECAY: Rule = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _ANY: Rule = (lambda value: True, "")
-
 _RULES: dict[str, Rule] = {
     "seed": _NOT_NEGATIVE,
     "device": (lambda value: value.split(":")[0] in schema.DEVICES, f"one of {', '.join(schema.DEVICES)}"),
@@ -186,10 +191,7 @@ _RULES: dict[str, Rule] = {
     "memory.local": _one_of(schema.LOCALS),
     "memory.compression": _one_of(schema.COMPRESSIONS),
     "memory.index": _one_of(schema.INDEXES),
-    "memory.layers": (
-        lambda value: bool(value) and min(value) >= 0 and value == sorted(set(value)),
-        "layer numbers in rising order, from 0",
-    ),
+    "memory.layers": _rising(0, "layer numbers"),
     "base.save": _one_of(schema.SAVES),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
@@ -209,6 +211,19 @@ _RULES: dict[str, Rule] = {
     "task.train_pairs": _rising(1, "numbers of pairs"),
     "task.temperature": (lambda value: value > 0, "above 0 (task.greedy=true takes the likeliest token)"),
     "task.top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "task.after": _rising(1, "numbers of segments"),
+    "task.ratios": (
+        lambda value: bool(value) and value[0] > 0 and value == sorted(set(value)),
+        "numbers above 0 in rising order",
+    ),
+    "task.distances": _rising(1, "numbers of segments"),
+    "task.keys": _some_of(schema.KEYS),
+    "task.between": _some_of(schema.BETWEEN),
+    "task.cosine": _SHARE,
+    "task.per_segment": (
+        lambda value: bool(value) and all(n == "all" or (n.isdecimal() and int(n)) for n in value),
+        'numbers of writes, or "all"',
+    ),
     "trainer.optimizer": _one_of(schema.OPTIMIZERS),
     "trainer.precision": _one_of(schema.PRECISIONS),
     "trainer.warmup": _NOT_NEGATIVE,

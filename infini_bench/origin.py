@@ -66,6 +66,20 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
     return run, f"{run}, the latest finished run" + (f" of {model}" if model else "")
 
 
+def given_model(cfg: RunConfig, given: Collection[str] | None) -> str | None:
+    """The model that the user named; None if any will do."""
+    return cfg.model if given is not None and "model" in given else None
+
+
+def untrained(cfg: RunConfig) -> tuple[None, str]:
+    """As `find_origin`, for a task that asks random weights."""
+    if cfg.checkpoint is not None:
+        raise UserError(
+            f"eval {cfg.task.name} asks random weights; leave --checkpoint out and name a model=."
+        )
+    return None, f"{cfg.model} with random weights"
+
+
 def checkpoint_name(path: Path) -> str:
     """How a record calls a checkpoint; `find_origin` finds it again, a shipped model's also elsewhere."""
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else str(path)

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from infini_bench import first_steps
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.origin import TRAINED
@@ -83,6 +84,8 @@ def reproduce(
     write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=tables)
+    for text in first_steps.reading(records) if what == first_steps.NAME else []:
+        console.print(text, soft_wrap=True, highlight=False)
     checks = demo_checks(tidy(records), tuple(models)) if what == "demo" else []
     for line in summary(outcomes, checks, records, time.monotonic() - started, workers):
         console.print(line, soft_wrap=True)
@@ -152,10 +155,13 @@ def run_job(job: Job, board: Any) -> Outcome:
         return record
 
     try:
-        trained = timed("train", run_train, _startable(job.cfg), job.settings)
-        cfg = replace(job.cfg, checkpoint=trained.train["folder"])
-        words = [word for word in job.settings if not word.startswith(("model=", "task=", *TRAINED))]
-        timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
+        if job.cfg.task.untrained:
+            timed("eval", run_eval, job.cfg, [job.cfg.task.name, *job.settings])
+        else:
+            trained = timed("train", run_train, _startable(job.cfg), job.settings)
+            cfg = replace(job.cfg, checkpoint=trained.train["folder"])
+            words = [word for word in job.settings if not word.startswith(("model=", "task=", *TRAINED))]
+            timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
     except UserError as error:
         outcome.error = str(error)
     except Exception as error:
@@ -182,9 +188,7 @@ def _startable(cfg: RunConfig) -> RunConfig:
 def _planned_records(jobs: list[Job], records: list[Record]) -> list[Record]:
     """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
     digests = {config_hash(asdict(job.cfg)) for job in jobs}
-    return [
-        r for r in records if (r.config_hash if r.kind == "train" else r.train.get("config_hash")) in digests
-    ]
+    return [r for r in records if {r.config_hash, r.train.get("config_hash")} & digests]
 
 
 def _lost(job: Job) -> Outcome:

@@ -23,7 +23,9 @@ from infini_bench.origin import (
     continued_run,
     evaluated_config,
     find_origin,
+    given_model,
     trained_config,
+    untrained,
 )
 from infini_bench.progress import Progress
 from infini_bench.report import records
@@ -46,6 +48,9 @@ def run_train(
     """
     from infini_bench.train import train
 
+    if cfg.task.untrained:
+        name = cfg.task.name
+        raise UserError(f"The task {name} trains nothing; run `infini-bench eval {name} model={cfg.model}`.")
     if cfg.resume:
         cfg, folder, lineage = continued_run(cfg, given)
         record = new_record("train", cfg, command, lineage)
@@ -81,17 +86,20 @@ def run_eval(
 ) -> Record:
     """Evaluate ``cfg.checkpoint`` (unset: the shipped model or the latest finished run) on ``cfg``'s task.
 
-    Model, memory, decoder and tokenizer are the checkpoint's. Otherwise as `run_train`.
+    Model, memory, decoder and tokenizer are the checkpoint's; an untrained task has none and takes all from
+    ``cfg``. Otherwise as `run_train`.
     """
-    model = cfg.model if given is not None and "model" in given else None
-    path, words = find_origin(cfg, model)
+    path, words = untrained(cfg) if cfg.task.untrained else find_origin(cfg, given_model(cfg, given))
     if progress is None:
         say(f"evaluating {words}")
-    trained = trained_config(path)
-    cfg = replace(evaluated_config(cfg, trained, given), checkpoint=checkpoint_name(path), resume=None)
-    origin = train_reference(trained, path)
-    record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
-    record.train = origin
+    if path is None:
+        record = new_record("eval", cfg, command)
+    else:
+        trained = trained_config(path)
+        cfg = replace(evaluated_config(cfg, trained, given), checkpoint=checkpoint_name(path), resume=None)
+        origin = train_reference(trained, path)
+        record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
+        record.train = origin
     if done := already_done(record, cfg, progress):
         record = done
     else:
@@ -104,19 +112,27 @@ def run_eval(
     return record
 
 
-def evaluate(record: Record, cfg: RunConfig, path: Path, progress: Progress) -> None:
-    """Fill ``record`` with what ``cfg``'s task finds out about the model of checkpoint ``path``."""
+def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progress) -> None:
+    """Fill ``record`` with what ``cfg``'s task finds out about the model of checkpoint ``path``.
+
+    path None: about what the task builds with random weights.
+    """
     from infini_bench.tasks import build_task
     from infini_bench.train import load_checkpoint_model
 
     device = torch_device(cfg.device)
-    model, tokenizer, _ = load_checkpoint_model(path)
-    model.to(device)  # type: ignore[arg-type]
+    model: Any = None
+    tokenizer = None
+    if path is not None:
+        model, tokenizer, _ = load_checkpoint_model(path)
+        model.to(device)
+        record.tokenizer_fingerprint = tokenizer.fingerprint
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
-    task = build_task(cfg, tokenizer)
-    record.task_version, record.tokenizer_fingerprint = task.version, tokenizer.fingerprint
+    task: Any = build_task(cfg, tokenizer)
+    model = task.build(device) if model is None else model
+    record.task_version = task.version
     record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     record.metrics = task.evaluate(model, progress)
     record.data_fingerprint = task.fingerprint
@@ -169,7 +185,7 @@ def already_done(record: Record, cfg: RunConfig, progress: Progress | None) -> R
     here = (
         Path(done.train["folder"]).is_dir()
         if done.kind == "train"
-        else done.train["id"] == record.train["id"]
+        else done.train.get("id") == record.train.get("id")
     )
     if here and progress is None:
         say(f"already done: {done.id} (force=true runs it again)")

@@ -18,6 +18,8 @@ FEATURES = ("elu1", "relu", "relu2", "exp", "dpfp", "gelu", "softmax")
 NORMALISERS = ("sum", "mean", "max", "none", "norm")
 COMPRESSIONS = ("conv", "mean", "max")
 INDEXES = ("auto", "torch", "faiss")
+KEYS = ("random", "collinear", "duplicated", "overwritten", "zipf")
+BETWEEN = ("constant", "random")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
@@ -118,6 +120,7 @@ class TaskConfig:
     """Base of the tasks; ``name`` picks the module in ``tasks/``."""
 
     name: str = "???"
+    untrained = False  # no field: a task that asks random weights has no checkpoint, and trains nothing
 
 
 @dataclass
@@ -197,6 +200,36 @@ class MQARConfig(TaskConfig):
     chunk: int = 8192
     controls: bool = True  # memory off
     protocol: str = "curriculum"
+
+
+class FootprintConfig(TaskConfig):
+    name: str = "footprint"
+    untrained = True
+    after: list[int] = field(default_factory=lambda: [4, 16, 64])  # segments read when the state is counted
+    shapes: bool = False  # tensors without values, for bodies too large to run here
+
+
+@dataclass
+class CapacityConfig(TaskConfig):
+    name: str = "capacity"
+    untrained = True
+    keys: list[str] = field(default_factory=lambda: [*KEYS])
+    ratios: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0, 4.0])  # pairs / D
+    per_segment: list[str] = field(
+        default_factory=lambda: ["all", "16", "1"]
+    )  # writes; memory.segment: unused
+    copies: int = 4  # duplicated, zipf: writes for each distinct pair
+    cosine: float = 0.9  # collinear: of two keys, expected
+    trials: int = 16  # memories filled with keys and values of their own
+
+
+@dataclass
+class ReachConfig(TaskConfig):
+    name: str = "reach"
+    untrained = True
+    distances: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])  # segments
+    between: list[str] = field(default_factory=lambda: [*BETWEEN])  # what is read between write and loss
+    trials: int = 2  # texts
 
 
 @dataclass

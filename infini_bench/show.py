@@ -47,7 +47,7 @@ def show_training(record: Record, folder: Path) -> None:
 def show_metrics(record: Record) -> None:
     """The metric rows as a table, conditions side by side; what is the same in all stands in the title."""
     rows = record.metrics
-    varying = [key for key in KEYS if len({row.get(key) for row in rows}) > 1]
+    varying = [key for key in (*KEYS, "protocol") if len({row.get(key) for row in rows}) > 1]
     facts = [
         f"{key} {_cell(rows[0][key])}" for key in KEYS if key not in varying and rows[0].get(key) is not None
     ]

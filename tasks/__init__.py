@@ -20,6 +20,9 @@ TASKS = {  # module -> class
     "booksum": "Booksum",
     "recall": "Recall",
     "mqar": "MQAR",
+    "footprint": "Footprint",
+    "capacity": "Capacity",
+    "reach": "Reach",
 }
 
 

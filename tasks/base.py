@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from infini_bench.data import Document, Tokenizer, build_tokenizer, load_documen
 from infini_bench.metrics.intervals import Interval
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.schema import RunConfig
+
+if TYPE_CHECKING:
+    from infini_bench.models import MemoryLlamaForCausalLM
 
 Row = dict[str, Any]
 
@@ -95,6 +98,31 @@ class Task(ABC):
         measured = {"metric": metric, "value": value if math.isfinite(value) else None}
         bounds = {"ci_low": limits[0], "ci_high": limits[1]}
         return {"dataset": self.cfg.data.name, **blank, **columns, **measured, **bounds, "extra": extra}
+
+
+class Untrained(Task):
+    """A question about an architecture: asked of random weights, about data drawn from the seed."""
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}-{self.version}"  # all that is asked follows from version, settings and seed
+
+    def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
+        raise RuntimeError(f"{self.name} trains nothing")
+
+    @abstractmethod
+    def build(self, device: torch.device) -> torch.nn.Module:
+        """What is asked, new, on ``device``; random weights come from torch's global generator."""
+
+    def model(self) -> MemoryLlamaForCausalLM:
+        """The configured model on the CPU, float32, for tokens below ``data.vocab_size``."""
+        from infini_bench.models import build_model
+
+        return build_model(self.cfg.decoder, self.cfg.memory, self.cfg.data.vocab_size)
+
+    def row(self, metric: str, value: float, interval: Interval | None = None, **columns: Any) -> Row:
+        """As `Task.row`; no corpus is read, so the data set is ``synthetic``."""
+        return {**super().row(metric, value, interval, **columns), "dataset": "synthetic"}
 
 
 def mean_over_rows(weights: Tensor) -> Tensor:

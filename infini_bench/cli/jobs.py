@@ -63,7 +63,9 @@ class Job:
         from infini_bench.run import run_eval
 
         cfg = self.cfg
-        if "scale" not in self.given:  # the recipe of the checkpoint's scale fits it best
+        if (
+            "scale" not in self.given and not cfg.task.untrained
+        ):  # the recipe of the checkpoint's scale fits it best
             path, _ = find_origin(cfg, cfg.model if "model" in self.given else None)
             cfg = self.recompose([f"scale={trained_config(path).scale}"])
         task = cfg.task.name

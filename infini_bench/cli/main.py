@@ -265,6 +265,8 @@ def _launch(
 def _length_override(task: str, text: str | None) -> list[str]:
     if text is None:
         return []
+    if task not in LENGTH_KEYS:
+        raise UserError(f"--length belongs to eval {', '.join(LENGTH_KEYS)}, not to eval {task}.")
     lengths = [parse_length(part) for part in text.split(",")]
     if task == "passkey":
         return [f"task.lengths=[{','.join(map(str, lengths))}]"]

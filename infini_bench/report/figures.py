@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from infini_bench.report import probes
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
 
@@ -39,7 +40,7 @@ def svg(name: str, rows: list[Row]) -> str | None:
         return None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
         figure = FIGURES[name](rows)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
@@ -241,4 +242,5 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     "diag_features": features,
     "diag_gates": variants,
     "diag_local": variants,
+    **probes.FIGURES,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import diagnostics, paper
+from infini_bench.report import diagnostics, paper, probes
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -32,12 +32,14 @@ TITLES = {
     "table3_passkey": "Table 3: passkey retrieval",
     "table4_booksum": "Table 4: book summaries",
     **diagnostics.TITLES,
+    **probes.TITLES,
 }
-LINES = {  # what the rows of a line share beside model and variant
+LINES = {  # what the rows of a line share beside model and variant; a control by position has its own
     **dict.fromkeys(NAMES, ("protocol",)),
     "lm_position": ("condition",),
     **dict.fromkeys(VIEWS, ()),
     **diagnostics.LINES,
+    **probes.LINES,
 }
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
@@ -98,6 +100,8 @@ def _title(name: str, rows: list[Row]) -> str:
 def _caption(name: str, rows: list[Row]) -> str:
     if not rows:
         return "No run is recorded yet."
+    if name in probes.CAPTIONS:  # nothing was trained, so no scale is too small for it
+        return CAPTIONS[name](rows)
     scale = rows[0]["scale"]
     warned = PIPELINE if name in OF_SCALE else ""  # a memory that finds the key is no matter of scale
     warning = {"smoke": SMOKE, "laptop": warned}.get(scale, "")
@@ -272,6 +276,7 @@ BUILDERS = {
     "table3_passkey": _table3,
     "table4_booksum": _table4,
     **diagnostics.BUILDERS,
+    **probes.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table2_lm": _caption2,
@@ -281,4 +286,5 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table3_passkey": _caption3,
     "table4_booksum": _caption4,
     **diagnostics.CAPTIONS,
+    **probes.CAPTIONS,
 }

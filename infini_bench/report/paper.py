@@ -72,6 +72,8 @@ FIGURE4 = {16 * K: 18.02, 32 * K: 18.83, 64 * K: 18.71, 128 * K: 19.43, 256 * K:
 def value(table: str, row: dict) -> float | None:
     """The paper's number for a tidy row of the same model, metric, corpus or length; None if it has none."""
     model, metric, condition = row["model"], row["metric"], row["condition"]
+    if table == "table1_memory" and metric == "state_floats" and _papers_body(row["config"]):
+        return TABLE2.get(model, {}).get("memory") if row["extra"]["segments"] >= 32 else None
     if table == "table2_lm" and metric == "token_ppl":
         return TABLE2.get(model, {}).get(row["dataset"])
     if table == "table3_passkey" and metric == "token_accuracy" and condition != "memory_off":
@@ -79,6 +81,12 @@ def value(table: str, row: dict) -> float | None:
     if table == "table4_booksum" and condition == "pairwise":
         return TABLE4.get(model, {}).get(metric)
     return None
+
+
+def _papers_body(config: dict) -> bool:
+    """Whether Table 2's memory is that of this body: 12 layers of 8 heads of 128, segments of 2048."""
+    body, memory = config["decoder"], config["memory"]
+    return (body["layers"], body["heads"], body["head_dim"], memory["segment"]) == (12, 8, 128, 2048)
 
 
 def _passkey(model: str, protocol: str, row: dict) -> float | None:

@@ -35,9 +35,15 @@ TABLES = {
     "booksum": "table4_booksum",
     "recall": "diag_recall",
     "mqar": "diag_mqar",
+    "footprint": "table1_memory",
+    "capacity": "diag_memory",
+    "reach": "diag_gradients",
 }
 VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
-NAMES = ("table2_lm", "lm_position", "table3_passkey", "table4_booksum", "diag_recall", "diag_mqar", *VIEWS)
+NAMES = (
+    *("table1_memory", "table2_lm", "lm_position", "table3_passkey", "table4_booksum"),
+    *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients"),
+)
 MODELS = (
     "transformer_xl",
     "memorizing",
@@ -53,6 +59,7 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
     *("task.segments_after", "task.fillers", "task.pairs"),
+    *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
 )
 # What makes a memory another one than the paper's: named in the variant even where nothing else differs.
 DEFINING = (

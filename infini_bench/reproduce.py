@@ -42,6 +42,7 @@ class Job:
     cfg: RunConfig
     settings: list[str]  # overrides that say the same by hand
     log: Path  # what went wrong, if anything did
+    plan: str  # noted in the records
 
 
 @dataclass
@@ -79,8 +80,6 @@ def reproduce(
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
     records = _planned_records(planned, read_records(folder / "records"))
-    for record in records:
-        add_plan(folder / "records", record, what)
     write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=tables)
@@ -131,7 +130,7 @@ def plan(
             name = " ".join([task, model, *([variant] if variant else []), f"seed {seed}"])
             parts = [task, model, re.sub(r"[^\w.=-]+", "-", variant), f"seed{seed}"]
             log = out / "logs" / f"{'-'.join(part for part in parts if part)}.txt"
-            jobs.append(Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log))
+            jobs.append(Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name))
     return jobs
 
 
@@ -167,6 +166,8 @@ def run_job(job: Job, board: Any) -> Outcome:
     except Exception as error:
         atomic_write(job.log, traceback.format_exc())
         outcome.error = f"{type(error).__name__}: {error} (see {job.log})"
+    for found in _planned_records([job], read_records(job.cfg.records)):
+        add_plan(job.cfg.records, found, job.plan)
     for phase in WEIGHTS:  # also of what was skipped or never begun: there is no more to come
         board.put(("finish", job.name, phase))
     return outcome

@@ -216,7 +216,12 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
 
         Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes.
         Shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in minutes.
+        Raises UserError for a model whose segments all differ in length.
         """
+        if self.config.memory["kind"] == "autocompressor":
+            raise UserError(
+                "trainer.compile=true cannot be: an AutoCompressor's segments grow with each one."
+            )
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             for part in (
@@ -266,7 +271,10 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
-        """Inside, nothing from before a token's own segment is used: the control of every evaluation."""
+        """Inside, nothing from before a token's own segment is used: the control of every evaluation.
+
+        A model that runs segment by segment obeys from the next segment's start on.
+        """
         memories = [m for m in self.modules() if isinstance(m, Memory | TokenMemory)]  # local paths too
         for memory in memories:
             memory.enabled = False

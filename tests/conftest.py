@@ -35,6 +35,14 @@ MEMORIES = {
 }
 
 
+def awake(model):
+    """The model with ARMT's values moved off the 0 at which they start and nothing is read; in place."""
+    for name, parameter in model.named_parameters():
+        if "association.value" in name:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    return model
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

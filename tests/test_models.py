@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import awake
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -18,13 +19,10 @@ T = 4 * N + 5
 
 @pytest.fixture
 def model(decoder, memory):
-    model = build_model(decoder, memory, V).eval()
+    model = awake(build_model(decoder, memory, V).eval())
     for mem in model.memories:
         if hasattr(mem, "memory_gate"):
             mem.memory_gate.data = torch.randn(4)
-    for name, parameter in model.named_parameters():
-        if "association.value" in name:  # starts at 0: an untrained ARMT reads nothing
-            parameter.data = 0.05 * torch.randn_like(parameter)
     return model
 
 

@@ -219,3 +219,6 @@ def test_what_a_run_in_rounds_cannot_give_is_refused(decoder):
     model.gradient_checkpointing_enable()
     with pytest.raises(UserError, match=r"use trainer\.checkpoint_segments"):
         model.train()(ids)
+    grows = build_model(decoder, MemoryConfig(segment=N, **MEMORIES["autocompressor"]), V)
+    with pytest.raises(UserError, match=r"trainer\.compile"):
+        grows.compile_layers()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from conftest import awake
 
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
@@ -174,7 +175,7 @@ def test_real_models(make, memory):
     letters = np.random.default_rng(0).choice(list("abcdefgh"), (3, 40))
     texts = {"test": ["".join(row) for row in letters]}
     task = make(texts)
-    model = build_model(DecoderConfig(dim=32, init_std=0.2), memory, task.tokenizer.vocab_size)
+    model = awake(build_model(DecoderConfig(dim=32, init_std=0.2), memory, task.tokenizer.vocab_size))
     rows = task.evaluate(model)
     again = make(texts, chunk=8).evaluate(model)
     assert [r["metric"] for r in rows] == [r["metric"] for r in again]

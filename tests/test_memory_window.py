@@ -127,7 +127,7 @@ def test_training_adds_the_loss_and_reports_none_of_it(decoder):
     assert model.take_auxiliary() == 0
 
 
-def test_the_convolution_learns_to_reconstruct_attention(decoder):
+def test_the_convolution_learns_to_reconstruct_attention():
     """Keys and values live in a plane in which neighbours are opposite: the mean keeps nothing, W can."""
     mem = build_memory(MemoryConfig(segment=8, kind="compressed", rate=2), 2, 2, D)
     q, x = torch.randn(4, 32, 2, D), torch.randn(4, 16, 2, D)

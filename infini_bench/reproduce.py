@@ -83,8 +83,8 @@ def reproduce(
     write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=tables)
-    for text in first_steps.reading(records) if what == first_steps.NAME else []:
-        console.print(text, soft_wrap=True, highlight=False)
+    for words in first_steps.reading(records) if what == first_steps.NAME else []:
+        console.print(words, soft_wrap=True, highlight=False)
     checks = demo_checks(tidy(records), tuple(models)) if what == "demo" else []
     for line in summary(outcomes, checks, records, time.monotonic() - started, workers):
         console.print(line, soft_wrap=True)

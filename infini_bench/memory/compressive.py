@@ -210,41 +210,45 @@ class CompressiveMemory(Memory):
     def affine(self, M: Tensor, take_BSGFF: Tensor, add_BSGFD: Tensor, done: Count) -> Tensor:
         """M_s = (I - A_s) M_{s-1} + U_s, M_{s-1} decayed first: (B, S+1, G, F, D)."""
 
-        def step(s: int, M: Tensor) -> Tensor:
+        def step(M: Tensor, take: Tensor, add: Tensor) -> Tensor:
             M = self.kept(M, 2)
-            return M + add_BSGFD[:, s] - take_BSGFF[:, s] @ M
+            return M + add - take @ M
 
-        return self.scan(M, add_BSGFD.shape[1], step, done)
+        return self.scan(M, (take_BSGFF, add_BSGFD), step, done)
 
     def norms(self, z: Tensor, k_BSNGF: Tensor, w_BSNGF: Tensor, done: Count) -> Tensor:
         """z before each segment and after the last, (B, S+1, G, F): Eq. 8, or corrected for known keys."""
         if self.cfg.update != "delta_corrected":
             return self.sums(z, w_BSNGF.sum(2), done)
 
-        def step(s: int, z: Tensor) -> Tensor:
-            k, z = k_BSNGF[:, s], self.kept(z, 1)
+        def step(z: Tensor, k: Tensor, w: Tensor) -> Tensor:
+            z = self.kept(z, 1)
             known = torch.einsum("bngf,bgf->bng", k, z) / k.square().sum(-1).clamp_min(EPS)
-            return z + torch.einsum("bng,bngf->bgf", (1 - known).clamp(0, 1).detach(), w_BSNGF[:, s])
+            return z + torch.einsum("bng,bngf->bgf", (1 - known).clamp(0, 1).detach(), w)
 
-        return self.scan(z, k_BSNGF.shape[1], step, done)
+        return self.scan(z, (k_BSNGF, w_BSNGF), step, done)
 
     def sums(self, x: Tensor, add_BS: Tensor, done: Count) -> Tensor:
         """x_s = x_{s-1} + add_s, x_{s-1} decayed first: before each segment and after the last one."""
         if self.cfg.gradient_depth is None and self.cfg.decay is None:
             return torch.cat([x[:, None], add_BS], 1).cumsum(1)
-        return self.scan(x, add_BS.shape[1], lambda s, x: self.kept(x, x.dim() - 2) + add_BS[:, s], done)
+        return self.scan(x, (add_BS,), lambda x, add: self.kept(x, x.dim() - 2) + add, done)
 
-    def scan(self, x: Tensor, segments: int, step: Callable[[int, Tensor], Tensor], done: Count) -> Tensor:
-        """x_s = step(s, x_{s-1}), likewise; gradients stop where ``gradient_depth`` says."""
+    def scan(
+        self, x: Tensor, parts_BS: tuple[Tensor, ...], step: Callable[..., Tensor], done: Count
+    ) -> Tensor:
+        """x_s = step(x_{s-1}, *parts_s), likewise; gradients stop where ``gradient_depth`` says."""
         depth, chain = self.cfg.gradient_depth, []
         if depth is not None and not isinstance(done, int) and torch.is_grad_enabled():
             raise ValueError(
                 "gradient_depth counts segments of the document: train without padding or row resets"
             )
-        for s in range(segments + 1):
+        # unbound at once: a select a segment would fill a gradient of all segments with zeros every time
+        each = list(zip(*(part.unbind(1) for part in parts_BS), strict=True))
+        for s in range(len(each) + 1):
             if depth is not None and isinstance(done, int) and (done + s) % depth == 0:
                 x = x.detach()
             chain.append(x)
-            if s < segments:
-                x = step(s, x)
+            if s < len(each):
+                x = step(x, *each[s])
         return torch.stack(chain, 1)

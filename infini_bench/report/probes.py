@@ -83,8 +83,8 @@ def _caption1(rows: list[Row]) -> str:
         f"Counted on live tensors at a segment boundary, one row, float32{made}: {body['layers']} layers of "
         f"{body['heads']} heads, width {body['dim']}, segments of {n} tokens. Unfinished segment: what is "
         "kept of it at its fullest, beside the state. Paper's formula: its Table 1 as printed, at these "
-        "sizes, after as many segments as the last count; memorizing: without the Transformer-XL cache that "
-        "its Table 2 counts too."
+        "sizes, after as many segments as the last count; without the Transformer-XL cache that memorizing "
+        "and infini_*_xl have besides."
     )
 
 
@@ -151,8 +151,9 @@ def _caption_reach(rows: list[Row]) -> str:
     return (
         "Norm of the gradient of the last segment's mean loss at the embeddings of segment 0; column s: so "
         f"many segments later. {body['layers']} layers, width {body['dim']}, segments of {n} tokens, random "
-        "weights. Between: one segment repeated, or random tokens. 0 is exact: no path leads there. In "
-        "brackets 95 % intervals: over texts with one seed, over seeds (Student) with several."
+        "weights. Between: one segment repeated, or random tokens. 0 is exact: no path leads there, or "
+        "only one through weights that start at 0. In brackets 95 % intervals: over texts with one seed, "
+        "over seeds (Student) with several."
     )
 
 

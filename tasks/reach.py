@@ -11,7 +11,7 @@ segment of random tokens that is repeated (``constant``) or new ones everywhere 
 
 Means over texts; intervals: bootstrap over texts, and over seeds (weights) with several records. A zero is
 exact: no path leads there, by construction (a cache that is not differentiated) or by
-``memory.gradient_depth``.
+``memory.gradient_depth``, or only one through weights that start at zero.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 from report_fakes import record, row, sheet_text
 
 from infini_bench.report import paper, probes
+from infini_bench.report.probe_figures import FIGURES, reach_figure
 from infini_bench.report.tidy import TABLES, tidy
 
 BODY = {"layers": 2, "heads": 4, "dim": 64, "head_dim": None}
@@ -97,12 +98,12 @@ def test_gradients_are_scientific_and_zeros_are_zeros():
     assert lines["transformer_xl"] == ["0", "0"]
 
 
-@pytest.mark.parametrize("name", probes.FIGURES)
+@pytest.mark.parametrize("name", FIGURES)
 def test_figures_show_every_line(name, tmp_path):
     more = [footprint("full", (9, 90), config={"scale": "gpu"}), reach("infini_linear", seed=1)]
     more.append(capacity("infini_delta", config={"scale": "gpu"}))
     rows = [row for row in tidy([*FOUND, *more]) if row["table"] == name]
-    figure = probes.FIGURES[name](rows)
+    figure = FIGURES[name](rows)
     figure.savefig(tmp_path / "figure.svg")
     drawn = sum(len(ax.get_legend_handles_labels()[1]) for ax in figure.axes)
     assert drawn == {"table1_memory": 3, "diag_memory": 2 * 2 * (4 + 2), "diag_gradients": 2}[name]
@@ -111,7 +112,7 @@ def test_figures_show_every_line(name, tmp_path):
 
 def test_what_is_zero_is_named_and_not_lost():
     rows = [row for row in tidy(FOUND) if row["table"] == "diag_gradients"]
-    (ax,) = probes.reach_figure(rows).axes
+    (ax,) = reach_figure(rows).axes
     assert any("at every distance: transformer_xl" in text.get_text() for text in ax.texts)
     sliding = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))["local_sliding"]
     assert 0 < sliding.get_ydata()[1] < 0.1
@@ -119,5 +120,5 @@ def test_what_is_zero_is_named_and_not_lost():
 
 def test_every_table_has_a_builder_a_title_and_a_figure():
     own = {TABLES[task] for task in ("footprint", "capacity", "reach")}
-    parts = (probes.TITLES, probes.LINES, probes.BUILDERS, probes.CAPTIONS, probes.FIGURES)
+    parts = (probes.TITLES, probes.LINES, probes.BUILDERS, probes.CAPTIONS, FIGURES)
     assert all(set(part) == own for part in parts)

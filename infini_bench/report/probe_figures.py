@@ -1,0 +1,206 @@
+"""Figures of what is asked of untrained models: carried state, read-back, gradient reach.
+
+A figure function takes tidy rows of its table and returns a matplotlib Figure; its caller writes the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from infini_bench.report.cells import Line, Row
+from infini_bench.schema import KEYS
+from infini_bench.units import format_length
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, but for its yellow: told apart also by those who see fewer colours
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
+MARKERS = "osD^vPX*<>hd"
+DASHES = ((), (4, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # of writes in a segment, or of variants
+
+
+def footprint_figure(rows: list[Row]) -> Figure:
+    """Floats carried against tokens read, one panel a scale; what carries nothing is named below."""
+    panels = _split(rows, ("scale", "device"))
+    figure, axes = _axes(1, len(panels), 5.6, 3.8)
+    for ax, own in zip(axes[0], panels.values(), strict=True):
+        floats = [row for row in own if row["metric"] == "state_floats"]
+        empty = _curves(ax, floats, "length", lambda line: (_label(line[0]), _look(rows, line[0]["model"])))
+        ax.set(xscale="log", yscale="log", title=f"scale {own[0]['scale']}", xlabel="tokens read")
+        ticks = sorted({row["length"] for row in floats})
+        ax.set_xticks(ticks, [format_length(n) for n in ticks], minor=False)
+        ax.minorticks_off()
+        _end_labels(ax, [row for row in floats if row["length"] == ticks[-1] and row["value"]])
+        if empty:
+            ax.set_title(f"carry nothing: {', '.join(empty)}", fontsize=7, loc="left", y=-0.24)
+    axes[0][0].set_ylabel("floats that cross a boundary")
+    return _finished(figure, axes, legend=False)
+
+
+def capacity_figure(rows: list[Row]) -> Figure:
+    """Cosine and relative error against pairs / D: a column for each kind of keys, two rows for each variant.
+
+    A colour for each model, dashes for the number of writes in a segment.
+    """
+    kinds = [kind for kind in KEYS if any(row["condition"] == kind for row in rows)]
+    cuts = sorted(
+        {row["protocol"] for row in rows}, key=lambda name: (not name[0].isdigit(), len(name), name)
+    )
+    groups = _split(rows, ("scale", "device", "variant"))
+    metrics = {"cosine": "cosine", "relative_error": "relative error"}
+    figure, axes = _axes(2 * len(groups), len(kinds), 2.5, 2.2, sharey="row")
+
+    def style(line: Line) -> tuple[str, dict[str, Any]]:
+        cut = line[0]["protocol"]
+        look = _look(rows, line[0]["model"]) | {"dashes": DASHES[cuts.index(cut) % len(DASHES)]}
+        return f"{line[0]['model']}, {cut}", look
+
+    for g, own in enumerate(groups.values()):
+        for (m, metric), (column, kind) in product(enumerate(metrics), enumerate(kinds)):
+            ax = axes[2 * g + m][column]
+            shown = [row for row in own if (row["metric"], row["condition"]) == (metric, kind)]
+            _curves(ax, shown, "position", style)
+            ax.set_xscale("log", base=2)
+            ticks = sorted({float(row["position"]) for row in shown})
+            ax.set_xticks(ticks, [str(Fraction(x).limit_denominator(64)) for x in ticks], fontsize=8)
+            if metric == "cosine":
+                ax.set_ylim(-0.05, 1.05)
+            else:
+                ax.axhline(1, color="#888888", linewidth=0.8, zorder=0)  # as far off as a read of zero
+            if not (g or m):
+                ax.set_title(kind)
+            if 2 * g + m == len(axes) - 1:
+                ax.set_xlabel("pairs / D")
+        variant = own[0]["variant"] or "as in the paper"
+        for m, title in enumerate(metrics.values()):
+            axes[2 * g + m][0].set_ylabel(f"{title}\n({variant})" if len(groups) > 1 else title)
+    return _finished(figure, axes)
+
+
+def reach_figure(rows: list[Row]) -> Figure:
+    """Gradient norm against segments crossed, both logarithmic; exact zeros lie on a line below."""
+    groups = _split(rows, ("scale", "device"))
+    fillers = list(dict.fromkeys(row["condition"] for row in rows))
+    figure, axes = _axes(len(groups), len(fillers), 4.6, 3.8, sharey="row")
+    for g, own in enumerate(groups.values()):
+        norms = [row for row in own if row["metric"] == "gradient_norm"]
+        floor = 0.3 * min((row["value"] for row in norms if row["value"]), default=1.0)
+        for column, filler in enumerate(fillers):
+            ax, shown = axes[g][column], [row for row in norms if row["condition"] == filler]
+            none = _curves(
+                ax,
+                shown,
+                "position",
+                lambda line: (_label(line[0]), _look(rows, line[0]["model"])),
+                floor,
+            )
+            ax.set(xscale="log", yscale="log", title=f"{filler} filler, scale {own[0]['scale']}")
+            ticks = sorted({int(row["position"]) for row in shown})
+            ax.set_xticks(ticks, [str(n) for n in ticks])
+            ax.minorticks_off()
+            ax.set_xlabel("segments between write and loss")
+            ax.axhline(floor, color="#888888", linewidth=0.8, linestyle=":", zorder=0)
+            ax.set_ylim(bottom=floor / 4)
+            text = "exactly 0" + (f"; at every distance: {', '.join(none)}" if none else "")
+            ax.annotate(text, (ticks[0], floor), (0, -9), textcoords="offset points", fontsize=7)
+        axes[g][0].set_ylabel("gradient norm at the write")
+    return _finished(figure, axes)
+
+
+FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
+    "table1_memory": footprint_figure,
+    "diag_memory": capacity_figure,
+    "diag_gradients": reach_figure,
+}
+
+
+def _axes(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.6), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def _curves(
+    ax: Axes,
+    rows: list[Row],
+    x: str,
+    style: Callable[[Line], tuple[str, dict[str, Any]]],
+    floor: float | None = None,
+) -> list[str]:
+    """A line with its interval for each model, variant and cut. Returns the labels of those that are all 0.
+
+    floor: where a zero is drawn on a logarithmic axis; unset: as it is.
+    """
+    empty = []
+    for line in _split(rows, ("model", "variant", "protocol")).values():
+        label, look = style(line)
+        line = sorted((row for row in line if row["value"] is not None), key=lambda row: float(row[x]))
+        if not any(row["value"] for row in line):
+            empty.append(label)
+            continue
+        places = [float(row[x]) for row in line]
+        values = [row["value"] or floor or 0.0 for row in line]
+        ax.plot(places, values, label=label, linewidth=1.4, markersize=3.5, **look)
+        band = [row for row in line if row["ci_low"] is not None and row["value"]]
+        lows = [max(row["ci_low"], floor or row["ci_low"]) for row in band]
+        spots, highs = [float(row[x]) for row in band], [row["ci_high"] for row in band]
+        ax.fill_between(spots, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
+    return empty
+
+
+def _look(rows: list[Row], model: str) -> dict[str, Any]:
+    """Colour and marker of a model among those of the figure."""
+    names = sorted({row["model"]: None for row in rows}, key=lambda name: not name.startswith("infini"))
+    index = names.index(model)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _label(row: Row) -> str:
+    return row["model"] + (f" ({row['variant']})" if row["variant"] else "")
+
+
+def _end_labels(ax: Axes, rows: list[Row]) -> None:
+    """Names at the right end of a logarithmic panel's lines, moved apart; equal ends share a line of text."""
+    low, high = (math.log(limit) for limit in ax.get_ylim())
+    place = -1.0
+    for (value,), same in sorted(_split(rows, ("value",)).items()):
+        place = max((math.log(value) - low) / (high - low), place + 0.055)
+        spot: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "va": "center",
+            "fontsize": 7,
+            "annotation_clip": False,
+        }
+        ax.annotate(",\n".join(_label(row) for row in same), (1.02, place), **spot)
+        place += 0.045 * (len(same) - 1)
+
+
+def _finished(figure: Figure, axes: Any, legend: bool = True) -> Figure:
+    """Light grid, no box, and one legend for all panels."""
+    named: dict[str, Any] = {}
+    for ax in axes.flat:
+        ax.grid(color="#e5e5e5", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        handles, labels = ax.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    if named and legend:
+        columns = min(len(named), 3)
+        figure.legend(
+            named.values(), named, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
+    return figure
+
+
+def _split(rows: list[Row], keys: tuple[str, ...]) -> dict[tuple, list[Row]]:
+    """Rows by equal ``keys``, in order of first appearance."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups

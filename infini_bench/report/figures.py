@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from infini_bench.report import probes
+from infini_bench.report import probe_figures
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
 
@@ -242,5 +242,5 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     "diag_features": features,
     "diag_gates": variants,
     "diag_local": variants,
-    **probes.FIGURES,
+    **probe_figures.FIGURES,
 }

@@ -202,6 +202,7 @@ class MQARConfig(TaskConfig):
     protocol: str = "curriculum"
 
 
+@dataclass
 class FootprintConfig(TaskConfig):
     name: str = "footprint"
     untrained = True

@@ -51,6 +51,8 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
         _check(key, value)
     _check_decoder(cfg)
     _check_sources(cfg)
+    if isinstance(cfg.task, MQARConfig):
+        _check_pairs(cfg.task)
     if isinstance(cfg.task, PasskeyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
@@ -230,6 +232,14 @@ def _check_decoder(cfg: RunConfig) -> None:
     if d.heads % (d.kv_heads or d.heads):
         raise UserError(
             f"decoder.heads={d.heads} is not a multiple of decoder.kv_heads={d.kv_heads}; change one."
+        )
+
+
+def _check_pairs(task: MQARConfig) -> None:
+    most = max(*task.pairs, *task.train_pairs)
+    if task.vocabulary // 2 < most:
+        raise UserError(
+            f"task.vocabulary={task.vocabulary} has {task.vocabulary // 2} keys: too few for {most} pairs."
         )
 
 

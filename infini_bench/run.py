@@ -64,8 +64,8 @@ def run_train(
         record.tokenizer_fingerprint = result.tokenizer_fingerprint
         record.tokens, record.params = result.tokens, result.parameters
         record.state_floats = result.state_floats
-        keys = ("steps", "seconds", "final_loss", "best_loss", "grad_norm_mean", "grad_norm_max")
-        keys += ("non_embedding_parameters",)
+        losses = ("final_loss", "best_loss", "grad_norm_mean", "grad_norm_max")
+        keys = ("steps", "seconds", *losses, "non_embedding_parameters")
         record.train |= {key: getattr(result, key) for key in keys}
     if progress is None:
         show_training(record, folder)

@@ -15,7 +15,6 @@ from infini_bench.report.tables import write_report
 from infini_bench.report.tidy import NAMES, tidy
 
 FEATURES = {"plans": ["diag_features"]}
-MAPS = ("sum", "max")
 
 
 def features(**memory) -> list:

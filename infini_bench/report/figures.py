@@ -105,6 +105,12 @@ def percent_axes(axes: Axes, rows: list[Row], x: str) -> None:
     )
 
 
+def trained_mark(axes: Axes, x: float) -> None:
+    """A line at the largest value seen in training."""
+    axes.axvline(x, color="0.6", linewidth=0.8)
+    axes.annotate("trained up to here ", (x, 50), rotation=90, ha="right", va="center", fontsize=7)
+
+
 def legend(figure: Figure, axes: list[Axes]) -> None:
     """One legend for all panels, below them; each name once."""
     found = [pair for each in axes for pair in zip(*each.get_legend_handles_labels(), strict=True)]
@@ -138,8 +144,7 @@ def _recall_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
         curve(axes, names, line, [float(row["position"]) for row in line])
     longest = max(trained_segments(row["config"]) for row in rows) - 1
     if longest:
-        axes.axvline(longest, color="0.6", linewidth=0.8)
-        axes.annotate("trained up to here ", (longest, 50), rotation=90, ha="right", va="center", fontsize=7)
+        trained_mark(axes, longest)
     percent_axes(axes, rows, "segments from fact to question")
     axes.set_ylabel("exact match, %")
 
@@ -156,6 +161,7 @@ def mqar(rows: list[Row]) -> Figure:
     for each, group in zip(axes, groups, strict=True):
         for line in grouped(group, ("model", "variant")):
             curve(each, labels(kept), line, [float(row["extra"]["pairs"]) for row in line])
+        trained_mark(each, max(max(row["config"]["task"]["train_pairs"]) for row in group))
         percent_axes(each, group, "pairs")
         each.set_title(f"asked {group[0]['position']} segments later: {_place(group[0])}", fontsize=8)
         each.set_ylabel("right values, %")
@@ -201,10 +207,11 @@ def _heat(axes: Axes, rows: list[Row], metric: str, match: Row, limits: tuple[fl
             values[maps.index(setting(row, "features")), norms.index(setting(row, "normaliser"))] = _float(
                 row["value"]
             )
-    low, high = limits or (np.nanmin(values, initial=np.inf), np.nanmax(values, initial=-np.inf))
+    finite = values[np.isfinite(values)]
+    low, high = limits or ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0))
     axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        dark = np.isfinite(value) and value - low < 0.5 * (high - low)
+        dark = np.isfinite(value) and value - low <= 0.5 * (high - low)
         text = "—" if np.isnan(value) else f"{value:.0f}" if limits else f"{value:.3f}"
         axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
     axes.set_xticks(range(len(norms)), norms)

@@ -1,6 +1,6 @@
 """Multi-query associative recall (MQAR): many pairs are written, and segments later all are asked for.
 
-Protocol, version 1; the recipe is that of Zoology (Arora et al. 2023, arXiv 2312.04927), laid out in
+Protocol, version 1. The recipe is that of Zoology (Arora et al. 2023, arXiv 2312.04927), laid out in
 segments. Tokens are ids below ``task.vocabulary``: keys from the lower half, values from the upper. A trial
 writes ``key value`` for each of P pairs, keys all different; then come filler and the questions, each a key
 with its value behind it (the next token is what our loss predicts; a key is asked once, so nothing leaks).
@@ -198,7 +198,7 @@ class MQAR(Task):
     def _row(self, pairs: int, condition: str, d: int, expected: np.ndarray, best: np.ndarray) -> Row:
         share = token_accuracy(best, expected)
         length = self._start(pairs, d) + self.segments_of(pairs) * self.cfg.memory.segment
-        columns = {"length": length, "position": str(d), "condition": condition}
+        columns = {"dataset": "synthetic", "length": length, "position": str(d), "condition": condition}
         extra = {"pairs": pairs, "segments_after": d, "chance": 100 / (self.task.vocabulary / 2)}
         bounds = Interval(share.low, share.high)
         columns |= {"protocol": self.task.protocol, "n": share.n, "extra": extra}

@@ -60,6 +60,8 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     check_memory(cfg.memory)
     _check_sources(cfg)
     _check_base(cfg)
+    if isinstance(cfg.task, MQARConfig):
+        _check_pairs(cfg.task)
     if isinstance(cfg.task, PasskeyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
@@ -273,6 +275,14 @@ def check_memory(memory: MemoryConfig) -> None:
         raise UserError("memory.window=1 shows a token nothing but itself; set 2 or more.")
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
+
+
+def _check_pairs(task: MQARConfig) -> None:
+    most = max(*task.pairs, *task.train_pairs)
+    if task.vocabulary // 2 < most:
+        raise UserError(
+            f"task.vocabulary={task.vocabulary} has {task.vocabulary // 2} keys: too few for {most} pairs."
+        )
 
 
 def _check_sources(cfg: RunConfig) -> None:

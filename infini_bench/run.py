@@ -73,8 +73,9 @@ def run_train(
         record.tokenizer_fingerprint = result.tokenizer_fingerprint
         record.tokens, record.params = result.tokens, result.parameters
         record.state_floats = result.state_floats
-        keys = ["steps", "seconds", "final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
-        keys += ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
+        losses = ["final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
+        sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
+        keys = ["steps", "seconds", *losses, *sizes]
         record.train |= {key: getattr(result, key) for key in keys}
     if progress is None:
         show_training(record, folder)

@@ -1,6 +1,6 @@
 """Multi-query associative recall (MQAR): many pairs are written, and segments later all are asked for.
 
-Protocol, version 1; the recipe is that of Zoology (Arora et al. 2023, arXiv 2312.04927), laid out in
+Protocol, version 1. The recipe is that of Zoology (Arora et al. 2023, arXiv 2312.04927), laid out in
 segments. Tokens are ids below ``task.vocabulary``: keys from the lower half, values from the upper. A trial
 writes ``key value`` for each of P pairs, keys all different; then come filler and the questions, each a key
 with its value behind it (the next token is what our loss predicts; a key is asked once, so nothing leaks).
@@ -21,8 +21,9 @@ for models without a memory that could be switched off. Trials depend on seed, P
 also on d.
 
 Training: rows of ``segments`` segments; P is one of ``train_pairs`` that fit, the start of the asking zone
-one of those possible, both uniform, and the zone takes the rest of the row. Loss: mean over the answers,
-nothing else.
+one of those possible, both uniform, and the zone takes the rest of the row. Up to a segment of filler stands
+before the pairs: else more pairs than in training would stand where no pair ever stood. Loss: mean over the
+answers, nothing else.
 """
 
 from __future__ import annotations
@@ -110,13 +111,16 @@ class MQAR(Task):
                 "pairs and their questions take that many segments."
             )
         trial = Trial(seed, self.task.vocabulary, fitting[rng.integers(len(fitting))])
-        pairs, needed = trial.written(), self.segments_of(len(trial.keys))
-        starts = [len(pairs), *range(needed * segment, length - needed * segment + 1, segment)]
+        pairs = trial.written()
+        lead = 2 * int(rng.integers(min(segment, length - 2 * len(pairs)) // 2 + 1))
+        end = lead + len(pairs)
+        starts = [end, *range(-(-end // segment) * segment, length - len(pairs) + 1, segment)]
         start = starts[rng.integers(len(starts))]
         zone, places = trial.zone(length + 1 - start, self.task.power, rng)
         answer = np.zeros(length, np.float32)
         answer[start + places - 1] = 1
-        return np.concatenate([pairs, trial.filler(start - len(pairs)), zone]), answer
+        filler = trial.filler(lead), trial.filler(start - end)
+        return np.concatenate([filler[0], pairs, filler[1], zone]), answer
 
     # Evaluation --------------------------------------------------------------------------------------------
 
@@ -194,7 +198,7 @@ class MQAR(Task):
     def _row(self, pairs: int, condition: str, d: int, expected: np.ndarray, best: np.ndarray) -> Row:
         share = token_accuracy(best, expected)
         length = self._start(pairs, d) + self.segments_of(pairs) * self.cfg.memory.segment
-        columns = {"length": length, "position": str(d), "condition": condition}
+        columns = {"dataset": "synthetic", "length": length, "position": str(d), "condition": condition}
         extra = {"pairs": pairs, "segments_after": d, "chance": 100 / (self.task.vocabulary / 2)}
         bounds = Interval(share.low, share.high)
         columns |= {"protocol": self.task.protocol, "n": share.n, "extra": extra}

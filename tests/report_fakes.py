@@ -148,3 +148,62 @@ def sheet_text(records: list, name: str) -> tuple[list[str], Any]:
     """Column titles and the only sheet of a table."""
     (sheet,) = sheets(tidy(records), records, [name])
     return [column.title for column in sheet.columns], sheet
+
+
+def recall(
+    model: str = "infini_linear", seed: int = 0, values: dict[int, float] | None = None, **changes
+) -> Record:
+    """Exact match by segments after the fact; text is ten points below constant filler."""
+    metrics = []
+    for k, value in (values or {0: 100.0, 1: 100.0, 64: 90.0, 1024: 40.0}).items():
+        for condition, hit in (("constant", value), ("text", value - 10), ("memory_off", 0.0)):
+            columns = {"split": "test", "position": str(k), "condition": condition, "length": (k + 1) * 32}
+            columns |= {"protocol": "curriculum", "ci_low": hit - 2, "ci_high": hit + 2}
+            metrics.append(row("exact_match", hit, {"chance": 100 / 256}, n=100, **columns))
+            metrics.append(row("token_accuracy", hit, {"chance": 100 / 16}, n=200, **columns))
+    for place, gate in (("filler", 0.25), ("question", 0.75)):
+        metrics.append(row("gate", gate, split="test", position=place, condition="constant", n=100))
+    task = {
+        "name": "recall",
+        "segments": 16,
+        "segments_after": [0, 1, 64, 1024],
+        "fillers": ["constant", "text"],
+    }
+    config = {"task": task, "trainer.curriculum": [1, 16], **changes.pop("config", {})}
+    return record(model, seed, metrics, config=config, **changes)
+
+
+def mqar(model: str = "infini_linear", seed: int = 0, value: float = 80.0, **changes) -> Record:
+    metrics = []
+    for pairs in (4, 16):
+        for d in (0, 4):
+            for end, hit in (("", value - pairs - d), (", memory_off", 2.0)):
+                columns = {
+                    "position": str(d),
+                    "condition": f"{pairs} pairs{end}",
+                    "length": 64,
+                    "n": 50 * pairs,
+                }
+                extra = {"pairs": pairs, "chance": 3.125}
+                columns |= {"ci_low": hit - 1, "ci_high": hit + 1}
+                metrics.append(row("token_accuracy", hit, extra, **columns))
+    task = {"name": "mqar", "segments": 4, "train_pairs": [2, 4]}
+    return record(model, seed, metrics, config={"task": task, **changes.pop("config", {})}, **changes)
+
+
+LOST = "UserError: Step 7 gave loss nan; lower trainer.lr."
+
+
+def training(task: str = "lm", norms: tuple[float, float] | None = (0.5, 4.0), **changes) -> Record:
+    """Of a training that ended well, or with an error (``norms`` None)."""
+    config = {"task": {"name": task}, **changes.pop("config", {})}
+    values: dict[str, Any] = {"kind": "train", "config": config, "tokens": 4000, "train": {"folder": "x"}}
+    if norms is None:
+        values |= {
+            "status": "failed",
+            "error": "Traceback\nUserError: Step 7 gave loss nan; lower trainer.lr.",
+        }
+    else:
+        facts = {"seconds": 2.0, "final_loss": 1.5, "grad_norm_mean": norms[0], "grad_norm_max": norms[1]}
+        values["train"] |= facts
+    return record(**{**values, **changes})

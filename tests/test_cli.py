@@ -79,7 +79,12 @@ def test_python_dash_m():
         ("eval passkey --length 0", "at least 1 token"),
         ("eval passkey --depths 120", 'The depth "120" lies outside 0-100 %'),
         ("eval passkey --trials 0", "task.trials must be above 0"),
-        ("eval lm --trials 3", "--depths and --trials belong to eval passkey"),
+        ("eval lm --trials 3", "--trials belongs to eval passkey, recall and mqar, not to eval lm"),
+        ("eval recall --depths 0", "--depths belongs to eval passkey, not to eval recall"),
+        ("eval passkey --segments 4", "--segments belongs to eval recall and mqar, not to eval passkey"),
+        ("eval recall --segments 4,1", "task.segments_after must be numbers of segments in rising order"),
+        ("eval recall --length 4K", "eval recall counts segments, not tokens: give --segments"),
+        ("train task=mqar scale=paper", "Task mqar has no scale=paper: choose one of gpu, laptop, smoke"),
         ("eval lm --length 1K,2K", "one --length"),
         ("eval reach --length 4K", "--length belongs to eval lm, passkey, booksum, not to eval reach"),
         ("eval reach --checkpoint x", "eval reach asks random weights; leave --checkpoint out"),
@@ -125,6 +130,7 @@ def test_options_of_eval_become_overrides(monkeypatch):
     invoke("eval", "passkey", "--length", "4K,1M", "--depths", "0,50%,end", "--trials", "3", "seed=1")
     invoke("eval", "lm", "--length", "4K", "--checkpoint", "runs/it's")
     invoke("eval", "booksum", "--length", "512K")
+    invoke("eval", "recall", "--segments", "1,64", "--trials", "9")
     passkey = [
         "task=passkey",
         "task.lengths=[4096,1048576]",
@@ -136,6 +142,7 @@ def test_options_of_eval_become_overrides(monkeypatch):
         ("eval", passkey),
         ("eval", ["task=lm", "task.max_tokens=4096", r"checkpoint='runs/it\'s'"]),
         ("eval", ["task=booksum", "task.input_tokens=524288"]),
+        ("eval", ["task=recall", "task.segments_after=[1,64]", "task.trials=9"]),
     ]
 
 

@@ -16,7 +16,7 @@ from infini_bench.cli.bridge import compose_run
 from infini_bench.cli.listing import list_options
 from infini_bench.config import TASKS, build_config, known_keys, to_dict
 from infini_bench.errors import UserError
-from infini_bench.schema import BooksumConfig, LMConfig, PasskeyConfig, RunConfig
+from infini_bench.schema import LMConfig, PasskeyConfig, RunConfig
 from infini_bench.units import parse_length
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
@@ -28,7 +28,10 @@ def plain(**sections):
     return {**to_dict(RunConfig(task=LMConfig())), **sections}
 
 
-@pytest.mark.parametrize(("task", "scale"), [*itertools.product(TASKS, SCALES)])
+RECIPES = [(t, s) for t, s in itertools.product(TASKS, SCALES) if s != "paper" or t not in ("recall", "mqar")]
+
+
+@pytest.mark.parametrize(("task", "scale"), RECIPES)
 def test_every_recipe_composes(task, scale):
     cfg = compose_run([f"task={task}", f"scale={scale}"])
     assert (cfg.task.name, cfg.scale, type(cfg.task)) == (task, scale, TASKS[task])
@@ -59,13 +62,13 @@ def test_every_experiment_composes(experiment):
 
 
 def test_all_files_are_described_and_reached():
-    for kind in ("models", "tasks", "data", "experiments"):
+    for kind in ("models", "tasks", "data", "experiments", "plans"):
         assert all(text for _, text in list_options(kind)), kind
     folder = ROOT / "conf"
     groups = {path.parent.name for path in folder.rglob("*.yaml")} - {"conf"}
     assert groups == {"model", "task", "data", "scale", "recipe", "experiment", "plan"}
     assert {path.stem for path in (folder / "scale").glob("*.yaml")} == set(SCALES)
-    recipes = {f"{task}_{scale}" for task in TASKS for scale in SCALES}
+    recipes = {f"{task}_{scale}" for task, scale in RECIPES}
     assert {path.stem for path in (folder / "recipe").glob("*.yaml")} == recipes
 
 
@@ -85,6 +88,12 @@ def test_passkey_recipes_train_at_the_length_they_name(scale):
     assert isinstance(cfg.task, PasskeyConfig)
     assert cfg.trainer.curriculum[-1:] in ([], [cfg.task.segments])
     assert max(parse_length(length) for length in cfg.task.lengths) > cfg.task.segments * cfg.memory.segment
+
+
+@pytest.mark.parametrize("task", ["recall", "mqar"])
+def test_the_paper_has_no_such_experiment(task):
+    with pytest.raises(UserError, match=f"Task {task} has no scale=paper: choose one of gpu, laptop, smoke"):
+        compose_run([f"task={task}", "scale=paper"])
 
 
 def test_the_configuration_package_has_one_name():
@@ -126,6 +135,21 @@ def test_the_configuration_package_has_one_name():
         ({"task": {"name": "passkey", "lengths": ["1Mb"]}}, '"1Mb" is not a length'),
         ({"task": {"name": "passkey", "depths": ["120"]}}, "outside 0-100 %"),
         ({"task": {"name": "booksum", "temperature": 0}}, "task.temperature must be above 0"),
+        (
+            {"task": {"name": "recall", "fillers": ["prose"]}},
+            "task.fillers must be one or more of constant, text",
+        ),
+        ({"task": {"name": "recall", "train_fillers": []}}, "task.train_fillers must be one or more of"),
+        (
+            {"task": {"name": "recall", "segments_after": [4, 1]}},
+            "numbers of segments in rising order, from 0",
+        ),
+        ({"task": {"name": "recall", "symbols": 1}}, "task.symbols must be 2 or more"),
+        ({"task": {"name": "mqar", "pairs": [0, 2]}}, "numbers of pairs in rising order, from 1"),
+        (
+            {"task": {"name": "mqar", "vocabulary": 16}},
+            "task.vocabulary=16 has 8 keys: too few for 256 pairs",
+        ),
     ],
 )
 def test_bad_values_are_told_in_one_sentence(overrides, message):
@@ -174,6 +198,6 @@ def test_any_value_gives_a_run_or_a_user_error(key, value, task):
 
 
 def test_the_schema_itself_is_valid():
-    for task in (LMConfig, PasskeyConfig, BooksumConfig):
+    for task in TASKS.values():
         cfg = RunConfig(task=task())
         assert build_config(to_dict(cfg)) == cfg

@@ -39,6 +39,8 @@ def test_it_learns_and_reports(tmp_path):
     assert lines[-1]["loss"] < 0.5 < lines[0]["loss"]
     assert lines[-1]["tokens"] == result.tokens == 60 * 2 * 24
     assert (result.steps, result.interrupted, result.final_loss) == (60, False, lines[-1]["loss"])
+    assert 0 < result.grad_norm_mean < result.grad_norm_max
+    assert max(line["grad_norm"] for line in lines) <= result.grad_norm_max
     assert result.best_loss == lines[-1]["validation_loss"] < 0.5
     assert result.checkpoint == tmp_path / "checkpoints" / "step-000060"
     vocab = result.parameters - result.non_embedding_parameters
@@ -74,14 +76,17 @@ def test_two_resumes_give_the_undisturbed_run(tmp_path):
         "curriculum": [1, 2],
         "curriculum_loss": 9.0,
     }
-    train(run_config(**{**settings, "save_every": None}), tmp_path / "whole")
+    undisturbed = train(run_config(**{**settings, "save_every": None}), tmp_path / "whole")
     whole = log(tmp_path / "whole")
     assert {line["level"] for line in whole} == {1}  # too few steps to move on
     folder = tmp_path / "parts"
     train_until(run_config(**settings), folder, 4)
     train_until(resumed(run_config(**settings), folder), folder, 7)
-    train(resumed(run_config(**settings), folder), folder)
+    result = train(resumed(run_config(**settings), folder), folder)
     assert timeless(log(folder)) == timeless(whole)
+    norms = [line["grad_norm"] for line in whole]
+    for each in (undisturbed, result):
+        assert each.grad_norm_mean == pytest.approx(sum(norms) / 9) and each.grad_norm_max == max(norms)
 
 
 def timeless(lines: list[dict]) -> list[dict]:

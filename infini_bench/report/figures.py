@@ -40,7 +40,8 @@ def svg(name: str, rows: list[Row]) -> str | None:
         return None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
+        for key, value in STYLE.items():
+            matplotlib.rcParams[key] = value  # type: ignore[index]
         figure = FIGURES[name](rows)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
@@ -58,14 +59,23 @@ def panels(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]
     return figure, [*axes[:count]]
 
 
+def labels(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(map(label, rows)))
+
+
 def label(row: Row) -> str:
     """A line's name: the model and its variant, without the sections of the settings."""
-    words = (word.rpartition(".")[2] for word in (row["variant"] or "").split())
-    return " ".join([row["model"], *words])
+    settings = (word.partition("=") for word in (row["variant"] or "").split())
+    short = (f"{key.rpartition('.')[2]}{equals}{value}" for key, equals, value in settings)
+    return " ".join([row["model"], *short])
 
 
-def curve(axes: Axes, number: int, rows: list[Row], x: list[float]) -> None:
-    """Values of rows over x with their intervals as a band; a value that is missing leaves a gap."""
+def curve(axes: Axes, names: list[str], rows: list[Row], x: list[float]) -> None:
+    """Values of rows over x with their intervals as a band; a value that is missing leaves a gap.
+
+    names: the labels of all lines of the figure, so that a line looks the same in every panel.
+    """
+    number = names.index(label(rows[0]))
     order = np.argsort(x)
     values = {key: np.array([_float(rows[i][key]) for i in order]) for key in ("value", "ci_low", "ci_high")}
     style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
@@ -96,6 +106,12 @@ def percent_axes(axes: Axes, rows: list[Row], x: str) -> None:
     )
 
 
+def trained_mark(axes: Axes, x: float) -> None:
+    """A line at the largest value seen in training."""
+    axes.axvline(x, color="0.6", linewidth=0.8)
+    axes.annotate("trained up to here ", (x, 50), rotation=90, ha="right", va="center", fontsize=7)
+
+
 def legend(figure: Figure, axes: list[Axes]) -> None:
     """One legend for all panels, below them; each name once."""
     found = [pair for each in axes for pair in zip(*each.get_legend_handles_labels(), strict=True)]
@@ -117,20 +133,19 @@ def recall(rows: list[Row]) -> Figure:
     groups = grouped(kept, (*SHEET, "split", "condition"))
     figure, axes = panels(len(groups), 2, sharey=True)
     for each, group in zip(axes, groups, strict=True):
-        _recall_panel(each, group)
+        _recall_panel(each, labels(kept), group)
         each.set_title(f"{group[0]['condition']} filler: {_place(group[0])}", fontsize=8)
     legend(figure, axes)
     return figure
 
 
-def _recall_panel(axes: Axes, rows: list[Row]) -> None:
+def _recall_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
     rows = [row for row in rows if row["position"] != "0"]  # a logarithm has no place for it
-    for number, line in enumerate(grouped(rows, ("model", "variant"))):
-        curve(axes, number, line, [float(row["position"]) for row in line])
+    for line in grouped(rows, ("model", "variant")):
+        curve(axes, names, line, [float(row["position"]) for row in line])
     longest = max(trained_segments(row["config"]) for row in rows) - 1
     if longest:
-        axes.axvline(longest, color="0.6", linewidth=0.8)
-        axes.annotate("trained up to here ", (longest, 50), rotation=90, ha="right", va="center", fontsize=7)
+        trained_mark(axes, longest)
     percent_axes(axes, rows, "segments from fact to question")
     axes.set_ylabel("exact match, %")
 
@@ -145,8 +160,9 @@ def mqar(rows: list[Row]) -> Figure:
     ]
     figure, axes = panels(len(groups), 4, sharey=True)
     for each, group in zip(axes, groups, strict=True):
-        for number, line in enumerate(grouped(group, ("model", "variant"))):
-            curve(each, number, line, [float(row["extra"]["pairs"]) for row in line])
+        for line in grouped(group, ("model", "variant")):
+            curve(each, labels(kept), line, [float(row["extra"]["pairs"]) for row in line])
+        trained_mark(each, max(max(row["config"]["task"]["train_pairs"]) for row in group))
         percent_axes(each, group, "pairs")
         each.set_title(f"asked {group[0]['position']} segments later: {_place(group[0])}", fontsize=8)
         each.set_ylabel("right values, %")
@@ -192,10 +208,11 @@ def _heat(axes: Axes, rows: list[Row], metric: str, match: Row, limits: tuple[fl
             values[maps.index(setting(row, "features")), norms.index(setting(row, "normaliser"))] = _float(
                 row["value"]
             )
-    low, high = limits or (np.nanmin(values, initial=np.inf), np.nanmax(values, initial=-np.inf))
+    finite = values[np.isfinite(values)]
+    low, high = limits or ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0))
     axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        dark = np.isfinite(value) and value - low < 0.5 * (high - low)
+        dark = np.isfinite(value) and value - low <= 0.5 * (high - low)
         text = "—" if np.isnan(value) else f"{value:.0f}" if limits else f"{value:.3f}"
         axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
     axes.set_xticks(range(len(norms)), norms)
@@ -214,23 +231,24 @@ def variants(rows: list[Row]) -> Figure:
         parts += [("", bits)] if bits else []
     figure, axes = panels(max(len(parts), 1), 3)
     for each, (filler, group) in zip(axes, parts, strict=False):
-        _recall_panel(each, group) if filler else _bits_panel(each, group)
+        (_recall_panel if filler else _bits_panel)(each, labels(rows), group)
         each.set_title(f"{group[0]['model']} {filler}: {_place(group[0])}", fontsize=8)
     legend(figure, axes)
     return figure
 
 
-def _bits_panel(axes: Axes, rows: list[Row]) -> None:
+def _bits_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
     """A point with its interval for each variant."""
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         if row["value"] is not None:
+            number = names.index(label(row))
             style: dict[str, Any] = {
                 "color": COLORS[number % len(COLORS)],
                 "marker": MARKERS[number % len(MARKERS)],
             }
             low, high = (_float(row[key]) for key in ("ci_low", "ci_high"))
             error = [[np.nan_to_num(row["value"] - low)], [np.nan_to_num(high - row["value"])]]
-            axes.errorbar([row["value"]], [number], xerr=error, capsize=2, **style)
+            axes.errorbar([row["value"]], [place], xerr=error, capsize=2, **style)
     axes.set_yticks(range(len(rows)), [label(row).partition(" ")[2] or row["model"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("bits per byte")

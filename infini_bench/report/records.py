@@ -135,7 +135,8 @@ def add_plan(folder: Path | str, record: Record, plan: str) -> None:
     if plan in record.plans:
         return
     record.plans.append(plan)
-    for path in sorted(Path(folder).glob("*.jsonl")):
+    own = Path(folder) / f"{record.id}.jsonl"
+    for path in [own] if own.exists() else sorted(Path(folder).glob("*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()
         if any(mine := [bool(line.strip()) and json.loads(line)["id"] == record.id for line in lines]):
             new = [record.to_json() if own else line for own, line in zip(mine, lines, strict=True)]

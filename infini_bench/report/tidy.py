@@ -10,6 +10,7 @@ A run has a place in its task's own table, unless it is part of plans whose runs
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -246,7 +247,13 @@ def rank(names: tuple[str, ...], name: str | None) -> tuple[int, float, str]:
         return (names.index(name), 0.0, "") if name in names else (len(names) + 1, 0.0, name)
 
 
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sort key in which ``4 pairs`` comes before ``16 pairs``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
 def _order(row: Row) -> tuple:
     plain = [str(row[key] or "") for key in ("scale", "device", "dataset", "split", "variant", "protocol")]
-    place = (row["length"] or 0, rank(POSITIONS, row["position"]), str(row["condition"] or ""), row["metric"])
+    condition = _natural(row["condition"] or "")
+    place = (row["length"] or 0, rank(POSITIONS, row["position"]), condition, row["metric"])
     return (NAMES.index(row["table"]), plain[:4], rank(MODELS, row["model"]), plain[4:], place)

@@ -1,0 +1,172 @@
+"""Tables and figures of the trained diagnostics, from made-up records."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from report_fakes import lm, mqar, pick, recall, sheet_text, training
+
+from infini_bench.report.figures import FIGURES, label, svg
+from infini_bench.report.layouts import BUILDERS, CAPTIONS, LINES, TITLES
+from infini_bench.report.records import add_plan, read_records, write_record
+from infini_bench.report.tables import write_report
+from infini_bench.report.tidy import NAMES, tidy
+
+FEATURES = {"plans": ["diag_features"]}
+
+
+def features(**memory) -> list:
+    """Recall, language model and their trainings at one setting."""
+    config = {"config": {f"memory.{key}": value for key, value in memory.items()}, **FEATURES}
+    made = [
+        recall(**config),
+        lm(**config),
+        training("recall", **config),
+        training("lm", (0.3, 2.0), **config),
+    ]
+    return made
+
+
+def named(records: list, name: str) -> list:
+    return [row for row in tidy(records) if row["table"] == name]
+
+
+def test_every_table_has_a_layout():
+    assert set(NAMES) == set(BUILDERS) == set(CAPTIONS) == set(TITLES) == set(LINES)
+    assert set(FIGURES) <= set(NAMES)
+
+
+def test_recall_layout():
+    titles, sheet = sheet_text([recall(seed=0), recall(seed=1, values={1: 90.0})], "diag_recall")
+    assert titles[:8] == ["model", "seeds", "filler or control", "trained at", "0", "1", "64", "1,024"]
+    lines = {line[2]: dict(zip(titles, line, strict=True)) for line in sheet.rows}
+    assert [*lines] == ["constant", "memory_off", "text"]
+    assert lines["constant"]["1"].startswith("95\n[91, 97]") and lines["constant"]["trained at"] == "16"
+    assert lines["constant"]["gate, question"].startswith("0.75")
+    assert lines["text"]["gate, question"] == "—"
+    assert "at most 200 trials" in sheet.caption and "chance 0.391, 6.25 %" in sheet.caption
+
+
+def test_mqar_layout():
+    titles, sheet = sheet_text([mqar()], "diag_mqar")
+    assert titles[:7] == ["model", "seeds", "memory floats", "pairs", "trained at", "0", "4"]
+    assert [line[3] for line in sheet.rows] == [
+        *("4 pairs", "4 pairs, memory_off"),
+        *("16 pairs", "16 pairs, memory_off"),
+    ]
+    assert sheet.rows[0][5].startswith("76\n[") and "Trained on 2, 4 pairs" in sheet.caption
+
+
+def test_a_view_puts_recall_language_and_training_in_one_line():
+    titles, sheet = sheet_text([*features(features="exp"), *features(features="relu2")], "diag_features")
+    assert len(sheet.rows) == 2 and sheet.title.startswith(
+        "Feature maps and normalisers, embedded, scale laptop"
+    )
+    line = dict(zip(titles, sheet.rows[0], strict=True))
+    assert line["model"] == "infini_linear\nmemory.features=exp"
+    assert line["constant 64"].startswith("90\n[") and line["text 1,024"].startswith("30\n[")
+    assert line["bits/byte"].startswith("2.885") and line["training"] == "done"
+    assert line["gradient norm, max (recall, lm)"] == "4.0\n2.0"
+    assert named(features(features="exp"), "diag_recall") == named(features(), "table2_lm") == []
+    assert named(features(), "lm_position") == []
+
+
+def test_a_training_that_fails_is_a_row_with_its_reason():
+    broken = training("recall", None, config={"memory.features": "exp"}, **FEATURES)
+    rows = named([*features(features="relu2"), broken], "diag_features")
+    norm = pick(rows, "grad_norm_max", variant="memory.features=exp")
+    assert norm["value"] is None and norm["extra"]["failed"].startswith("UserError: Step 7 gave loss nan")
+    titles, sheet = sheet_text([*features(features="relu2"), broken], "diag_features")
+    line = dict(zip(titles, sheet.rows[0], strict=True))
+    assert line["model"].endswith("exp") and line["constant 64"] == "—"
+    assert line["training"] == "recall: UserError: Step 7 gave loss nan; lower trainer.lr."
+    assert "diag_features" not in TITLES["diag_recall"] and sheet.failures
+
+
+def test_one_seed_that_fails_is_not_averaged_away():
+    config = {"config": {"memory.features": "exp"}, **FEATURES}
+    rows = named([training("lm", None, seed=1, **config), training("lm", seed=0, **config)], "diag_features")
+    norm = pick(rows, "grad_norm_max")
+    assert norm["value"] is None and "failed" in norm["extra"] and norm["seeds"] == 2
+
+
+def test_a_run_of_two_plans_is_in_both_tables():
+    both = recall(plans=["diag_recall", "diag_features"])
+    assert {row["table"] for row in tidy([both])} == {"diag_recall", "diag_features"}
+    assert {row["table"] for row in tidy([recall(plans=["demo"])])} == {"diag_recall"}
+
+
+def test_variants_are_those_of_the_table():
+    """What a view varies does not become a variant of the task's own table."""
+    own, varied = recall(), recall(config={"memory.gate": 2}, plans=["diag_gates"])
+    assert {row["variant"] for row in named([own, varied], "diag_recall")} == {None}
+
+
+def test_plans_are_noted_in_the_records_file(tmp_path):
+    one, two = recall(), recall(seed=1)
+    write_record(tmp_path, one)
+    (tmp_path / "many.jsonl").write_text(f"{mqar().to_json()}\n\n{two.to_json()}\n")
+    for record in read_records(tmp_path):
+        add_plan(tmp_path, record, "diag_recall")
+        add_plan(tmp_path, record, "diag_recall")
+    assert [record.plans for record in read_records(tmp_path)] == [["diag_recall"]] * 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+
+def drawn() -> list:
+    """Records for every figure, two models each."""
+    records = [made for model in ("infini_linear", "infini_delta") for made in (recall(model), mqar(model))]
+    for plan, settings in (
+        (
+            "diag_features",
+            [{"features": f, "normaliser": n} for f in ("elu1", "exp") for n in ("sum", "max")],
+        ),
+        ("diag_gates", [{"gate_split": 0.0}, {"gate_split": 2.0}]),
+        ("diag_local", [{"local": "block"}, {"local": "sliding"}]),
+    ):
+        for memory in settings:
+            config = {f"memory.{key}": value for key, value in memory.items()}
+            records += [recall(config=config, plans=[plan]), lm(config=config, plans=[plan])]
+    return records
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_the_same_bytes_again(name):
+    text = svg(name, named(drawn(), name))
+    assert text == svg(name, named(drawn(), name))
+    ElementTree.fromstring(text)
+    assert "<text" in text and "dc:date" not in text and "Matplotlib" not in text
+    assert svg(name, []) is None
+
+
+def test_a_line_looks_the_same_in_every_panel():
+    text = svg("diag_recall", named(drawn(), "diag_recall"))
+    assert all(f">{word}<" in text for word in ("infini_linear", "infini_delta", "chance"))
+    colours = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1.5", text)
+    assert colours.count("#0072b2") == colours.count("#d55e00") == 3, "two panels and the legend"
+
+
+def test_labels_are_short():
+    row = {"model": "infini_linear", "variant": "memory.gate_frozen=0.5 trainer.lr=0.01"}
+    assert label(row) == "infini_linear gate_frozen=0.5 lr=0.01"
+
+
+def test_heat_maps_leave_a_dash_where_a_run_is_missing():
+    records = [made for made in drawn() if made.plans == ["diag_features"]]
+    whole = svg("diag_features", named(records, "diag_features"))
+    text = svg("diag_features", named(records[:-2], "diag_features"))
+    assert ">—<" in text and ">—<" not in whole and ">elu1<" in text and ">90<" in text
+
+
+def test_report_writes_figures_beside_the_tables(tmp_path):
+    for made in drawn():
+        write_record(tmp_path / "records", made)
+    write_report(tmp_path / "records", tmp_path / "tables")
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(FIGURES)
+    write_report(tmp_path / "records", tmp_path / "page.html", ["html"], tmp_path / "elsewhere")
+    assert len([*(tmp_path / "elsewhere").iterdir()]) == len(FIGURES)

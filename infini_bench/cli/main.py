@@ -265,13 +265,13 @@ def _launch(
 def _length_override(task: str, text: str | None) -> list[str]:
     if text is None:
         return []
+    if task in COUNTED:
+        raise UserError(f"eval {task} counts segments, not tokens: give --segments, e.g. 1,64,4096.")
     if task not in LENGTH_KEYS:
         raise UserError(f"--length belongs to eval {', '.join(LENGTH_KEYS)}, not to eval {task}.")
     lengths = [parse_length(part) for part in text.split(",")]
     if task == "passkey":
         return [f"task.lengths=[{','.join(map(str, lengths))}]"]
-    if task not in LENGTH_KEYS:
-        raise UserError(f"eval {task} counts segments, not tokens: give --segments, e.g. 1,64,4096.")
     if len(lengths) > 1:
         raise UserError(f"eval {task} takes one --length; for several add -m {LENGTH_KEYS[task]}={text}.")
     return [f"{LENGTH_KEYS[task]}={lengths[0]}"]

@@ -6,6 +6,7 @@ Every key of ``conf/`` is a field here; ``None`` means "not set", never a magic 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
@@ -22,7 +23,8 @@ class MemoryConfig:
     """What an attention layer remembers beyond the tokens of its own segment.
 
     kind: ``compressive`` (Infini-attention), ``xl`` (one cached segment), ``block`` (nothing),
-    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers).
+    ``sliding`` (the last ``window`` tokens), ``full`` (everything) or ``knn`` (Memorizing Transformers), or a
+    subclass of ``Memory`` outside this package, as FILE.py:CLASS or MODULE:CLASS.
     """
 
     kind: str = "compressive"
@@ -36,6 +38,7 @@ class MemoryConfig:
     neighbours: int = 32  # knn: of them that a query attends to
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
+    options: dict[str, Any] = field(default_factory=dict)  # of a memory outside this package
 
 
 @dataclass

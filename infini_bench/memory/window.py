@@ -34,6 +34,7 @@ class WindowMemory(Memory):
             cfg.kind, -(-((self.window or 1) - 1) // cfg.segment)
         )
         self.has_memory = self.previous > 0
+        self.differentiable = cfg.kind == "sliding"
 
     def state_floats(self) -> int:
         return 2 * self.head_dim * self.kv_heads * self.segment * self.previous

@@ -66,7 +66,7 @@ def subject_of(
         return with_sizes(module, sizes)
     if not isinstance(module, nn.Module):
         raise UserError(f"{target} is no torch module but a {type(module).__name__}; {ADAPTER}.")
-    return Recognised(module, {**settings, **sizes}, sizes)
+    return Recognised(module, settings, sizes)
 
 
 def own(memory: MemoryConfig, settings: Values, sizes: dict[str, int]) -> Subject:
@@ -115,7 +115,7 @@ class Recognised(Subject):
         self.accepts = [*inspect.signature(module.forward).parameters]
         self.state_name = next((name for name in STATES if name in self.accepts[1:]), None)
         self.fixed: Values = {"use_cache": True} if self.state_name and "use_cache" in self.accepts else {}
-        self.segment = size_of(module, settings, "segment") or Subject.segment
+        self.segment = size_of(module, {**settings, **sizes}, "segment") or Subject.segment
         self.is_hub_model = isinstance(module, GenerationMixin)
         self.only_loss = False
         self.settle(settings, sizes)
@@ -125,6 +125,7 @@ class Recognised(Subject):
         """Find out by trial calls whether inputs are ids or vectors, and whether a state comes back."""
         tables = [m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)]
         layers = [m.in_features for m in self.module.modules() if isinstance(m, nn.Linear)]
+        settings = {**settings, **sizes}
         vocab = size_of(self.module, settings, "vocab") or next(iter(tables), None)
         dim = size_of(self.module, settings, "dim") or next(iter(layers), None)
         trials = [("vocab", vocab)] * (bool(tables) and "dim" not in sizes) + [("dim", dim)] * ("vocab" not in sizes)
@@ -176,7 +177,8 @@ class Recognised(Subject):
     def padded(self, x: Tensor, mask: Tensor) -> Tensor:
         if not self.is_hub_model:
             return super().padded(x, mask)
-        return self.module(x, attention_mask=mask.long()).logits
+        places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in self.accepts else {}
+        return self.module(x, attention_mask=mask.long(), **places).logits
 
     def generate(self, prompt: Tensor, tokens: int) -> Tensor:
         if not self.is_hub_model:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from infini_bench.contract.probes import SEQUENCE, repeatable
-from infini_bench.contract.probes_memory import BEYOND, MEMORY, PRECISIONS, opened
+from infini_bench.contract.probes_memory import BEYOND, MEMORY, PRECISIONS, opened, tails
 from infini_bench.contract.probes_use import USE
 from infini_bench.contract.subject import Subject, Verdict
 
@@ -34,5 +35,6 @@ def check(subject: Subject, length: int = 32768, seed: int = 0) -> Iterator[Verd
     with opened(subject):
         for each in later:
             yield each(subject)
+        exact = functools.cache(lambda: tails(subject, length, torch.float32))
         for precise in PRECISIONS:
-            yield precise(subject, length)
+            yield precise(subject, length, exact)

@@ -56,14 +56,18 @@ def replaced(subject: Subject, x: Tensor, where: slice) -> Tensor:
 
 
 def influence(subject: Subject, x: Tensor, positions: list[int], sizes: list[int] | None = None) -> Tensor:
-    """How much each output changes when one token does: (len(positions), T), relative."""
-    base = feed(subject, x, sizes)[0]
+    """How much each output of a document (1, T) changes when one token does: (len(positions), T), relative.
+
+    The changed documents are rows of one batch, unless its rows turn out to mix.
+    """
+    changed = [replaced(subject, x, slice(j, j + 1)) for j in positions]
+    together = feed(subject, torch.cat([x, *changed]), sizes)[0]
+    base = feed(subject, x.repeat(len(changed) + 1, *[1] * (x.dim() - 1)), sizes)[0]
+    if not torch.equal(together[0], base[0]):
+        base = feed(subject, x, sizes)[0]
+        together = torch.cat([base, *(feed(subject, other, sizes)[0] for other in changed)])
     scale = base.abs().max().clamp_min(1e-12)
-    rows = []
-    for j in positions:
-        other = feed(subject, replaced(subject, x, slice(j, j + 1)), sizes)[0]
-        rows.append((other - base).abs().amax(0).flatten(1).amax(1) / scale)
-    return torch.stack(rows)
+    return (together[1:] - base[:1]).abs().flatten(2).amax(2) / scale
 
 
 def spread(tokens: int, segment: int) -> list[int]:
@@ -93,7 +97,7 @@ def repeatable(subject: Subject) -> Finding:
 def causality(subject: Subject) -> Finding:
     """No output changes with a later token."""
     tokens = 3 * subject.segment
-    x, positions = draw(subject, 2, tokens, 3), spread(tokens, subject.segment)
+    x, positions = draw(subject, 1, tokens, 3), spread(tokens, subject.segment)
     seen = influence(subject, x, positions)
     if subject.has_state and one_call_works(subject, x):
         seen = seen.maximum(influence(subject, x, positions, [tokens]))
@@ -123,7 +127,7 @@ def head_mixing(subject: Subject) -> Finding:
     if n < 4:
         raise Unobservable("a segment of fewer than 4 tokens shows no slices")
     positions = [j for j in spread(n, n) if j < n]
-    seen = influence(subject, draw(subject, 2, n, 4), positions) > NOTHING
+    seen = influence(subject, draw(subject, 1, n, 4), positions) > NOTHING
     back = torch.arange(n) - torch.tensor(positions)[:, None]
     due = (back >= 0) & (back < (subject.window or n))
     if not (seen & due & (back > 0)).any():

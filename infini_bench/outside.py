@@ -33,11 +33,11 @@ def name(target: str) -> None:
 
 
 def resolve(target: str) -> Any:
-    """The object of ``target``. Raises UserError if the user has not named it, or if it cannot be imported."""
+    """The object of ``target``. Raises UserError if the user has not named it, or it cannot be imported."""
     if target not in _named:
         raise UserError(
-            f"This model's memory is code outside infini-bench, {target}; name it again if you trust it, with "
-            f"memory.kind={target}, or with model=NAME and the --config-dir where your YAML file says so."
+            f"This model's memory is code outside infini-bench, {target}; name it again if you trust it, "
+            f"with memory.kind={target}, or with model=NAME and the --config-dir where your YAML file says so."
         )
     return load(target)
 
@@ -48,9 +48,8 @@ def digest(target: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" and path.is_file() else None
 
 
-@functools.cache
 def load(target: str) -> Any:
-    """Import what ``target`` names, once. Raises UserError in one sentence."""
+    """The object that ``target`` names; a file is imported once. Raises UserError in one sentence."""
     source, _, attribute = target.rpartition(":")
     if not source or not attribute:
         raise UserError(f'"{target}" names no code; write FILE.py:NAME or MODULE:NAME.')
@@ -60,7 +59,7 @@ def load(target: str) -> Any:
     folder = str(path.parent.resolve()) if path.suffix == ".py" else os.getcwd()
     sys.path.insert(0, folder)  # what a script of that folder could import
     try:
-        module = _file(path) if path.suffix == ".py" else importlib.import_module(source)
+        module = _file(path.resolve()) if path.suffix == ".py" else importlib.import_module(source)
     except Exception as error:  # whatever stands in the user's file
         raise UserError(f"{source} cannot be imported: {_where(error)}.") from error
     finally:
@@ -70,8 +69,9 @@ def load(target: str) -> Any:
     return getattr(module, attribute)
 
 
+@functools.cache
 def _file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"outside_{path.stem}_{abs(hash(path.resolve()))}", path)
+    spec = importlib.util.spec_from_file_location(f"outside_{path.stem}_{abs(hash(path))}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,4 +1,4 @@
-"""A sound module that goes through its text token by token, and one with each fault that a probe must find."""
+"""A sound module that reads token by token, and one with each fault that a probe must find."""
 
 from __future__ import annotations
 
@@ -183,7 +183,9 @@ class Reshaped(nn.Module):
     outputs see later tokens. Otherwise it is folded back at the end, and each head sees a slice of the text.
     """
 
-    def __init__(self, dim: int = 16, heads: int = 2, segment: int = 8, per_segment: bool = True, right: bool = False):
+    def __init__(
+        self, dim: int = 16, heads: int = 2, segment: int = 8, per_segment: bool = True, right: bool = False
+    ):
         super().__init__()
         self.qkv, self.heads, self.segment = nn.Linear(dim, 3 * dim), heads, segment
         self.per_segment, self.right = per_segment, right
@@ -210,7 +212,9 @@ class Layer(nn.Module):
         super().__init__()
         self.inner = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, state: tuple[Tensor, int] | None = None) -> tuple[Tensor, tuple[Tensor, int]]:
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, int] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, int]]:
         total, count = state or (torch.zeros_like(x[:, 0]), 0)
         sums = total[:, None] + self.inner(x).cumsum(1)
         counts = count + torch.arange(1, x.shape[1] + 1)

@@ -73,8 +73,12 @@ def test_a_model_of_the_hub_is_recognised():
     subject = Recognised(model, {}, {"segment": 8})
     assert (subject.vocab, subject.has_state) == (48, True)
     found = verdicts(subject, 64)
-    assert {"state is a value", "state growth"} <= failed(found)  # a cache, written into, that keeps everything
-    assert {found[n].verdict for n in ("generation", "padding", "ignored labels", "split invariance")} == {"pass"}
+    assert {"state is a value", "state growth"} <= failed(
+        found
+    )  # a cache, written into, that keeps everything
+    assert {found[n].verdict for n in ("generation", "padding", "ignored labels", "split invariance")} == {
+        "pass"
+    }
     assert found["empty prompt"].verdict == "FAIL"
 
 

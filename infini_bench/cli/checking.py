@@ -44,7 +44,9 @@ def run_check(
     verdicts = list(check(subject, length, seed))
     seen = [v for v in verdicts if v.verdict != "not applicable"]
     if not seen:
-        raise UserError(f"Nothing of {target} can be observed: {verdicts[0].detail}; write an adapter for it.")
+        raise UserError(
+            f"Nothing of {target} can be observed: {verdicts[0].detail}; write an adapter for it."
+        )
     failed = [v for v in seen if v.verdict == "FAIL"]
     show(target, verdicts)
     print(f"{len(seen) - len(failed)} pass, {len(failed)} fail, {len(verdicts) - len(seen)} not applicable")
@@ -58,7 +60,9 @@ def models(target: str, config_dir: Path | None) -> dict[str, MemoryConfig]:
     """The memory of every model by name; composed only for the one asked for."""
     names = [name for name, _ in list_options("models", config_dir)]
     return {
-        name: compose_run([*search_path(config_dir), f"model={name}"]).memory if name == target else MemoryConfig()
+        name: compose_run([*search_path(config_dir), f"model={name}"]).memory
+        if name == target
+        else MemoryConfig()
         for name in names
     }
 

@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from infini_bench import outside
 from infini_bench.contract.own import OwnModel
 from infini_bench.contract.peers import PEERS
-from infini_bench.contract.subject import Subject, Unobservable, draw
+from infini_bench.contract.subject import Subject, UnobservableError, draw
 from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory
 from infini_bench.schema import MemoryConfig
@@ -48,7 +48,7 @@ def subject_of(
     """
     torch.manual_seed(seed)
     if target in models:
-        return own(models[target], settings, sizes)
+        return own(models[target], target, settings, sizes)
     if target in PEERS:
         return constructed(PEERS[target], target, {**settings, **sizes})
     if not outside.is_outside(target):
@@ -60,7 +60,7 @@ def subject_of(
     thing = outside.load(target)
     if isinstance(thing, type) and issubclass(thing, Memory):
         outside.name(target)
-        return own(MemoryConfig(kind=target), {"options": settings} if settings else {}, sizes)
+        return own(MemoryConfig(kind=target), target, {"options": settings} if settings else {}, sizes)
     module = thing if isinstance(thing, nn.Module) else constructed(thing, target, settings)
     if isinstance(module, Subject):
         return with_sizes(module, sizes)
@@ -69,13 +69,16 @@ def subject_of(
     return Recognised(module, settings, sizes)
 
 
-def own(memory: MemoryConfig, settings: Values, sizes: dict[str, int]) -> Subject:
+def own(memory: MemoryConfig, target: str, settings: Values, sizes: dict[str, int]) -> Subject:
     """A model of ours; settings are fields of `MemoryConfig`."""
-    small = {"segment": OWN_SEGMENT, **({"entries": 3 * OWN_SEGMENT, "neighbours": 4} if memory.kind == "knn" else {})}
+    small = {
+        "segment": OWN_SEGMENT,
+        **({"entries": 3 * OWN_SEGMENT, "neighbours": 4} if memory.kind == "knn" else {}),
+    }
     unknown = [key for key in {**settings, **sizes} if not hasattr(memory, key)]
     if unknown:
         raise UserError(f"A memory has no setting {unknown[0]}; its fields are in infini_bench/schema.py.")
-    return OwnModel(replace(memory, **{**small, **settings, **sizes}))
+    return constructed(OwnModel, target, {"memory": replace(memory, **{**small, **settings, **sizes})})
 
 
 def constructed(thing: Any, target: str, settings: Values) -> Any:
@@ -86,9 +89,13 @@ def constructed(thing: Any, target: str, settings: Values) -> Any:
         return thing(**settings)
     except ImportError as error:
         raise UserError(f"{target} cannot be imported here ({error}); install it first.") from error
+    except UserError:
+        raise
     except Exception as error:  # a foreign constructor
-        words = " ".join(str(error).split())
-        raise UserError(f"{target} cannot be made ({words}); give its arguments as --arg NAME=VALUE.") from error
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{target} cannot be made ({words}); give its arguments as --arg NAME=VALUE."
+        ) from error
 
 
 def with_sizes(subject: Subject, sizes: dict[str, int]) -> Subject:
@@ -103,8 +110,8 @@ def with_sizes(subject: Subject, sizes: dict[str, int]) -> Subject:
 class Recognised(Subject):
     """A module whose call is recognised: which inputs, which outputs, which argument is the state.
 
-    Inputs are token ids if it has an embedding and takes them, else vectors. Outputs are the tensor (B, T, ...)
-    that it returns: alone, first in a tuple, or under one of `OUTPUTS`. The state is the argument named as in
+    Inputs are token ids if it has an embedding and takes them, else vectors. Outputs are the tensor
+    (B, T, ...) that it returns: alone, first in a tuple, or under one of `OUTPUTS`. The state is the argument named as in
     `STATES`, and what comes back under the same name, or second. Padding, labels and generation are known for
     Hugging Face's causal models only.
     """
@@ -128,7 +135,9 @@ class Recognised(Subject):
         settings = {**settings, **sizes}
         vocab = size_of(self.module, settings, "vocab") or next(iter(tables), None)
         dim = size_of(self.module, settings, "dim") or next(iter(layers), None)
-        trials = [("vocab", vocab)] * (bool(tables) and "dim" not in sizes) + [("dim", dim)] * ("vocab" not in sizes)
+        trials = [("vocab", vocab)] * (bool(tables) and "dim" not in sizes) + [("dim", dim)] * (
+            "vocab" not in sizes
+        )
         errors = []
         for kind, number in trials:
             if number is None:
@@ -141,7 +150,9 @@ class Recognised(Subject):
             else:
                 return
         why = f" ({errors[-1]})" if errors else "; give --dim or --vocab"
-        raise UserError(f"{type(self.module).__name__} cannot be called with token ids or vectors{why}; {ADAPTER}.")
+        raise UserError(
+            f"{type(self.module).__name__} cannot be called with token ids or vectors{why}; {ADAPTER}."
+        )
 
     def trial(self) -> None:
         """Two calls, the second with the state of the first. Raises whatever the module raises."""
@@ -165,12 +176,12 @@ class Recognised(Subject):
         fields = result._asdict() if hasattr(result, "_asdict") else result
         if isinstance(fields, Mapping):
             name = next((n for n in OUTPUTS if isinstance(fields.get(n), Tensor)), next(iter(fields)))
-            return fields[name], fields.get(self.state_name)
+            return fields[name], fields.get(self.state_name or "")
         return result[0], result[1] if len(result) > 1 else None
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if self.only_loss:
-            raise Unobservable("it returns only a loss")
+            raise UnobservableError("it returns only a loss")
         given = {} if state is None or not self.has_state else {self.state_name: state}
         return self.parts(self.module(x, **self.fixed, **given))
 

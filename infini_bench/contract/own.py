@@ -1,4 +1,4 @@
-"""This package's own memories under their contract, in a small decoder: by a model's name or a memory's class."""
+"""This package's memories, and the user's, under their contract in a small decoder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class OwnModel(Subject):
         return logits, after.detach()
 
     def generate(self, prompt: Tensor, tokens: int) -> Tensor:
-        out: Any = self.model.generate(prompt, max_new_tokens=tokens, do_sample=False)
+        model: Any = self.model
+        out = model.generate(prompt, max_new_tokens=tokens, do_sample=False)
         return out[:, prompt.shape[1] :]
 
     def loss(self, ids: Tensor, kept: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ is given with ``--arg``; defaults below are small, so that a check takes seconds
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -21,7 +23,7 @@ SMALL = {"num_tokens": 64, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
 
 
 class InfiniTransformerPytorch(Subject):
-    """infini-transformer-pytorch: whole segments return memories, parts of one return cached keys and values."""
+    """infini-transformer-pytorch: a whole segment returns memories, a part of one its keys and values."""
 
     def __init__(self, segment: int = 16, **settings: Any):
         super().__init__()
@@ -61,7 +63,9 @@ class InfiniTransformerPytorch(Subject):
     def loss(self, ids: Tensor, kept: Tensor) -> Tensor:
         # labels are the inputs, so a label can only be ignored as a token of its own
         self.wrapper.ignore_index = self.model.token_emb.num_embeddings - 1
-        return self.wrapper(ids.clamp(max=self.wrapper.ignore_index - 1).where(kept, self.wrapper.ignore_index))
+        return self.wrapper(
+            ids.clamp(max=self.wrapper.ignore_index - 1).where(kept, self.wrapper.ignore_index)
+        )
 
 
 class MemorizingTransformersPytorch(Subject):
@@ -86,7 +90,9 @@ class MemorizingTransformersPytorch(Subject):
         from memorizing_transformers_pytorch.knn_memory import KNNMemoryList
 
         create = KNNMemoryList.create_memories(
-            batch_size=batch, num_memory_layers=self.model.num_memory_layers, memories_directory=self.folders.new()
+            batch_size=batch,
+            num_memory_layers=self.model.num_memory_layers,
+            memories_directory=self.folders.new(),
         )
         return create(**self.model.knn_mem_kwargs)
 
@@ -126,10 +132,11 @@ class Folders:
     """A new folder for every store, because two stores in one folder overwrite each other."""
 
     def __init__(self) -> None:
-        self.root = tempfile.TemporaryDirectory()
+        self.root = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
 
     def new(self) -> str:
-        return tempfile.mkdtemp(dir=self.root.name)
+        return tempfile.mkdtemp(dir=self.root)
 
     def __deepcopy__(self, memo: Any) -> Folders:
         return self

@@ -1,7 +1,7 @@
 """What any causal module must keep, however it remembers: causality, heads, rows, cuts, padding, documents.
 
-Every probe is a function of a `Subject` that returns a `Verdict`. Inputs are random and seeded; differences are
-relative to the largest output (`distance`). Probes of what a module remembers are in `probes_memory.py`.
+Every probe is a function of a `Subject` that returns a `Verdict`. Inputs are random and seeded; differences
+are relative to the largest output (`distance`). What a module remembers is probed in `probes_memory.py`.
 
 Shapes: B batch, T tokens, N segment length.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infini_bench.contract.subject import Subject, Unobservable, Verdict, distance, draw, feed
+from infini_bench.contract.subject import Subject, UnobservableError, Verdict, distance, draw, feed
 
 SAME = 1e-4  # float32 sums in another order differ by less
 NOTHING = 1e-6  # what a token that cannot be seen may change
@@ -31,7 +31,7 @@ def probe(name: str) -> Callable[[Callable[..., Finding]], Callable[..., Verdict
         def run(*args: object) -> Verdict:
             try:
                 holds, detail, measured = find(*args)
-            except Unobservable as reason:
+            except UnobservableError as reason:
                 return Verdict(name, "not applicable", str(reason))
             except Exception as error:  # whatever a foreign module raises
                 words = " ".join(str(error).split())[:200]
@@ -122,16 +122,16 @@ def one_call_works(subject: Subject, x: Tensor) -> bool:
 @probe("head mixing")
 @torch.no_grad()
 def head_mixing(subject: Subject) -> Finding:
-    """Every token of a segment reaches every later one: heads split by a bare reshape see slices of the text."""
+    """Every token of a segment reaches every later one: heads split by a bare reshape see slices."""
     n = subject.segment
     if n < 4:
-        raise Unobservable("a segment of fewer than 4 tokens shows no slices")
+        raise UnobservableError("a segment of fewer than 4 tokens shows no slices")
     positions = [j for j in spread(n, n) if j < n]
     seen = influence(subject, draw(subject, 1, n, 4), positions) > NOTHING
     back = torch.arange(n) - torch.tensor(positions)[:, None]
     due = (back >= 0) & (back < (subject.window or n))
     if not (seen & due & (back > 0)).any():
-        raise Unobservable("as built, no token of a segment sees another (are its weights zero?)")
+        raise UnobservableError("as built, no token of a segment sees another (are its weights zero?)")
     missing = (due & ~seen).sum(0)
     worst = int(missing.argmax())
     sees, all_due = int((due & seen)[:, worst].sum()), int(due[:, worst].sum())
@@ -164,8 +164,16 @@ def lengths(subject: Subject) -> Finding:
     worst = max(gaps, key=lambda t: gaps[t])
     if gaps[worst] <= SAME:
         words = ", ".join(map(str, tried))
-        return True, f"the first {words} tokens give what they give in {3 * n} ({gaps[worst]:.1g})", gaps[worst]
-    return False, f"{worst} tokens alone give other outputs than inside {3 * n} ({gaps[worst]:.2g})", gaps[worst]
+        return (
+            True,
+            f"the first {words} tokens give what they give in {3 * n} ({gaps[worst]:.1g})",
+            gaps[worst],
+        )
+    return (
+        False,
+        f"{worst} tokens alone give other outputs than inside {3 * n} ({gaps[worst]:.2g})",
+        gaps[worst],
+    )
 
 
 @probe("split invariance")
@@ -174,15 +182,19 @@ def splits(subject: Subject) -> Finding:
     """Any cut of a document into calls gives the outputs of segment-wise calls, down to single tokens."""
     n = subject.segment
     if not subject.has_state:
-        raise Unobservable("it takes no state, so a document cannot be cut")
+        raise UnobservableError("it takes no state, so a document cannot be cut")
     if subject.call_is_segment:
-        raise Unobservable("a call is a segment by its declaration, so other cuts are other documents")
+        raise UnobservableError("a call is a segment by its declaration, so other cuts are other documents")
     tokens = 2 * n + n // 2
     x = draw(subject, 2, tokens, 8)
     whole = feed(subject, x)[0]
     uneven = [n - n // 4, n // 2 + 1]
     uneven = [*uneven, tokens - sum(uneven)]
-    cuts = {"one call": [tokens], f"calls of {'+'.join(map(str, uneven))}": uneven, "single tokens": [1] * tokens}
+    cuts = {
+        "one call": [tokens],
+        f"calls of {'+'.join(map(str, uneven))}": uneven,
+        "single tokens": [1] * tokens,
+    }
     gaps = {name: distance(feed(subject, x, sizes)[0], whole) for name, sizes in cuts.items()}
     worst = max(gaps, key=lambda name: gaps[name])
     if gaps[worst] <= SAME:
@@ -195,7 +207,7 @@ def splits(subject: Subject) -> Finding:
 def values(subject: Subject) -> Finding:
     """A state that was given to a call can be used again: kept, compared, handed to another beam."""
     if not subject.has_state:
-        raise Unobservable("it takes no state")
+        raise UnobservableError("it takes no state")
     n = subject.segment
     first, more = draw(subject, 2, n + n // 2, 9), draw(subject, 2, n, 10)
     _, state = feed(subject, first)
@@ -237,7 +249,11 @@ def documents(subject: Subject) -> Finding:
     new = distance(y[1:], feed(subject, x[1:])[0])
     if max(on, new) <= SAME:
         return True, "the row starts afresh and the other goes on", max(on, new)
-    what = f"the new row still differs from a fresh document ({new:.2g})" if new > SAME else "the other row changed"
+    what = (
+        f"the new row still differs from a fresh document ({new:.2g})"
+        if new > SAME
+        else "the other row changed"
+    )
     return False, what, max(on, new)
 
 

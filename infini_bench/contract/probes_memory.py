@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infini_bench.contract.probes import NOTHING, SAME, Finding, probe, replaced
-from infini_bench.contract.subject import Subject, Unobservable, Verdict, distance, draw, feed, tensors
+from infini_bench.contract.subject import Subject, UnobservableError, Verdict, distance, draw, feed, tensors
 
 READ = 1e-3  # share of the own segment's effect below which a memory might as well be absent
 ALIVE = 1e-2  # share of a gate's largest gradient below which it hardly moves
@@ -47,7 +47,7 @@ def opened(subject: Subject, value: float = OPEN) -> Iterator[None]:
 
 def need_memory(subject: Subject) -> None:
     if not subject.has_memory:
-        raise Unobservable("nothing is left behind and remembered, by its declaration")
+        raise UnobservableError("nothing is left behind and remembered, by its declaration")
 
 
 def effect(subject: Subject, x: Tensor, where: slice) -> float:
@@ -74,14 +74,14 @@ def gates_learn(subject: Subject) -> Finding:
     """As built, every gate gets a gradient of the size that it has when half open."""
     need_memory(subject)
     if not gates(subject):
-        raise Unobservable("no parameter is called gate")
+        raise UnobservableError("no parameter is called gate")
     x = draw(subject, 4, 3 * subject.segment, 21)
     start = gate_gradients(subject, x)
     with opened(subject, 0.0):
         best = gate_gradients(subject, x)
     shares = {name: start[name] / best[name] for name in start if best[name] > 0}
     if not shares:
-        raise Unobservable("the gates have no gradient in any position")
+        raise UnobservableError("the gates have no gradient in any position")
     worst = min(shares, key=lambda name: shares[name])
     short = ".".join(worst.split(".")[-2:])
     detail = f"{short} starts with {shares[worst]:.1g} of the gradient that it has at 0 ({start[worst]:.1g})"
@@ -106,7 +106,7 @@ def reach(subject: Subject) -> Finding:
     """Where an earlier segment changes an output, a gradient comes back to it: writing can be learned."""
     need_memory(subject)
     if not subject.differentiable:
-        raise Unobservable("what crosses a boundary is not differentiated, by its declaration")
+        raise UnobservableError("what crosses a boundary is not differentiated, by its declaration")
     n, back = subject.segment, (1, 2, 3)
     x = draw(subject, 2, 4 * n, 22)
     parts = [slice((3 - d) * n, (4 - d) * n) for d in back]
@@ -114,14 +114,18 @@ def reach(subject: Subject) -> Finding:
         base = feed(subject, x)[0][:, 3 * n :]
         seen = [distance(feed(subject, replaced(subject, x, p))[0][:, 3 * n :], base) for p in parts]
     if max(seen) <= NOTHING:
-        raise Unobservable("nothing of earlier segments is read, so there is nothing to differentiate")
+        raise UnobservableError("nothing of earlier segments is read, so there is nothing to differentiate")
     gradient = input_gradient(subject, x, slice(3 * n, None))
     own = gradient[:, 3 * n :].norm().item()
     norms = [gradient[:, p].norm().item() / own for p in parts]
     words = ", ".join(f"{norm:.2g}" for norm in norms)
     lost = [d for d, norm, s in zip(back, norms, seen, strict=True) if s > NOTHING and norm == 0]
     if lost:
-        return False, f"{lost[0]} segment(s) back is read but gets no gradient (norms 1, 2, 3 back: {words})", 0.0
+        return (
+            False,
+            f"{lost[0]} segment(s) back is read but gets no gradient (norms 1, 2, 3 back: {words})",
+            0.0,
+        )
     return True, f"gradient norms 1, 2, 3 segments back, own segment 1: {words}", norms[-1]
 
 
@@ -134,7 +138,7 @@ def input_gradient(subject: Subject, x: Tensor, outputs: slice) -> Tensor:
     with watching(subject, lambda ids, vectors: seen.append(vectors)):
         y = feed(subject, x)[0]
     if sum(v.shape[1] for v in seen) != x.shape[1] or not all(v.requires_grad for v in seen):
-        raise Unobservable("its tokens do not pass one nn.Embedding with a gradient")
+        raise UnobservableError("its tokens do not pass one nn.Embedding with a gradient")
     found = torch.autograd.grad(random_sum(y[:, outputs]), seen, allow_unused=True)
     return torch.cat([torch.zeros_like(v) if g is None else g for v, g in zip(seen, found, strict=True)], 1)
 
@@ -147,7 +151,9 @@ def watching(subject: Subject, see) -> Iterator[None]:
         if inputs[0].dim() == 2:
             see(inputs[0], output)
 
-    tables = [m for m in subject.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == subject.vocab]
+    tables = [
+        m for m in subject.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == subject.vocab
+    ]
     handles = [table.register_forward_hook(hook) for table in tables]
     try:
         yield
@@ -175,9 +181,9 @@ def cut(subject: Subject) -> Finding:
 def growth(subject: Subject) -> Finding:
     """The state of a document of 16 segments is as large as that of 8."""
     if not subject.has_state:
-        raise Unobservable("it takes no state")
+        raise UnobservableError("it takes no state")
     if not subject.bounded:
-        raise Unobservable("it keeps everything, by its declaration")
+        raise UnobservableError("it keeps everything, by its declaration")
     state, sizes = None, []
     for index, piece in enumerate(draw(subject, 1, 16 * subject.segment, 24).split(subject.segment, 1)):
         state = feed(subject, piece, state=state)[1]
@@ -230,7 +236,7 @@ def precision(dtype: torch.dtype) -> Callable[[Subject, int, Callable[[], Tails]
 
 
 def tails(subject: Subject, length: int, dtype: torch.dtype) -> Tails:
-    """Outputs (float32) of the first segment, and of those before the ends of calls 1, 2, 4, ... and the last.
+    """Outputs (float32) of the first segment, and of those before the ends of calls 1, 2, 4, ... and last.
 
     By the position of their end; the last is the first that is not finite, if one is not.
     """

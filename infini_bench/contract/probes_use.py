@@ -9,7 +9,7 @@ import torch
 
 from infini_bench.contract.probes import Finding, probe
 from infini_bench.contract.probes_memory import watching
-from infini_bench.contract.subject import Subject, Unobservable, draw, feed
+from infini_bench.contract.subject import Subject, UnobservableError, draw, feed
 from infini_bench.errors import UserError
 
 TIE = 1e-3  # logits this near to the largest, as a share of it, count as the largest
@@ -18,7 +18,7 @@ REFUSALS = (ValueError, UserError)  # saying no in a sentence is an answer
 
 def need_tokens(subject: Subject) -> int:
     if subject.vocab is None:
-        raise Unobservable("its inputs are vectors, not tokens")
+        raise UnobservableError("its inputs are vectors, not tokens")
     return subject.vocab
 
 
@@ -34,7 +34,11 @@ def ignored(subject: Subject) -> Finding:
     last[:, : 2 * n + 1] = False
     whole, answer = subject.loss(ids, every).item(), subject.loss(ids, last).item()
     if whole == whole and answer == answer:
-        return True, f"loss {answer:.3g} where only the last segment's labels count, {whole:.3g} on all", answer
+        return (
+            True,
+            f"loss {answer:.3g} where only the last segment's labels count, {whole:.3g} on all",
+            answer,
+        )
     return False, f"loss {answer:.3g} where only the last of 3 segments' labels count", answer
 
 
@@ -57,13 +61,17 @@ def generation(subject: Subject) -> Finding:
             return False, detail, share
     logits = feed(subject, torch.cat([prompt, more], 1))[0]
     if logits.shape[-1] != vocab:
-        raise Unobservable("its outputs are no logits")
+        raise UnobservableError("its outputs are no logits")
     logits = logits[:, length - 1 : -1]
     gap = logits.amax(-1) - logits.gather(-1, more[..., None])[..., 0]
     worst = (gap / logits.abs().amax(-1)).max().item()
     if worst <= TIE:
         return True, f"{tokens} tokens, each the likeliest after all {length} tokens of the prompt", worst
-    return False, f"a generated token is not the likeliest after the whole prompt (short by {worst:.1g})", worst
+    return (
+        False,
+        f"a generated token is not the likeliest after the whole prompt (short by {worst:.1g})",
+        worst,
+    )
 
 
 @probe("empty prompt")

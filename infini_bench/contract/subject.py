@@ -2,7 +2,7 @@
 
 Most modules are recognised (`adapters.Recognised`). For any other, write a subclass of `Subject` in a file of
 your own and check ``file.py:ClassName``; only ``forward`` is needed. What is left out is not checked, and the
-table says so: a property that cannot be observed is "not applicable", never "pass". `peers.py` has two examples.
+table says so: a property that cannot be observed is "not applicable", never "pass". Examples: `peers.py`.
 
 Shapes: B batch, T tokens.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Unobservable(Exception):
+class UnobservableError(Exception):
     """A property cannot be seen through this module's interface; the text says why, in a clause."""
 
 
@@ -57,7 +57,7 @@ class Subject(nn.Module):
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Outputs (B, T, ...) floating point, and the state after; state None: x begins a document."""
-        raise Unobservable("it returns no outputs")
+        raise UnobservableError("it returns no outputs")
 
     def floats(self, state: Any) -> int:
         """Numbers that the state holds."""
@@ -65,32 +65,32 @@ class Subject(nn.Module):
 
     def padded(self, x: Tensor, mask: Tensor) -> Tensor:
         """Outputs of a document with padding where ``mask`` (B, T) bool is False."""
-        raise Unobservable("it takes no padding mask")
+        raise UnobservableError("it takes no padding mask")
 
     def restart(self, x: Tensor, state: Any, rows: Tensor) -> Tensor:
-        """Outputs of x, which begins a new document in the rows (B,) bool; the others go on from ``state``."""
-        raise Unobservable("it cannot begin a new document in one row only")
+        """Outputs of x, which begins a new document in the rows (B,) bool; others go on from ``state``."""
+        raise UnobservableError("it cannot begin a new document in one row only")
 
     def detached(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """As ``forward``, but the new state carries no gradient (truncated back-propagation)."""
-        raise Unobservable("it has no call that cuts the gradient")
+        raise UnobservableError("it has no call that cuts the gradient")
 
     def generate(self, prompt: Tensor, tokens: int) -> Tensor:
         """The ``tokens`` ids (B, tokens) that follow a prompt (B, T), each the likeliest (greedy)."""
-        raise Unobservable("it generates nothing")
+        raise UnobservableError("it generates nothing")
 
     def loss(self, ids: Tensor, kept: Tensor) -> Tensor:
         """Mean loss of predicting ids[:, 1:]; labels where kept[:, 1:] (bool) is False are ignored."""
-        raise Unobservable("it computes no loss")
+        raise UnobservableError("it computes no loss")
 
     def store(self, entries: int) -> Store:
         """An empty store of single keys and values, as the module uses it."""
-        raise Unobservable("it keeps no store of single entries")
+        raise UnobservableError("it keeps no store of single entries")
 
 
 @dataclass(frozen=True)
 class Store:
-    """First in, first out: ``write`` keys (n, size) and values (n, size), ``read`` the best match's values."""
+    """First in, first out: ``write`` keys (n, size) and values (n, size), ``read`` those of the best match."""
 
     size: int
     write: Callable[[Tensor, Tensor], None]
@@ -132,7 +132,9 @@ def draw(subject: Subject, batch: int, tokens: int, seed: int) -> Tensor:
     return torch.randn(batch, tokens, subject.dim, generator=generator).to(dtype)
 
 
-def feed(subject: Subject, x: Tensor, sizes: list[int] | None = None, state: Any = None) -> tuple[Tensor, Any]:
+def feed(
+    subject: Subject, x: Tensor, sizes: list[int] | None = None, state: Any = None
+) -> tuple[Tensor, Any]:
     """Outputs and state of a document fed in calls of these sizes; unset: segment by segment.
 
     A module without state gets one call.

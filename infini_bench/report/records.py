@@ -98,8 +98,8 @@ def config_hash(config: dict[str, Any]) -> str:
     """Sixteen hex digits of all that decides a run's result.
 
     Paths, device and the checkpoint's place are left out, so that a rerun elsewhere is known as the same run;
-    an evaluation's caller adds the train record's hash to ``config`` under a key of its own. A memory in a file
-    of the user's counts with what the file says.
+    an evaluation's caller adds the train record's hash to ``config`` under a key of its own. A memory in
+    a file of the user's counts with what the file says.
     """
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):

@@ -37,7 +37,7 @@ def resolve(target: str) -> Any:
     if target not in _named:
         raise UserError(
             f"This model's memory is code outside infini-bench, {target}; name it again if you trust it, "
-            f"with memory.kind={target}, or with model=NAME and the --config-dir where your YAML file says so."
+            f"with memory.kind={target}, or with model=NAME and the --config-dir where your YAML says so."
         )
     return load(target)
 

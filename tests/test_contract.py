@@ -10,6 +10,7 @@ from contract_toys import FAULTS, Layer, Reshaped, Toy
 
 from infini_bench.contract.adapters import Recognised, subject_of
 from infini_bench.contract.check import check
+from infini_bench.contract.probes_memory import PRECISIONS, opened
 from infini_bench.errors import UserError
 from infini_bench.schema import MemoryConfig
 
@@ -105,7 +106,9 @@ def test_its_learned_write_strength_and_its_float16_are_found():
     strength = verdicts(subject_of("infini-transformer-pytorch", options, {}, {}), 64)["split invariance"]
     assert strength.verdict == "FAIL" and strength.measured > 1e-3
     wide = {"dim_head": 64, "depth": 1}
-    overflow = verdicts(subject_of("infini-transformer-pytorch", wide, {"segment": 64}, {}), 32768)["float16"]
+    subject = subject_of("infini-transformer-pytorch", wide, {"segment": 64}, {}).eval()
+    with opened(subject):
+        overflow = PRECISIONS[0](subject, 32768, dict)
     assert overflow.verdict == "FAIL" and "not finite" in overflow.detail
 
 

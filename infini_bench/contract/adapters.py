@@ -111,9 +111,9 @@ class Recognised(Subject):
     """A module whose call is recognised: which inputs, which outputs, which argument is the state.
 
     Inputs are token ids if it has an embedding and takes them, else vectors. Outputs are the tensor
-    (B, T, ...) that it returns: alone, first in a tuple, or under one of `OUTPUTS`. The state is the argument named as in
-    `STATES`, and what comes back under the same name, or second. Padding, labels and generation are known for
-    Hugging Face's causal models only.
+    (B, T, ...) that it returns: alone, first in a tuple, or under one of `OUTPUTS`. The state is the argument
+    named as in `STATES`, and what comes back under the same name, or second. Padding, labels and generation
+    are known for Hugging Face's causal models only.
     """
 
     def __init__(self, module: nn.Module, settings: Values, sizes: dict[str, int]):
@@ -182,7 +182,7 @@ class Recognised(Subject):
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if self.only_loss:
             raise UnobservableError("it returns only a loss")
-        given = {} if state is None or not self.has_state else {self.state_name: state}
+        given = {} if state is None or self.state_name is None else {self.state_name: state}
         return self.parts(self.module(x, **self.fixed, **given))
 
     def padded(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Subject(nn.Module):
 
 @dataclass(frozen=True)
 class Store:
-    """First in, first out: ``write`` keys (n, size) and values (n, size), ``read`` those of the best match."""
+    """First in, first out: ``write`` keys and values (n, size), ``read`` the value of each best match."""
 
     size: int
     write: Callable[[Tensor, Tensor], None]

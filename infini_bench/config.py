@@ -13,6 +13,7 @@ from typing import Any
 
 from infini_bench import schema
 from infini_bench.errors import UserError
+from infini_bench.outside import is_outside
 from infini_bench.schema import (
     BooksumConfig,
     CapacityConfig,
@@ -122,6 +123,8 @@ def _convert(annotation: Any, value: Any) -> Any:
         return [_convert(args[0], item) for item in value]
     if origin is dict and isinstance(value, Mapping):
         return {_convert(args[0], key): _convert(args[1], item) for key, item in value.items()}
+    if annotation is Any:
+        return value
     if annotation in (bool, str) and isinstance(value, annotation):
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -184,7 +187,10 @@ _RULES: dict[str, Rule] = {
     "device": (lambda value: value.split(":")[0] in schema.DEVICES, f"one of {', '.join(schema.DEVICES)}"),
     "decoder.init_std": _POSITIVE,
     "decoder.rope_theta": _POSITIVE,
-    "memory.kind": _one_of(schema.MEMORY_KINDS),
+    "memory.kind": (
+        lambda value: value in schema.MEMORY_KINDS or is_outside(value),
+        f"one of {', '.join(schema.MEMORY_KINDS)}, or FILE.py:CLASS",
+    ),
     "memory.update": _one_of(schema.UPDATES),
     "memory.features": _one_of(schema.FEATURES),
     "memory.normaliser": _one_of(schema.NORMALISERS),

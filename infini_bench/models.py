@@ -162,6 +162,9 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
 
     def forward(self, *args: Any, past_key_values: MemoryCache | None = None, **kwargs: Any):
         """As LlamaModel.forward; ``use_cache`` without a cache starts an empty MemoryCache."""
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.shape[1] == 0:
+            raise ValueError("a call needs at least one token; begin an empty prompt with one of your own")
         wanted = kwargs.get("use_cache")
         if past_key_values is None and (self.config.use_cache if wanted is None else wanted):
             past_key_values = MemoryCache.empty(len(self.layers))
@@ -420,6 +423,8 @@ def load_model(folder: Path) -> MemoryLlamaForCausalLM:
         loaded: Any = MemoryLlamaForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
+    except UserError:  # the memory is code that the user has not named
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds for damaged files
         raise UserError(f"The model in {folder} is damaged: {str(error).splitlines()[0]}") from error
     model, info = loaded

@@ -106,7 +106,7 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     """
     asked, base = to_dict(cfg), to_dict(trained)
     for key in given or ():
-        if key.startswith(TRAINED):
+        if key.startswith(TRAINED) and not (key == "memory.kind" and cfg.memory.kind == trained.memory.kind):
             raise UserError(f"{key} was fixed when the checkpoint was trained; leave it out, or train anew.")
     if given is not None and "model" in given and cfg.model != trained.model:
         raise UserError(f"The checkpoint is of model={trained.model}, not {cfg.model}; give another one.")

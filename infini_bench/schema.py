@@ -6,6 +6,7 @@ Every key of ``conf/`` is a field here; ``None`` means "not set", never a magic 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = (
@@ -36,7 +37,8 @@ class MemoryConfig:
     ``sliding`` (the last ``window`` tokens), ``full`` (everything), ``knn`` (Memorizing Transformers),
     ``compressed`` (Compressive Transformer), ``sink`` (the first ``sinks`` tokens and the last ``window``);
     inside the own segment only: ``sparse``, ``kernel`` (linear attention);
-    or a whole model's memory in tokens: ``rmt``, ``armt`` or ``autocompressor``.
+    a whole model's memory in tokens: ``rmt``, ``armt`` or ``autocompressor``;
+    or a subclass of ``Memory`` outside this package, as FILE.py:CLASS or MODULE:CLASS.
     """
 
     kind: str = "compressive"
@@ -65,6 +67,7 @@ class MemoryConfig:
     key_size: int = 16  # armt: of a query or key before its features, which are 6 times as many
     layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
+    options: dict[str, Any] = field(default_factory=dict)  # of a memory outside this package
 
 
 @dataclass

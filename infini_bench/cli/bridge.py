@@ -32,6 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from infini_bench import outside
 from infini_bench.cli import jobs
 from infini_bench.config import TASKS, build_config, known_keys, to_dict, unknown_setting
 from infini_bench.errors import UserError
@@ -57,7 +58,14 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
             container: Any = OmegaConf.to_container(config, resolve=True)
         except REFUSALS as err:
             raise _explain(err, parsed, loader) from err
-    return build_config(container)
+    return _named(build_config(container))
+
+
+def _named(cfg: RunConfig) -> RunConfig:
+    """What the user's own words compose to, code outside the package included, is named by him."""
+    if outside.is_outside(cfg.memory.kind):
+        outside.name(cfg.memory.kind)
+    return cfg
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -146,6 +154,8 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
         key = override.key_or_group
         if key == "data.filter" or key.startswith("data.filter."):
             return UserError("A filter is added with a plus sign: +data.filter.COLUMN=VALUE.")
+        if key == "memory.options" or key.startswith("memory.options."):
+            return UserError("An option is added with two plus signs: ++memory.options.NAME=VALUE.")
         if override.type is OverrideType.CHANGE and key not in known and not override.is_hydra_override():
             return unknown_setting(key, known)
     return UserError(" ".join(str(err).split("\n")[0].split()))
@@ -208,7 +218,7 @@ def _job(verb: str, cfg: DictConfig) -> None:
     def recompose(more: list[str]) -> RunConfig:
         return compose_run([*search, *overrides, *more])
 
-    job = jobs.Job(verb, build_config(container), overrides, _given(overrides), recompose)
+    job = jobs.Job(verb, _named(build_config(container)), overrides, _given(overrides), recompose)
     if config.mode is RunMode.MULTIRUN:
         job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
     else:

@@ -189,6 +189,33 @@ def reproduce(
 
 
 @app.command()
+def check(
+    module: Annotated[str, typer.Argument(help="A model, FILE.py:NAME, MODULE:NAME, or a known package.")],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", metavar="NAME=VALUE", help="Constructor argument, as YAML; repeatable."),
+    ] = None,
+    segment: Annotated[int | None, typer.Option(min=1, help="Tokens of a segment.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Its inputs are vectors of this size.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Its inputs are token ids below this.")] = None,
+    length: Annotated[str, typer.Option(help="Tokens read in half precision.")] = "32K",
+    seed: Annotated[int, typer.Option(min=0, help="Of weights.")] = 0,
+    out: Annotated[Path | None, typer.Option("--json", help="A file for the verdicts.")] = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Run the contract of a memory on any attention module or model; exit code 1 if something fails.
+
+    Causality, heads, rows, cuts, padding, gradients through the memory, state growth, half precision,
+    generation. What cannot be observed is "not applicable". `infini-bench check infini_delta` checks ours.
+    """
+    from infini_bench.cli.checking import run_check
+
+    given = {"segment": segment, "dim": dim, "vocab": vocab}
+    sizes = {name: value for name, value in given.items() if value is not None}
+    raise typer.Exit(run_check(module, arg or [], sizes, parse_length(length), seed, config_dir, out))
+
+
+@app.command()
 def report(
     records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results/tables"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from infini_bench import outside
 from infini_bench.config import check_memory
 from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, State
@@ -60,7 +61,7 @@ def build_memory(
         ("compression", cfg.compression, COMPRESSIONS),
         ("index", cfg.index, INDEXES),
     ):
-        if value not in known:
+        if value not in known and not (name == "kind" and outside.is_outside(value)):
             raise UserError(
                 f"There is no memory.{name}={value}{suggest(value, known)}; known: {', '.join(known)}."
             )
@@ -72,9 +73,19 @@ def build_memory(
             raise UserError(f"memory.layers={cfg.layers}: the last of the {layers} layers is {layers - 1}.")
         if layer not in cfg.layers:
             cfg = replace(cfg, kind="block")
+    if cfg.options and not outside.is_outside(cfg.kind):
+        raise UserError(f"memory.options are of a memory outside infini-bench; {cfg.kind} takes none.")
     if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
         cfg = replace(cfg, kind="xl")
-    return KINDS[cfg.kind](cfg, heads, kv_heads, head_dim)
+    return memory_class(cfg.kind)(cfg, heads, kv_heads, head_dim)
+
+
+def memory_class(kind: str) -> type[Memory]:
+    """The class of a kind, or the user's own (see `infini_bench.outside`)."""
+    found = outside.resolve(kind) if outside.is_outside(kind) else KINDS[kind]
+    if not (isinstance(found, type) and issubclass(found, Memory)):
+        raise UserError(f"memory.kind={kind} is no subclass of infini_bench.memory.Memory.")
+    return found
 
 
 def build_tokens(cfg: MemoryConfig, dim: int, layers: int) -> TokenMemory | None:

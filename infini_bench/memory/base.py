@@ -56,6 +56,7 @@ class Memory(nn.Module):
     previous = 0
     has_memory = True  # False: nothing crosses a segment boundary, or nothing is ever left behind
     auxiliary: Tensor | None = None  # what the last training call adds to the loss, summed over its tokens
+    differentiable = True  # False: what crosses a boundary is not differentiated, by design
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__()

@@ -36,6 +36,7 @@ class TokenMemory(nn.Module):
 
     has_memory = True
     auxiliary = None  # nothing is added to the training loss
+    differentiable = True
 
     def __init__(self, cfg: MemoryConfig, dim: int, layers: int):
         super().__init__()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_bench.errors import UserError
+from infini_bench.outside import digest, is_outside
 
 SCHEMA = 1
 STATUSES = ("done", "failed", "interrupted")
@@ -100,11 +101,15 @@ def config_hash(config: dict[str, Any]) -> str:
     """Sixteen hex digits of all that decides a run's result.
 
     Paths, device and the checkpoint's place are left out, so that a rerun elsewhere is known as the same run;
-    an evaluation's caller adds the train record's hash to ``config`` under a key of its own.
+    an evaluation's caller adds the train record's hash to ``config`` under a key of its own. A memory in
+    a file of the user's counts with what the file says.
     """
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "cache_dir"}
+    kind = str(kept["memory"]["kind"]) if isinstance(kept.get("memory"), dict) else ""
+    if is_outside(kind):
+        kept["code"] = digest(kind)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,86 @@
+"""Code that is not this package's, named as FILE.py:NAME or MODULE:NAME. Standard library only.
+
+It is imported only after the user has named it himself, on the command line or in a configuration of his own
+(`name`). A name that stands in a checkpoint is somebody else's until then: `resolve` refuses it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from infini_bench.errors import UserError
+
+_named: set[str] = set()
+
+
+def is_outside(target: str) -> bool:
+    """Whether a name means code outside this package."""
+    return ":" in target
+
+
+def name(target: str) -> None:
+    """The user names ``target``: from now on this process may import it."""
+    _named.add(target)
+
+
+def resolve(target: str) -> Any:
+    """The object of ``target``. Raises UserError if the user has not named it, or it cannot be imported."""
+    if target not in _named:
+        raise UserError(
+            f"This model's memory is code outside infini-bench, {target}; name it again if you trust it, "
+            f"with memory.kind={target}, or with model=NAME and the --config-dir where your YAML says so."
+        )
+    return load(target)
+
+
+def digest(target: str) -> str | None:
+    """SHA-256 of the file of FILE.py:NAME; None for modules (their package has a version) and lost files."""
+    path = Path(target.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" and path.is_file() else None
+
+
+def load(target: str) -> Any:
+    """The object that ``target`` names; a file is imported once. Raises UserError in one sentence."""
+    source, _, attribute = target.rpartition(":")
+    if not source or not attribute:
+        raise UserError(f'"{target}" names no code; write FILE.py:NAME or MODULE:NAME.')
+    path = Path(source)
+    if path.suffix == ".py" and not path.is_file():
+        raise UserError(f"{path} is no file; give the path from here, {Path.cwd()}.")
+    folder = str(path.parent.resolve()) if path.suffix == ".py" else os.getcwd()
+    sys.path.insert(0, folder)  # what a script of that folder could import
+    try:
+        module = _file(path.resolve()) if path.suffix == ".py" else importlib.import_module(source)
+    except Exception as error:  # whatever stands in the user's file
+        raise UserError(f"{source} cannot be imported: {_where(error)}.") from error
+    finally:
+        sys.path.remove(folder)
+    if not hasattr(module, attribute):
+        raise UserError(f'{source} has no "{attribute}".')
+    return getattr(module, attribute)
+
+
+@functools.cache
+def _file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"outside_{path.stem}_{abs(hash(path))}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _where(error: Exception) -> str:
+    """The error and its line, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(last.filename).name}, line {last.lineno})"

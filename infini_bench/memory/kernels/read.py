@@ -1,0 +1,142 @@
+"""Reading the memory and mixing with the local attention (Eq. 7, 10), forward and backward.
+
+out = c (sigma(Q) M) + (1 - gate) A_dot with c = gate / (sigma(Q) z), gate = 0 in a document's first segment.
+Backward, with w = dO M^T (one product serves all): sigma(Q) M dO = sigma(Q) w, hence
+    d sigma(Q) = c w - c (sigma(Q) w) / norm z        dM = sum_t (c sigma(Q))^T dO
+    d gate = sum_t sigma(Q) w / norm - dO A_dot       dz = sum_t -c (sigma(Q) w) / norm sigma(Q)
+and the forward's numerator is not needed again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini_bench.memory.kernels.pieces import (
+    EPS, dense, dot, dot3, halves, load, number, sigma, slope, store, strides,
+)  # fmt: skip
+from infini_bench.memory.kernels.tuning import shape
+
+
+@triton.jit
+def read_kernel(
+    q, local, gate, M, z, out, Q, H, R, P, done,
+    qb, qs, qn, qh, lb, ls, ln, lh, ob, os, on, oh,
+    D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
+    WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Outputs of ROWS * LOOP queries of one head and segment; M is read once for all of them."""
+    parts = tl.cdiv(Q, ROWS * LOOP)
+    s, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS * LOOP
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    q += b * qb + s * qs + h * qh + n * qn + d[None, :]
+    local += b * lb + s * ls + h * lh + n * ln + d[None, :]
+    out += b * ob + s * os + h * oh + n * on + d[None, :]
+    slot = (b * P + s) * (H // R) + h // R
+    share = tl.where(s + done > 0, tl.load(gate + h), 0.0)
+    known = tl.load(z + slot * D + d)[None, :]
+    m_high, m_low = halves(tl.load(M + slot * D * D + d[:, None] * D + d[None, :]), WORK)
+    for start in tl.range(begin, tl.minimum(begin + ROWS * LOOP, Q), ROWS, num_stages=STAGES):
+        x = load(q + start * qn, start + n, Q, EVEN).to(tl.float32)
+        near = load(local + start * ln, start + n, Q, EVEN).to(tl.float32)
+        f = sigma(x, FEATURES)
+        norm = tl.maximum(tl.sum(f * known, 1), EPS)
+        f_high, f_low = halves(f, WORK)
+        far = dot3(f_high, f_low, m_high, m_low, tl.zeros([ROWS, D], tl.float32), LOW > 0, LOW > 1, WORK)
+        far = far * (share / norm)[:, None] + (1 - share) * near
+        store(out + start * on, far, start + n, Q, EVEN)
+
+
+@triton.jit
+def read_backward_kernel(
+    q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz, S, Q, H, R, P, done,
+    qb, qs, qn, qh, lb, ls, ln, lh, ob, os, on, oh, eb, es, en, eh, fb, fs, fn, fh,
+    D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
+    WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All queries of a segment that read one KV head: their gradients, and theirs to M and z before it.
+
+    dgate: (B, S, H) float32, this segment's part. Slots of dM and dz that no segment reads get zeros.
+    """
+    s, G = tl.program_id(0).to(tl.int64), H // R
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    q += b * qb + s * qs + n * qn + d[None, :]
+    local += b * lb + s * ls + n * ln + d[None, :]
+    grad += b * ob + s * os + n * on + d[None, :]
+    dq += b * eb + s * es + n * en + d[None, :]
+    dlocal += b * fb + s * fs + n * fn + d[None, :]
+    slot = (b * P + s) * G + g
+    tile = slot * D * D + d[:, None] * D + d[None, :]
+    known = tl.load(z + slot * D + d)[None, :]
+    m_high, m_low = halves(tl.load(M + tile), WORK)
+    to_M = tl.zeros([D, D], tl.float32)
+    to_z = tl.zeros([ROWS, D], tl.float32)
+    if s < S:
+        for r in range(R):
+            h = g * R + r
+            share = tl.where(s + done > 0, tl.load(gate + h), 0.0)
+            to_gate = tl.zeros([ROWS], tl.float32)
+            for start in tl.range(0, Q, ROWS, num_stages=STAGES):
+                rows = start + n
+                x = load(q + start * qn + h * qh, rows, Q, EVEN).to(tl.float32)
+                do = load(grad + start * on + h * oh, rows, Q, EVEN)
+                near = load(local + start * ln + h * lh, rows, Q, EVEN).to(tl.float32)
+                do_wide = do.to(tl.float32)
+                if NATIVE:
+                    do_high, do_low = halves(do_wide, WORK)
+                else:
+                    do_high, do_low = do, do
+                w = tl.zeros([ROWS, D], tl.float32)
+                w = dot3(do_high, do_low, tl.trans(m_high), tl.trans(m_low), w, NATIVE, LOW > 1, WORK)
+                f = sigma(x, FEATURES)
+                norm = tl.sum(f * known, 1)
+                inverse = 1 / tl.maximum(norm, EPS)
+                far = tl.sum(f * w, 1) * inverse  # dO A_mem
+                to_gate += far - tl.sum(do_wide * near, 1)
+                c = (share * inverse)[:, None]
+                e = tl.where(norm > EPS, -share * inverse * far, 0.0)[:, None]
+                store(dq + start * en + h * eh, (c * w + e * known) * slope(x, f, FEATURES), rows, Q, EVEN)
+                store(dlocal + start * fn + h * fh, (1 - share) * do_wide, rows, Q, EVEN)
+                to_z += e * f
+                f_high, f_low = halves(c * f, WORK)
+                to_M = dot3(tl.trans(f_high), tl.trans(f_low), do_high, do_low, to_M, LOW > 0, NATIVE, WORK)
+            tl.store(dgate + (b * S + s) * H + h, tl.where(s + done > 0, tl.sum(to_gate, 0), 0.0))
+    tl.store(dM + tile, to_M)
+    tl.store(dz + slot * D + d, tl.sum(to_z, 0))
+
+
+def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int, features: str) -> Tensor:
+    """Outputs (B, S, Q, H, D) in q's dtype: see ``ops.read``."""
+    batch, segments, queries, heads, size = q.shape
+    t, out = shape("read", size, q.dtype), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, local = dense(q), dense(local)
+    parts = triton.cdiv(queries, t.rows * t.loop)
+    read_kernel[(segments * parts, batch * heads)](
+        q, local, gate, M, z, out, queries, heads, heads // M.shape[2], M.shape[1], done, *strides(q, local, out),
+        D=size, ROWS=t.rows, LOOP=t.loop, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low,
+        STAGES=t.stages, num_warps=t.warps, WORK=number(q)["WORK"],
+    )  # fmt: skip
+    return out
+
+
+def read_backward(
+    grad: Tensor, q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int, features: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, local, gate, M and z."""
+    batch, segments, queries, heads, size = q.shape
+    t, slots, groups = shape("read_backward", size, q.dtype), M.shape[1], M.shape[2]
+    q, local, grad = dense(q), dense(local), dense(grad)
+    dq, dlocal = torch.empty_like(q), torch.empty_like(local)
+    dM, dz = torch.empty_like(M), torch.empty_like(z)
+    dgate = gate.new_empty(batch, segments, heads)
+    read_backward_kernel[(slots, batch * groups)](
+        q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz,
+        segments, queries, heads, heads // groups, slots, done, *strides(q, local, grad, dq, dlocal),
+        D=size, ROWS=t.rows, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low, STAGES=t.stages,
+        num_warps=t.warps, **number(q),
+    )  # fmt: skip
+    return dq, dlocal, dgate.sum((0, 1)), dM, dz

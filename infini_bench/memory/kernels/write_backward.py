@@ -1,0 +1,156 @@
+"""Gradients of a segment's keys and values from those of the memory after it, T = dL/dM_s and t = dL/dz_s.
+
+dV = sigma(K) T;  d sigma(K) = V T^T + t, and for Delta, through A_s = sum_t k k^T / norm (k = sigma(K_t)), with
+dA = -T M_{s-1}^T and B = dA + dA^T:  y = B k,  e = (k y) / (2 norm^2):  + y / norm - e z_{s-1}, and -e k to z_{s-1}.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini_bench.memory.kernels.pieces import (
+    EPS, dense, dot, dot3, halves, load, number, sigma, slope, store, strides,
+)  # fmt: skip
+from infini_bench.memory.kernels.tuning import shape
+
+
+@triton.jit
+def outer_kernel(T, M, B, G, P, D: tl.constexpr, ROWS: tl.constexpr):
+    """B_s = -(T_{s+1} M_s^T + M_s T_{s+1}^T): ROWS of its rows."""
+    s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    r, d = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    before = ((b * P + s) * G + g) * D * D
+    after = before + G * D * D
+    rows, tile = r * D + d[None, :], d[:, None] * D + d[None, :]
+    acc = tl.dot(tl.load(T + after + rows), tl.trans(tl.load(M + before + tile)), input_precision="tf32x3")
+    acc = tl.dot(tl.load(M + before + rows), tl.trans(tl.load(T + after + tile)), acc, input_precision="tf32x3")
+    tl.store(B + ((b * (P - 1) + s) * G + g) * D * D + rows, -acc)
+
+
+@triton.jit
+def through_norm(f, known, rows, N, B_high, B_low, LOW: tl.constexpr, WORK: tl.constexpr):
+    """y, 1 / norm and e of the rows of f; 0 where the memory knows nothing of a key, as in the forward."""
+    f_high, f_low = halves(f, WORK)
+    y = dot3(f_high, f_low, B_high, B_low, tl.zeros_like(f), LOW > 0, LOW > 1, WORK)
+    norm = tl.sum(f * known, 1)
+    keep = norm > EPS
+    inverse = tl.where(keep, 1 / tl.where(keep, norm, 1.0), 0.0)
+    return y, inverse, 0.5 * tl.sum(f * y, 1) * inverse * inverse
+
+
+@triton.jit
+def overlap_backward_kernel(
+    k, z, B, dz, N, G, P,
+    kb, ks, kn, kh,
+    D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
+    WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds to slot s of dz what the norms of segment s's keys give to z before it."""
+    s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    k += b * kb + s * ks + g * kh + n * kn + d[None, :]
+    at = ((b * P + s) * G + g) * D + d
+    known = tl.load(z + at)[None, :]
+    tile = ((b * (P - 1) + s) * G + g) * D * D + d[:, None] * D + d[None, :]
+    B_high, B_low = halves(tl.load(B + tile), WORK)
+    part = tl.zeros([ROWS, D], tl.float32)
+    for start in tl.range(0, N, ROWS, num_stages=STAGES):
+        f = sigma(load(k + start * kn, start + n, N, EVEN).to(tl.float32), FEATURES)
+        if not EVEN:
+            f = tl.where(start + n < N, f, 0.0)
+        _, _, e = through_norm(f, known, start + n, N, B_high, B_low, LOW, WORK)
+        part -= e[:, None] * f
+    tl.store(dz + at, tl.load(dz + at) + tl.sum(part, 0))
+
+
+@triton.jit
+def write_backward_kernel(
+    k, v, z, T, t, B, dk, dv, N, G, P,
+    kb, ks, kn, kh, vb, vs, vn, vh, eb, es, en, eh, fb, fs, fn, fh,
+    D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
+    DELTA: tl.constexpr, WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ROWS * LOOP keys and values of one KV head; zeros behind the last written segment."""
+    parts = tl.cdiv(N, ROWS * LOOP)
+    s, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS * LOOP
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    k += b * kb + s * ks + g * kh + n * kn + d[None, :]
+    v += b * vb + s * vs + g * vh + n * vn + d[None, :]
+    dk += b * eb + s * es + g * eh + n * en + d[None, :]
+    dv += b * fb + s * fs + g * fh + n * fn + d[None, :]
+    end = tl.minimum(begin + ROWS * LOOP, N)
+    if s >= P - 1:
+        for start in tl.range(begin, end, ROWS):
+            nothing = tl.zeros([ROWS, D], tl.float32)
+            store(dk + start * en, nothing, start + n, N, EVEN)
+            store(dv + start * fn, nothing, start + n, N, EVEN)
+    else:
+        before = (b * P + s) * G + g
+        after, tile = before + G, d[:, None] * D + d[None, :]
+        T_high, T_low = halves(tl.load(T + after * D * D + tile), WORK)
+        to_all = tl.load(t + after * D + d)[None, :]
+        if DELTA:
+            known = tl.load(z + before * D + d)[None, :]
+            B_high, B_low = halves(tl.load(B + ((b * (P - 1) + s) * G + g) * D * D + tile), WORK)
+        for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+            rows = start + n
+            x = load(k + start * kn, rows, N, EVEN).to(tl.float32)
+            y = load(v + start * vn, rows, N, EVEN)
+            f = sigma(x, FEATURES)
+            f_high, f_low = halves(f, WORK)
+            to_v = tl.zeros([ROWS, D], tl.float32)
+            to_v = dot3(f_high, f_low, T_high, T_low, to_v, LOW > 0, LOW > 1, WORK)
+            store(dv + start * fn, to_v, rows, N, EVEN)
+            if NATIVE:
+                y_high, y_low = halves(y.to(tl.float32), WORK)
+            else:
+                y_high, y_low = y, y
+            to_k = tl.zeros([ROWS, D], tl.float32)
+            to_k = dot3(y_high, y_low, tl.trans(T_high), tl.trans(T_low), to_k, NATIVE, LOW > 1, WORK)
+            to_k += to_all
+            if DELTA:
+                back, inverse, e = through_norm(f, known, rows, N, B_high, B_low, LOW, WORK)
+                to_k += back * inverse[:, None] - e[:, None] * known
+            store(dk + start * en, to_k * slope(x, f, FEATURES), rows, N, EVEN)
+
+
+def outer(T: Tensor, M: Tensor) -> Tensor:
+    """B (B, P-1, G, D, D) from T and M (B, P, G, D, D)."""
+    batch, slots, groups, size, _ = M.shape
+    t = shape("outer", size, torch.bfloat16)
+    B = torch.empty_like(M[:, 1:], memory_format=torch.contiguous_format)
+    rows = min(t.rows, size)
+    outer_kernel[(slots - 1, batch * groups, size // rows)](
+        T, M, B, groups, slots, D=size, ROWS=rows, num_warps=t.warps
+    )
+    return B
+
+
+def overlap_backward(k: Tensor, z: Tensor, B: Tensor, dz: Tensor, features: str) -> None:
+    """Adds the part of dz (B, P, G, D) that comes through A."""
+    batch, _, n, groups, size = k.shape
+    t, slots = shape("overlap_backward", size, k.dtype), z.shape[1]
+    overlap_backward_kernel[(slots - 1, batch * groups)](
+        k, z, B, dz, n, groups, slots, *strides(k),
+        D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"], LOW=t.low,
+        STAGES=t.stages, num_warps=t.warps,
+    )  # fmt: skip
+
+
+def write_backward(
+    k: Tensor, v: Tensor, z: Tensor, T: Tensor, t_z: Tensor, B: Tensor | None, features: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v (B, S, N, G, D) from T (B, P, G, D, D), t_z (B, P, G, D) and, for Delta, B."""
+    batch, segments, n, groups, size = k.shape
+    t, dk, dv = shape("write_backward", size, k.dtype), torch.empty_like(k), torch.empty_like(v)
+    parts = triton.cdiv(n, t.rows * t.loop)
+    write_backward_kernel[(segments * parts, batch * groups)](
+        k, v, z, T, t_z, T if B is None else B, dk, dv, n, groups, T.shape[1], *strides(k, v, dk, dv),
+        D=size, ROWS=t.rows, LOOP=t.loop, EVEN=n % t.rows == 0, FEATURES=features, DELTA=B is not None,
+        LOW=t.low, STAGES=t.stages, num_warps=t.warps, **number(k),
+    )  # fmt: skip
+    return dk, dv

@@ -71,21 +71,21 @@ def dot3(a, a_low, b, b_low, acc, LOW_A: tl.constexpr, LOW_B: tl.constexpr, WORK
 
 
 @triton.jit
-def load(at, rows, LIMIT, EVEN: tl.constexpr):
-    """A block of rows (BLOCK, 1) at pointers (BLOCK, D); rows from LIMIT on read zero."""
+def load(base, at, rows, LIMIT, EVEN: tl.constexpr):
+    """A block (ROWS, D) at offsets ``at`` from a scalar pointer; rows (ROWS, 1) from LIMIT on read zero."""
     if EVEN:
-        x = tl.load(at)
+        x = tl.load(base + at)
     else:
-        x = tl.load(at, mask=rows < LIMIT, other=0.0)
+        x = tl.load(base + at, mask=rows < LIMIT, other=0.0)
     return x
 
 
 @triton.jit
-def store(at, x, rows, LIMIT, EVEN: tl.constexpr):
+def store(base, at, x, rows, LIMIT, EVEN: tl.constexpr):
     if EVEN:
-        tl.store(at, x.to(at.dtype.element_ty))
+        tl.store(base + at, x.to(base.dtype.element_ty))
     else:
-        tl.store(at, x.to(at.dtype.element_ty), mask=rows < LIMIT)
+        tl.store(base + at, x.to(base.dtype.element_ty), mask=rows < LIMIT)
 
 
 def strides(*tensors: Tensor) -> list[int]:

@@ -23,7 +23,7 @@ from infini_bench.memory.kernels.tuning import shape
 @triton.jit
 def read_kernel(
     q, local, gate, M, z, out, Q, H, R, P, done,
-    qb, qs, qn, qh, lb, ls, ln, lh, ob, os, on, oh,
+    qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh, ob, os, on: tl.constexpr, oh,
     D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -32,28 +32,28 @@ def read_kernel(
     s, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS * LOOP
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    q += b * qb + s * qs + h * qh + n * qn + d[None, :]
-    local += b * lb + s * ls + h * lh + n * ln + d[None, :]
-    out += b * ob + s * os + h * oh + n * on + d[None, :]
+    q += b * qb + s * qs + h * qh
+    local += b * lb + s * ls + h * lh
+    out += b * ob + s * os + h * oh
     slot = (b * P + s) * (H // R) + h // R
     share = tl.where(s + done > 0, tl.load(gate + h), 0.0)
     known = tl.load(z + slot * D + d)[None, :]
     m_high, m_low = halves(tl.load(M + slot * D * D + d[:, None] * D + d[None, :]), WORK)
     for start in tl.range(begin, tl.minimum(begin + ROWS * LOOP, Q), ROWS, num_stages=STAGES):
-        x = load(q + start * qn, start + n, Q, EVEN).to(tl.float32)
-        near = load(local + start * ln, start + n, Q, EVEN).to(tl.float32)
+        x = load(q + start * qn, n * qn + d[None, :], start + n, Q, EVEN).to(tl.float32)
+        near = load(local + start * ln, n * ln + d[None, :], start + n, Q, EVEN).to(tl.float32)
         f = sigma(x, FEATURES)
         norm = tl.maximum(tl.sum(f * known, 1), EPS)
         f_high, f_low = halves(f, WORK)
         far = dot3(f_high, f_low, m_high, m_low, tl.zeros([ROWS, D], tl.float32), LOW > 0, LOW > 1, WORK)
         far = far * (share / norm)[:, None] + (1 - share) * near
-        store(out + start * on, far, start + n, Q, EVEN)
+        store(out + start * on, n * on + d[None, :], far, start + n, Q, EVEN)
 
 
 @triton.jit
 def read_backward_kernel(
     q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz, S, Q, H, R, P, done,
-    qb, qs, qn, qh, lb, ls, ln, lh, ob, os, on, oh, eb, es, en, eh, fb, fs, fn, fh,
+    qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh, ob, os, on: tl.constexpr, oh, eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
     D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -64,17 +64,18 @@ def read_backward_kernel(
     s, G = tl.program_id(0).to(tl.int64), H // R
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    q += b * qb + s * qs + n * qn + d[None, :]
-    local += b * lb + s * ls + n * ln + d[None, :]
-    grad += b * ob + s * os + n * on + d[None, :]
-    dq += b * eb + s * es + n * en + d[None, :]
-    dlocal += b * fb + s * fs + n * fn + d[None, :]
+    q += b * qb + s * qs
+    local += b * lb + s * ls
+    grad += b * ob + s * os
+    dq += b * eb + s * es
+    dlocal += b * fb + s * fs
     slot = (b * P + s) * G + g
     tile = slot * D * D + d[:, None] * D + d[None, :]
     known = tl.load(z + slot * D + d)[None, :]
     m_high, m_low = halves(tl.load(M + tile), WORK)
-    to_M = tl.zeros([D, D], tl.float32)
-    to_z = tl.zeros([ROWS, D], tl.float32)
+    to_M = tl.zeros([D, D], tl.float32)  # transposed: dO then comes straight from shared memory
+    to_z = tl.zeros([D, 16], tl.float32)  # two columns of use; no product is narrower
+    side = tl.arange(0, 16)[None, :]
     if s < S:
         for r in range(R):
             h = g * R + r
@@ -82,31 +83,35 @@ def read_backward_kernel(
             to_gate = tl.zeros([ROWS], tl.float32)
             for start in tl.range(0, Q, ROWS, num_stages=STAGES):
                 rows = start + n
-                x = load(q + start * qn + h * qh, rows, Q, EVEN).to(tl.float32)
-                do = load(grad + start * on + h * oh, rows, Q, EVEN)
-                near = load(local + start * ln + h * lh, rows, Q, EVEN).to(tl.float32)
+                do = load(grad + start * on + h * oh, n * on + d[None, :], rows, Q, EVEN)
+                near = load(local + start * ln + h * lh, n * ln + d[None, :], rows, Q, EVEN).to(tl.float32)
                 do_wide = do.to(tl.float32)
+                to_gate -= tl.sum(do_wide * near, 1)
+                store(dlocal + start * fn + h * fh, n * fn + d[None, :], (1 - share) * do_wide, rows, Q, EVEN)
                 if NATIVE:
                     do_high, do_low = halves(do_wide, WORK)
                 else:
                     do_high, do_low = do, do
                 w = tl.zeros([ROWS, D], tl.float32)
                 w = dot3(do_high, do_low, tl.trans(m_high), tl.trans(m_low), w, NATIVE, LOW > 1, WORK)
+                x = load(q + start * qn + h * qh, n * qn + d[None, :], rows, Q, EVEN).to(tl.float32)
                 f = sigma(x, FEATURES)
                 norm = tl.sum(f * known, 1)
                 inverse = 1 / tl.maximum(norm, EPS)
                 far = tl.sum(f * w, 1) * inverse  # dO A_mem
-                to_gate += far - tl.sum(do_wide * near, 1)
+                to_gate += far
                 c = (share * inverse)[:, None]
-                e = tl.where(norm > EPS, -share * inverse * far, 0.0)[:, None]
-                store(dq + start * en + h * eh, (c * w + e * known) * slope(x, f, FEATURES), rows, Q, EVEN)
-                store(dlocal + start * fn + h * fh, (1 - share) * do_wide, rows, Q, EVEN)
-                to_z += e * f
+                far = tl.where(norm > EPS, -far, 0.0)[:, None]
+                change = c * (w + far * known) * slope(x, f, FEATURES)
+                store(dq + start * en + h * eh, n * en + d[None, :], change, rows, Q, EVEN)
                 f_high, f_low = halves(c * f, WORK)
-                to_M = dot3(tl.trans(f_high), tl.trans(f_low), do_high, do_low, to_M, LOW > 0, NATIVE, WORK)
+                to_M = dot3(tl.trans(do_high), tl.trans(do_low), f_high, f_low, to_M, NATIVE, LOW > 0, WORK)
+                far_high, far_low = halves(far, WORK)
+                pair = tl.where(side == 0, far_high, tl.where(side == 1, far_low, 0.0)).to(WORK)
+                to_z = dot3(tl.trans(f_high), tl.trans(f_low), pair, pair, to_z, LOW > 0, False, WORK)
             tl.store(dgate + (b * S + s) * H + h, tl.where(s + done > 0, tl.sum(to_gate, 0), 0.0))
-    tl.store(dM + tile, to_M)
-    tl.store(dz + slot * D + d, tl.sum(to_z, 0))
+    tl.store(dM + tile, tl.trans(to_M))
+    tl.store(dz + slot * D + d, tl.sum(to_z, 1))
 
 
 def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int, features: str) -> Tensor:

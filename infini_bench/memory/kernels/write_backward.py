@@ -44,21 +44,21 @@ def through_norm(f, known, rows, N, B_high, B_low, LOW: tl.constexpr, WORK: tl.c
 @triton.jit
 def overlap_backward_kernel(
     k, z, B, dz, N, G, P,
-    kb, ks, kn, kh,
+    kb, ks, kn: tl.constexpr, kh,
     D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds to slot s of dz what the norms of segment s's keys give to z before it."""
     s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    k += b * kb + s * ks + g * kh + n * kn + d[None, :]
+    k += b * kb + s * ks + g * kh
     at = ((b * P + s) * G + g) * D + d
     known = tl.load(z + at)[None, :]
     tile = ((b * (P - 1) + s) * G + g) * D * D + d[:, None] * D + d[None, :]
     B_high, B_low = halves(tl.load(B + tile), WORK)
     part = tl.zeros([ROWS, D], tl.float32)
     for start in tl.range(0, N, ROWS, num_stages=STAGES):
-        f = sigma(load(k + start * kn, start + n, N, EVEN).to(tl.float32), FEATURES)
+        f = sigma(load(k + start * kn, n * kn + d[None, :], start + n, N, EVEN).to(tl.float32), FEATURES)
         if not EVEN:
             f = tl.where(start + n < N, f, 0.0)
         _, _, e = through_norm(f, known, start + n, N, B_high, B_low, LOW, WORK)
@@ -69,7 +69,7 @@ def overlap_backward_kernel(
 @triton.jit
 def write_backward_kernel(
     k, v, z, T, t, B, dk, dv, N, G, P,
-    kb, ks, kn, kh, vb, vs, vn, vh, eb, es, en, eh, fb, fs, fn, fh,
+    kb, ks, kn: tl.constexpr, kh, vb, vs, vn: tl.constexpr, vh, eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
     D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     DELTA: tl.constexpr, WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -78,16 +78,16 @@ def write_backward_kernel(
     s, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS * LOOP
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    k += b * kb + s * ks + g * kh + n * kn + d[None, :]
-    v += b * vb + s * vs + g * vh + n * vn + d[None, :]
-    dk += b * eb + s * es + g * eh + n * en + d[None, :]
-    dv += b * fb + s * fs + g * fh + n * fn + d[None, :]
+    k += b * kb + s * ks + g * kh
+    v += b * vb + s * vs + g * vh
+    dk += b * eb + s * es + g * eh
+    dv += b * fb + s * fs + g * fh
     end = tl.minimum(begin + ROWS * LOOP, N)
     if s >= P - 1:
         for start in tl.range(begin, end, ROWS):
             nothing = tl.zeros([ROWS, D], tl.float32)
-            store(dk + start * en, nothing, start + n, N, EVEN)
-            store(dv + start * fn, nothing, start + n, N, EVEN)
+            store(dk + start * en, n * en + d[None, :], nothing, start + n, N, EVEN)
+            store(dv + start * fn, n * fn + d[None, :], nothing, start + n, N, EVEN)
     else:
         before = (b * P + s) * G + g
         after, tile = before + G, d[:, None] * D + d[None, :]
@@ -98,13 +98,13 @@ def write_backward_kernel(
             B_high, B_low = halves(tl.load(B + ((b * (P - 1) + s) * G + g) * D * D + tile), WORK)
         for start in tl.range(begin, end, ROWS, num_stages=STAGES):
             rows = start + n
-            x = load(k + start * kn, rows, N, EVEN).to(tl.float32)
-            y = load(v + start * vn, rows, N, EVEN)
+            x = load(k + start * kn, n * kn + d[None, :], rows, N, EVEN).to(tl.float32)
+            y = load(v + start * vn, n * vn + d[None, :], rows, N, EVEN)
             f = sigma(x, FEATURES)
             f_high, f_low = halves(f, WORK)
             to_v = tl.zeros([ROWS, D], tl.float32)
             to_v = dot3(f_high, f_low, T_high, T_low, to_v, LOW > 0, LOW > 1, WORK)
-            store(dv + start * fn, to_v, rows, N, EVEN)
+            store(dv + start * fn, n * fn + d[None, :], to_v, rows, N, EVEN)
             if NATIVE:
                 y_high, y_low = halves(y.to(tl.float32), WORK)
             else:
@@ -115,7 +115,7 @@ def write_backward_kernel(
             if DELTA:
                 back, inverse, e = through_norm(f, known, rows, N, B_high, B_low, LOW, WORK)
                 to_k += back * inverse[:, None] - e[:, None] * known
-            store(dk + start * en, to_k * slope(x, f, FEATURES), rows, N, EVEN)
+            store(dk + start * en, n * en + d[None, :], to_k * slope(x, f, FEATURES), rows, N, EVEN)
 
 
 def outer(T: Tensor, M: Tensor) -> Tensor:

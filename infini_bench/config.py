@@ -150,6 +150,7 @@ _RULES: dict[str, Rule] = {
     "memory.kind": _one_of(schema.MEMORY_KINDS),
     "memory.update": _one_of(schema.UPDATES),
     "memory.features": _one_of(schema.FEATURES),
+    "memory.backend": _one_of(schema.BACKENDS),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
     "memory.gradient_depth": _NOT_NEGATIVE,

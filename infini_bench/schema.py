@@ -11,6 +11,7 @@ SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = ("compressive", "xl", "block", "sliding", "full", "knn")
 UPDATES = ("linear", "delta", "delta_corrected")
 FEATURES = ("elu1", "relu2", "exp")
+BACKENDS = ("auto", "eager", "triton")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
@@ -36,6 +37,7 @@ class MemoryConfig:
     neighbours: int = 32  # knn: of them that a query attends to
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
+    backend: str = "auto"  # compressive: eager | triton (UserError where it cannot run) | auto (triton where it can)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from infini_bench.memory.compressive import CompressiveMemory
 from infini_bench.memory.full import FullMemory
 from infini_bench.memory.knn import KnnMemory
 from infini_bench.memory.window import WindowMemory
-from infini_bench.schema import FEATURES, MEMORY_KINDS, UPDATES, MemoryConfig
+from infini_bench.schema import BACKENDS, FEATURES, MEMORY_KINDS, UPDATES, MemoryConfig
 from infini_bench.units import suggest
 
 KINDS: dict[str, type[Memory]] = {
@@ -29,6 +29,7 @@ def build_memory(
         ("kind", cfg.kind, MEMORY_KINDS),
         ("update", cfg.update, UPDATES),
         ("features", cfg.features, FEATURES),
+        ("backend", cfg.backend, BACKENDS),
     ):
         if value not in known:
             raise UserError(

@@ -24,7 +24,7 @@ from infini_bench.memory.kernels import walk as walks
 from infini_bench.memory.kernels.pieces import dense
 from infini_bench.memory.kernels.read import read as launch_read
 from infini_bench.memory.kernels.read import read_backward
-from infini_bench.memory.kernels.write import overlap, sums
+from infini_bench.memory.kernels.write import overlap, sums, taken_like
 from infini_bench.memory.kernels.write_backward import outer, overlap_backward, write_backward
 
 
@@ -53,9 +53,8 @@ def _write(k, v, M, z, written, delta, features):
 def _write_like(k, v, M, z, written, delta, features):
     batch, groups, size = z.shape
     before = M.new_empty(batch, written + 1, groups, size, size)
-    return before, z.new_empty(batch, written + 1, groups, size), M.new_empty(
-        batch, written if delta else 0, groups, size, size
-    )
+    norms, taken = z.new_empty(batch, written + 1, groups, size), taken_like(k, written if delta else 0)
+    return before, norms, taken
 
 
 @torch.library.custom_op(
@@ -71,7 +70,7 @@ def _write_backward(dM, dz, k, v, before, norms, taken, delta, features):
     crossed = None
     if delta:
         T, t = walks.walk(taken, dM, back=True), dz.clone(memory_format=torch.contiguous_format)
-        crossed = outer(T, before)
+        crossed = outer(T, before, k)
         overlap_backward(k, norms, crossed, t, features)
     else:
         T, t = walks.scan(dM, back=True), dz.contiguous()

@@ -49,6 +49,14 @@ def halves(x, WORK: tl.constexpr):
 
 
 @triton.jit
+def pair(x, WORK: tl.constexpr):
+    """A column (n, 1) as (n, 16): high, low, zeros. No product is narrower; the result's columns are summed."""
+    high, low = halves(x, WORK)
+    side = tl.arange(0, 16)[None, :]
+    return tl.where(side == 0, high.to(tl.float32), tl.where(side == 1, low.to(tl.float32), 0.0)).to(WORK)
+
+
+@triton.jit
 def dot(a, b, acc, WORK: tl.constexpr):
     """acc + a b, accumulated in float32."""
     if WORK == tl.float32:
@@ -68,6 +76,12 @@ def dot3(a, a_low, b, b_low, acc, LOW_A: tl.constexpr, LOW_B: tl.constexpr, WORK
     if LOW_B:
         acc = dot(a, b_low, acc, WORK)
     return dot(a, b, acc, WORK)
+
+
+@triton.jit
+def product(a, a_low, b, b_low, LOW_A: tl.constexpr, LOW_B: tl.constexpr, WORK: tl.constexpr):
+    """``dot3`` from zero."""
+    return dot3(a, a_low, b, b_low, tl.zeros([a.shape[0], b.shape[1]], tl.float32), LOW_A, LOW_B, WORK)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_bench.memory.kernels.pieces import (
-    EPS, dense, dot, dot3, halves, load, number, sigma, slope, store, strides,
+    EPS, dense, dot3, halves, load, number, pair, product, sigma, slope, store, strides,
 )  # fmt: skip
 from infini_bench.memory.kernels.tuning import shape
 
@@ -37,16 +37,16 @@ def read_kernel(
     out += b * ob + s * os + h * oh
     slot = (b * P + s) * (H // R) + h // R
     share = tl.where(s + done > 0, tl.load(gate + h), 0.0)
-    known = tl.load(z + slot * D + d)[None, :]
+    known = pair(tl.load(z + slot * D + d)[:, None], WORK)
     m_high, m_low = halves(tl.load(M + slot * D * D + d[:, None] * D + d[None, :]), WORK)
     for start in tl.range(begin, tl.minimum(begin + ROWS * LOOP, Q), ROWS, num_stages=STAGES):
         x = load(q + start * qn, n * qn + d[None, :], start + n, Q, EVEN).to(tl.float32)
         near = load(local + start * ln, n * ln + d[None, :], start + n, Q, EVEN).to(tl.float32)
         f = sigma(x, FEATURES)
-        norm = tl.maximum(tl.sum(f * known, 1), EPS)
         f_high, f_low = halves(f, WORK)
-        far = dot3(f_high, f_low, m_high, m_low, tl.zeros([ROWS, D], tl.float32), LOW > 0, LOW > 1, WORK)
-        far = far * (share / norm)[:, None] + (1 - share) * near
+        norm = tl.sum(product(f_high, f_low, known, known, LOW > 0, False, WORK), 1)
+        far = product(f_high, f_low, m_high, m_low, LOW > 0, LOW > 1, WORK)
+        far = far * (share / tl.maximum(norm, EPS))[:, None] + (1 - share) * near
         store(out + start * on, n * on + d[None, :], far, start + n, Q, EVEN)
 
 
@@ -74,8 +74,7 @@ def read_backward_kernel(
     known = tl.load(z + slot * D + d)[None, :]
     m_high, m_low = halves(tl.load(M + tile), WORK)
     to_M = tl.zeros([D, D], tl.float32)  # transposed: dO then comes straight from shared memory
-    to_z = tl.zeros([D, 16], tl.float32)  # two columns of use; no product is narrower
-    side = tl.arange(0, 16)[None, :]
+    to_z = tl.zeros([ROWS, D], tl.float32)
     if s < S:
         for r in range(R):
             h = g * R + r
@@ -92,8 +91,7 @@ def read_backward_kernel(
                     do_high, do_low = halves(do_wide, WORK)
                 else:
                     do_high, do_low = do, do
-                w = tl.zeros([ROWS, D], tl.float32)
-                w = dot3(do_high, do_low, tl.trans(m_high), tl.trans(m_low), w, NATIVE, LOW > 1, WORK)
+                w = product(do_high, do_low, tl.trans(m_high), tl.trans(m_low), NATIVE, LOW > 1, WORK)
                 x = load(q + start * qn + h * qh, n * qn + d[None, :], rows, Q, EVEN).to(tl.float32)
                 f = sigma(x, FEATURES)
                 norm = tl.sum(f * known, 1)
@@ -104,14 +102,12 @@ def read_backward_kernel(
                 far = tl.where(norm > EPS, -far, 0.0)[:, None]
                 change = c * (w + far * known) * slope(x, f, FEATURES)
                 store(dq + start * en + h * eh, n * en + d[None, :], change, rows, Q, EVEN)
+                to_z += c * far * f
                 f_high, f_low = halves(c * f, WORK)
                 to_M = dot3(tl.trans(do_high), tl.trans(do_low), f_high, f_low, to_M, NATIVE, LOW > 0, WORK)
-                far_high, far_low = halves(far, WORK)
-                pair = tl.where(side == 0, far_high, tl.where(side == 1, far_low, 0.0)).to(WORK)
-                to_z = dot3(tl.trans(f_high), tl.trans(f_low), pair, pair, to_z, LOW > 0, False, WORK)
             tl.store(dgate + (b * S + s) * H + h, tl.where(s + done > 0, tl.sum(to_gate, 0), 0.0))
     tl.store(dM + tile, tl.trans(to_M))
-    tl.store(dz + slot * D + d, tl.sum(to_z, 1))
+    tl.store(dz + slot * D + d, tl.sum(to_z, 0))
 
 
 def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int, features: str) -> Tensor:
@@ -123,7 +119,7 @@ def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int
     read_kernel[(segments * parts, batch * heads)](
         q, local, gate, M, z, out, queries, heads, heads // M.shape[2], M.shape[1], done, *strides(q, local, out),
         D=size, ROWS=t.rows, LOOP=t.loop, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low,
-        STAGES=t.stages, num_warps=t.warps, WORK=number(q)["WORK"],
+        STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs, WORK=number(q)["WORK"],
     )  # fmt: skip
     return out
 
@@ -142,6 +138,6 @@ def read_backward(
         q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz,
         segments, queries, heads, heads // groups, slots, done, *strides(q, local, grad, dq, dlocal),
         D=size, ROWS=t.rows, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low, STAGES=t.stages,
-        num_warps=t.warps, **number(q),
+        num_warps=t.warps, maxnreg=t.regs, **number(q),
     )  # fmt: skip
     return dq, dlocal, dgate.sum((0, 1)), dM, dz

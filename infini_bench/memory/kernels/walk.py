@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_bench.memory.kernels.pieces import INTERPRETED
+from infini_bench.memory.kernels.pieces import INTERPRETED, halves, number, product
 from infini_bench.memory.kernels.tuning import shape
 
 ONE_LEVEL = 24  # steps that are walked in a row before two levels pay
@@ -44,45 +44,49 @@ def scan_kernel(
 
 @triton.jit
 def walk_kernel(
-    A, x, y, start, last, S, G, C,
+    A, x, y, start, last, S, G, C, plane,
     D: tl.constexpr, COLUMNS: tl.constexpr, BACK: tl.constexpr, SUMMARY: tl.constexpr,
-    STAGES: tl.constexpr,
+    WORK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Steps [j C, j C + C) of the walk over S steps, for COLUMNS columns.
 
-    A (B, S, G, D, D), x and y (B, S + 1, G, D, D). Step i reads A[i], adds x[i + 1] and writes y[i + 1]; BACK
-    mirrors all indices. It starts from start (B, groups + 1, G, D, D)[j]. SUMMARY starts from [0 | I], writes L
-    into start[j + 1] and I - P into last (B, groups, G, D, D)[j], and nothing into y.
+    A (B, S, G, D, D) as halves, the low one ``plane`` elements behind; x and y (B, S + 1, G, D, D) float32. Step i
+    reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices. It starts from start[j],
+    start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into start[j + 1] and I - P
+    into last[j], last (B, groups, G, D, D) as halves.
     """
-    j, g, b = tl.program_id(0), tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
+    j, g, b = tl.program_id(0).to(tl.int64), tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
     groups = tl.num_programs(0)
     f, c = tl.arange(0, D)[:, None], tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tile, inner = f * D + tl.arange(0, D)[None, :], f * D + c % D
-    start += ((b * (groups + 1) + j) * G + g) * D * D + inner
     jump = G * D * D
-    from_zero = False
+    start += (b * (groups + 1) + j) * jump + g * D * D
+    ours = (tl.program_id(2) + 1) * COLUMNS <= D  # and not the columns of P, to which nothing is added
     if SUMMARY:
-        state = tl.where((c >= D) & (f == c - D), 1.0, 0.0)
-        from_zero = tl.program_id(2) * COLUMNS >= D  # the columns of P: nothing is added to them
+        state = tl.where(f == c - D, 1.0, 0.0)
     else:
-        state = tl.load(start)
-    first = (b * (S + 1) + (S if BACK else 0)).to(tl.int64) * jump + g * D * D
-    if not SUMMARY:
+        state = tl.load(start + inner)
         if j == 0:
-            tl.store(y + first + inner, state)
-    way = -1 if BACK else 1
+            tl.store(y + (b * (S + 1) + (S if BACK else 0)) * jump + g * D * D + inner, state)
     for i in tl.range(j * C, tl.minimum(j * C + C, S), num_stages=STAGES):
-        a = tl.load(A + (b * S + (S - 1 - i if BACK else i)) * jump + g * D * D + tile)
-        slot = first + way * (i + 1) * jump + inner
-        add = tl.load(x + slot, mask=(c < D) & (not from_zero), other=0.0)
-        state = state + add - tl.dot(a, state, input_precision="tf32x3")
+        step = A + (b * S + (S - 1 - i if BACK else i)) * jump + g * D * D
+        high = tl.load(step + tile)
+        low = tl.load(step + plane + tile) if SPLIT else high
+        slot = (b * (S + 1) + (S - 1 - i if BACK else i + 1)) * jump + g * D * D
+        add = tl.load(x + slot + inner, mask=ours & (c < D), other=0.0)
+        s_high, s_low = halves(state, WORK)
+        state = state + add - product(high, low, s_high, s_low, SPLIT, SPLIT, WORK)
         if not SUMMARY:
-            tl.store(y + slot, state)
+            tl.store(y + slot + inner, state)
     if SUMMARY:
-        if from_zero:
-            tl.store(last + ((b * groups + j) * G + g) * D * D + inner, tl.where(f == c - D, 1.0, 0.0) - state)
+        if ours:
+            tl.store(start + jump + inner, state)
         else:
-            tl.store(start + jump, state)
+            last += (b * groups + j) * jump + g * D * D
+            high, low = halves(tl.where(f == c - D, 1.0, 0.0) - state, WORK)
+            tl.store(last + inner, high)
+            if SPLIT:
+                tl.store(last + groups * plane // S + inner, low)
 
 
 def scan(x: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
@@ -98,30 +102,31 @@ def scan(x: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
 
 
 def walk(A: Tensor, x: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
-    """y of ``walk_kernel`` from y[0] = x[0] (the last slot if ``back``); ``out`` may be x itself."""
+    """y of ``walk_kernel`` from y[0] = x[0] (the last slot if ``back``); ``out`` may be x itself.
+
+    A: (1 or 2, B, S, G, D, D), the halves of float32, or float32 itself.
+    """
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
-    batch, steps, groups, size = A.shape[:4]
-    if steps == 0:
-        return out.copy_(x)
-    t = shape("walk", size, torch.bfloat16)
+    _, batch, steps, groups, size, _ = A.shape
+    t = shape("walk", size, A.dtype)
     columns = min(t.rows, size)
-    begin = x[:, -1 if back else 0]
 
     def launch(A, x, y, start, last, each, parts, back, summary):
-        wide = 2 * size if summary else size
-        walk_kernel[(parts, batch * groups, wide // columns)](
-            A, x, y, start, last, A.shape[1], groups, each,
-            D=size, COLUMNS=columns, BACK=back, SUMMARY=summary, STAGES=t.stages, num_warps=t.warps,
+        walk_kernel[(parts, batch * groups, (1 + summary) * size // columns)](
+            A, x, y, start, last, A.shape[2], groups, each, A[0].numel(),
+            D=size, COLUMNS=columns, BACK=back, SUMMARY=summary, SPLIT=A.shape[0] > 1, STAGES=t.stages,
+            num_warps=t.warps, maxnreg=t.regs, WORK=number(A)["WORK"],
         )  # fmt: skip
 
     each = steps if steps <= ONE_LEVEL else round(steps**0.5)
     parts = -(-steps // each)
     starts = x.new_empty(batch, parts + 1, groups, size, size)
-    starts[:, 0] = begin
+    starts[:, 0] = x[:, -1 if back else 0]
     if parts > 1:
-        ends = x.new_empty(batch, parts, groups, size, size)
+        ends = A.new_empty(A.shape[0], batch, parts, groups, size, size)
         launch(A, x, x, starts, ends, each, parts, back, True)
-        launch(ends, starts, starts, begin[:, None].expand(-1, 2, -1, -1, -1).contiguous(), ends, parts, 1, False, False)
-    launch(A, x, out, starts, starts, each, parts, back, False)
+        begin = torch.stack([starts[:, 0]] * 2, 1)
+        launch(ends, starts, starts, begin, ends, parts, 1, False, False)
+    launch(A, x, out, starts, A, each, parts, back, False)
     return out

@@ -49,10 +49,10 @@ def sums_kernel(
 
 @triton.jit
 def overlap_kernel(
-    k, z, A, N, G, P,
+    k, z, A, N, G, P, plane,
     kb, ks, kn: tl.constexpr, kh,
     D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+    WORK: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A_s = sum_t sigma(K_t) sigma(K_t)^T / (sigma(K_t) z_{s-1}) (D, D), symmetric; 0 where nothing is known.
 
@@ -78,8 +78,11 @@ def overlap_kernel(
             unlike = dot(tl.trans(high), low, unlike, WORK)
     if LOW > 0:
         like += unlike + tl.trans(unlike)
-    segments = P - 1
-    tl.store(A + ((b * segments + s) * G + g) * D * D + d[:, None] * D + d[None, :], like)
+    A += ((b * (P - 1) + s) * G + g) * D * D + d[:, None] * D + d[None, :]
+    high, low = halves(like, WORK)
+    tl.store(A, high)
+    if SPLIT:
+        tl.store(A + plane, low)
 
 
 def sums(k: Tensor, v: Tensor, M: Tensor, z: Tensor, features: str) -> None:
@@ -89,18 +92,26 @@ def sums(k: Tensor, v: Tensor, M: Tensor, z: Tensor, features: str) -> None:
     sums_kernel[(slots - 1, batch * groups)](
         k, v, M, z, n, groups, slots, *strides(k, v),
         D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, LOW=t.low, STAGES=t.stages,
-        num_warps=t.warps, **number(k),
+        num_warps=t.warps, maxnreg=t.regs, **number(k),
     )  # fmt: skip
 
 
+def taken_like(k: Tensor, segments: int) -> Tensor:
+    """Space for A."""
+    batch, _, _, groups, size = k.shape
+    planes, dtype = (1, torch.float32) if k.dtype == torch.float32 else (2, torch.bfloat16)
+    return torch.empty(planes, batch, segments, groups, size, size, dtype=dtype, device=k.device)
+
+
 def overlap(k: Tensor, z: Tensor, features: str) -> Tensor:
-    """A (B, P-1, G, D, D) float32 from the keys and the normaliser before each segment, z (B, P, G, D)."""
+    """A (2, B, P-1, G, D, D), float32 as its halves (one and whole for float32 keys), from the keys and the
+    normaliser before each segment, z (B, P, G, D)."""
     batch, _, n, groups, size = k.shape
     t, slots = shape("overlap", size, k.dtype), z.shape[1]
-    A = torch.empty(batch, slots - 1, groups, size, size, dtype=torch.float32, device=k.device)
+    A = taken_like(k, slots - 1)
     overlap_kernel[(slots - 1, batch * groups)](
-        k, z, A, n, groups, slots, *strides(k),
-        D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"], LOW=t.low,
-        STAGES=t.stages, num_warps=t.warps,
+        k, z, A, n, groups, slots, A[0].numel(), *strides(k),
+        D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"], SPLIT=len(A) > 1,
+        LOW=t.low, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
     )  # fmt: skip
     return A

@@ -12,29 +12,28 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_bench.memory.kernels.pieces import (
-    EPS, dense, dot, dot3, halves, load, number, sigma, slope, store, strides,
+    EPS, dot3, halves, load, number, product, sigma, slope, store, strides,
 )  # fmt: skip
 from infini_bench.memory.kernels.tuning import shape
 
 
 @triton.jit
-def outer_kernel(T, M, B, G, P, D: tl.constexpr, ROWS: tl.constexpr):
-    """B_s = -(T_{s+1} M_s^T + M_s T_{s+1}^T): ROWS of its rows."""
+def outer_kernel(T, M, B, G, P, D: tl.constexpr, WORK: tl.constexpr, SPLIT: tl.constexpr):
+    """B_s = -(T_{s+1} M_s^T + M_s T_{s+1}^T)."""
     s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    r, d = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    tile = tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :]
     before = ((b * P + s) * G + g) * D * D
-    after = before + G * D * D
-    rows, tile = r * D + d[None, :], d[:, None] * D + d[None, :]
-    acc = tl.dot(tl.load(T + after + rows), tl.trans(tl.load(M + before + tile)), input_precision="tf32x3")
-    acc = tl.dot(tl.load(M + before + rows), tl.trans(tl.load(T + after + tile)), acc, input_precision="tf32x3")
-    tl.store(B + ((b * (P - 1) + s) * G + g) * D * D + rows, -acc)
+    t_high, t_low = halves(tl.load(T + before + G * D * D + tile), WORK)
+    m_high, m_low = halves(tl.load(M + before + tile), WORK)
+    y = product(t_high, t_low, tl.trans(m_high), tl.trans(m_low), SPLIT, SPLIT, WORK)
+    tl.store(B + ((b * (P - 1) + s) * G + g) * D * D + tile, -(y + tl.trans(y)))
 
 
 @triton.jit
-def through_norm(f, known, rows, N, B_high, B_low, LOW: tl.constexpr, WORK: tl.constexpr):
+def through_norm(f, known, B_high, B_low, LOW: tl.constexpr, WORK: tl.constexpr):
     """y, 1 / norm and e of the rows of f; 0 where the memory knows nothing of a key, as in the forward."""
     f_high, f_low = halves(f, WORK)
-    y = dot3(f_high, f_low, B_high, B_low, tl.zeros_like(f), LOW > 0, LOW > 1, WORK)
+    y = product(f_high, f_low, B_high, B_low, LOW > 0, LOW > 1, WORK)
     norm = tl.sum(f * known, 1)
     keep = norm > EPS
     inverse = tl.where(keep, 1 / tl.where(keep, norm, 1.0), 0.0)
@@ -61,7 +60,7 @@ def overlap_backward_kernel(
         f = sigma(load(k + start * kn, n * kn + d[None, :], start + n, N, EVEN).to(tl.float32), FEATURES)
         if not EVEN:
             f = tl.where(start + n < N, f, 0.0)
-        _, _, e = through_norm(f, known, start + n, N, B_high, B_low, LOW, WORK)
+        _, _, e = through_norm(f, known, B_high, B_low, LOW, WORK)
         part -= e[:, None] * f
     tl.store(dz + at, tl.load(dz + at) + tl.sum(part, 0))
 
@@ -101,32 +100,29 @@ def write_backward_kernel(
             x = load(k + start * kn, n * kn + d[None, :], rows, N, EVEN).to(tl.float32)
             y = load(v + start * vn, n * vn + d[None, :], rows, N, EVEN)
             f = sigma(x, FEATURES)
-            f_high, f_low = halves(f, WORK)
-            to_v = tl.zeros([ROWS, D], tl.float32)
-            to_v = dot3(f_high, f_low, T_high, T_low, to_v, LOW > 0, LOW > 1, WORK)
-            store(dv + start * fn, n * fn + d[None, :], to_v, rows, N, EVEN)
+            to_k = tl.zeros([ROWS, D], tl.float32) + to_all
+            if DELTA:
+                back, inverse, e = through_norm(f, known, B_high, B_low, LOW, WORK)
+                to_k += back * inverse[:, None] - e[:, None] * known
             if NATIVE:
                 y_high, y_low = halves(y.to(tl.float32), WORK)
             else:
                 y_high, y_low = y, y
-            to_k = tl.zeros([ROWS, D], tl.float32)
             to_k = dot3(y_high, y_low, tl.trans(T_high), tl.trans(T_low), to_k, NATIVE, LOW > 1, WORK)
-            to_k += to_all
-            if DELTA:
-                back, inverse, e = through_norm(f, known, rows, N, B_high, B_low, LOW, WORK)
-                to_k += back * inverse[:, None] - e[:, None] * known
             store(dk + start * en, n * en + d[None, :], to_k * slope(x, f, FEATURES), rows, N, EVEN)
+            f_high, f_low = halves(f, WORK)
+            to_v = product(f_high, f_low, T_high, T_low, LOW > 0, LOW > 1, WORK)
+            store(dv + start * fn, n * fn + d[None, :], to_v, rows, N, EVEN)
 
 
-def outer(T: Tensor, M: Tensor) -> Tensor:
-    """B (B, P-1, G, D, D) from T and M (B, P, G, D, D)."""
+def outer(T: Tensor, M: Tensor, k: Tensor) -> Tensor:
+    """B (B, P-1, G, D, D) from T and M (B, P, G, D, D), as exact as keys of k's dtype ask for."""
     batch, slots, groups, size, _ = M.shape
-    t = shape("outer", size, torch.bfloat16)
     B = torch.empty_like(M[:, 1:], memory_format=torch.contiguous_format)
-    rows = min(t.rows, size)
-    outer_kernel[(slots - 1, batch * groups, size // rows)](
-        T, M, B, groups, slots, D=size, ROWS=rows, num_warps=t.warps
-    )
+    outer_kernel[(slots - 1, batch * groups)](
+        T, M, B, groups, slots, D=size, WORK=number(k)["WORK"], SPLIT=k.dtype != torch.float32,
+        num_warps=shape("outer", size, k.dtype).warps,
+    )  # fmt: skip
     return B
 
 
@@ -137,7 +133,7 @@ def overlap_backward(k: Tensor, z: Tensor, B: Tensor, dz: Tensor, features: str)
     overlap_backward_kernel[(slots - 1, batch * groups)](
         k, z, B, dz, n, groups, slots, *strides(k),
         D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"], LOW=t.low,
-        STAGES=t.stages, num_warps=t.warps,
+        STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
     )  # fmt: skip
 
 
@@ -151,6 +147,6 @@ def write_backward(
     write_backward_kernel[(segments * parts, batch * groups)](
         k, v, z, T, t_z, T if B is None else B, dk, dv, n, groups, T.shape[1], *strides(k, v, dk, dv),
         D=size, ROWS=t.rows, LOOP=t.loop, EVEN=n % t.rows == 0, FEATURES=features, DELTA=B is not None,
-        LOW=t.low, STAGES=t.stages, num_warps=t.warps, **number(k),
+        LOW=t.low, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs, **number(k),
     )  # fmt: skip
     return dk, dv

@@ -37,7 +37,7 @@ class MemoryConfig:
     neighbours: int = 32  # knn: of them that a query attends to
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
-    backend: str = "auto"  # compressive: eager | triton (UserError where it cannot run) | auto (triton where it can)
+    backend: str = "auto"  # compressive: eager | triton (an error where it cannot run) | auto (where it can)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Whether the Triton kernels compute a call of the compressive memory: one explicit rule, logged once.
 
-``memory.backend=auto`` runs them on a CUDA device wherever ``refusal`` finds nothing against it, and the eager form
-otherwise; ``eager`` never; ``triton`` raises UserError where they cannot run.
+``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it, ``eager`` never,
+and ``triton`` raises UserError where they cannot run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 UPDATES = ("linear", "delta")
 SIZES = (16, 32, 64, 128)
 SHARED = 160 * 1024  # bytes of shared memory that a program at head size 128 takes
-# Settings that the kernels carry out, or that do not touch what they compute; any other must be at its default.
+# Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
     "kind", "segment", "update", "features", "local", "gate_start", "gate_split", "window", "sinks", "stride",
     "compressed", "rate", "compression", "entries", "neighbours", "index", "layer", "backend",
@@ -38,8 +38,8 @@ def _of_device(device: torch.device) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else f"the tensors are on {device.type}, not on a CUDA device"
     found = torch.cuda.get_device_properties(device)
-    if found.major < 8 or found.shared_memory_per_block_optin < SHARED:
-        return f"{found.name} has no bfloat16 matrix products, or less than {SHARED >> 10} KiB of shared memory"
+    if found.major < 8 or getattr(found, "shared_memory_per_block_optin", 0) < SHARED:
+        return f"{found.name} lacks bfloat16 matrix products or {SHARED >> 10} KiB of shared memory"
     return None
 
 
@@ -57,7 +57,8 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
     if size not in SIZES:
         return f"the head size is {size}, not one of {', '.join(map(str, SIZES))}"
     if len(dtypes) > 1 or not dtypes <= known:
-        return f"the model computes in {' and '.join(sorted(str(t)[6:] for t in dtypes))}, not in bfloat16 or float16"
+        names = " and ".join(sorted(str(t)[6:] for t in dtypes))
+        return f"the model computes in {names}, not in bfloat16 or float16"
     if not isinstance(b.done, int) or not isinstance(b.full, int):
         return "the rows of the batch are padded or at different places"
     return _of_device(b.q_BSQHD.device)
@@ -69,7 +70,7 @@ def _tell(chosen: str, why: str | None) -> None:
 
 
 def choose(cfg: MemoryConfig, b: Blocks) -> bool:
-    """Whether the kernels compute this call. Raises UserError where ``memory.backend=triton`` asks too much."""
+    """Whether the kernels compute this call. UserError where ``memory.backend=triton`` asks too much."""
     if cfg.backend == "eager" or (cfg.backend == "auto" and b.q_BSQHD.device.type != "cuda"):
         return False
     why = refusal(cfg, b)

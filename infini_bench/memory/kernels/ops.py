@@ -9,8 +9,8 @@ reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N20
     read, backward                         q A_dot dO M -> dq dA_dot dM           5 + 2 X
     write, backward, Linear                dM -> T; k v T -> dk dv                4 + 3 X
     write, backward, Delta                 + A dM -> T; T M -> B; k B; B          5 + 9 X
-Linear forward therefore adds at least 5.5 passes, 0.34 ms, at D128 and 6 passes, 0.38 ms, at D64, to floors of
-1.11 and 0.51 ms; the matrix products are 34 (D128) and 17 (D64) GFLOP each, 0.06 and 0.03 ms at 600 TFLOP/s.
+Linear forward therefore adds at least 5.5 passes, 0.34 ms, at D128 and 6 passes, 0.38 ms, at D64, to floors
+of 1.11 and 0.51 ms; a matrix product is 34 (D128) or 17 (D64) GFLOP, 0.06 and 0.03 ms at 600 TFLOP/s.
 
 Shapes as in compressive.py; P = S + 1 slots: the memory before each written segment and after the last one.
 """
@@ -100,7 +100,8 @@ _write.register_autograd(_backward_of_write, setup_context=_save_write)
 @torch.library.custom_op(
     "infini_bench::read",
     mutates_args=(),
-    schema="(Tensor q, Tensor local, Tensor gate, Tensor before, Tensor norms, int done, str features) -> Tensor",
+    schema="(Tensor q, Tensor local, Tensor gate, Tensor before, Tensor norms, int done, str features)"
+    " -> Tensor",
 )
 def _read(q, local, gate, before, norms, done, features):
     return launch_read(q, local, gate, before, norms, done, features)
@@ -148,7 +149,13 @@ def write(
 
 
 def read(
-    q_BSQHD: Tensor, local_BSQHD: Tensor, gate_H: Tensor, M_BPGDD: Tensor, z_BPGD: Tensor, done: int, features: str
+    q_BSQHD: Tensor,
+    local_BSQHD: Tensor,
+    gate_H: Tensor,
+    M_BPGDD: Tensor,
+    z_BPGD: Tensor,
+    done: int,
+    features: str,
 ) -> Tensor:
     """gate * A_mem + (1 - gate) * local, (B, S, Q, H, D) (Eq. 7, 10); S at most P.
 

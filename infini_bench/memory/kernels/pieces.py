@@ -50,7 +50,7 @@ def halves(x, WORK: tl.constexpr):
 
 @triton.jit
 def pair(x, WORK: tl.constexpr):
-    """A column (n, 1) as (n, 16): high, low, zeros. No product is narrower; the result's columns are summed."""
+    """A column (n, 1) as (n, 16): high, low, zeros. No product is narrower; sum the result's columns."""
     high, low = halves(x, WORK)
     side = tl.arange(0, 16)[None, :]
     return tl.where(side == 0, high.to(tl.float32), tl.where(side == 1, low.to(tl.float32), 0.0)).to(WORK)
@@ -59,7 +59,7 @@ def pair(x, WORK: tl.constexpr):
 @triton.jit
 def dot(a, b, acc, WORK: tl.constexpr):
     """acc + a b, accumulated in float32."""
-    if WORK == tl.float32:
+    if tl.float32 == WORK:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     elif INTERPRETED:  # its matrix product does not know bfloat16
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
@@ -87,11 +87,7 @@ def product(a, a_low, b, b_low, LOW_A: tl.constexpr, LOW_B: tl.constexpr, WORK: 
 @triton.jit
 def load(base, at, rows, LIMIT, EVEN: tl.constexpr):
     """A block (ROWS, D) at offsets ``at`` from a scalar pointer; rows (ROWS, 1) from LIMIT on read zero."""
-    if EVEN:
-        x = tl.load(base + at)
-    else:
-        x = tl.load(base + at, mask=rows < LIMIT, other=0.0)
-    return x
+    return tl.load(base + at) if EVEN else tl.load(base + at, mask=rows < LIMIT, other=0.0)
 
 
 @triton.jit

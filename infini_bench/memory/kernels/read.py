@@ -15,15 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_bench.memory.kernels.pieces import (
-    EPS, dense, dot3, halves, load, number, pair, product, sigma, slope, store, strides,
-)  # fmt: skip
+    EPS,
+    dense,
+    dot3,
+    halves,
+    load,
+    number,
+    pair,
+    product,
+    sigma,
+    slope,
+    store,
+    strides,
+)
 from infini_bench.memory.kernels.tuning import shape
 
 
 @triton.jit
 def read_kernel(
     q, local, gate, M, z, out, Q, H, R, P, done,
-    qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh, ob, os, on: tl.constexpr, oh,
+    qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh,
+    ob, os, on: tl.constexpr, oh,
     D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +65,8 @@ def read_kernel(
 @triton.jit
 def read_backward_kernel(
     q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz, S, Q, H, R, P, done,
-    qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh, ob, os, on: tl.constexpr, oh, eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
+    qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh,
+    ob, os, on: tl.constexpr, oh, eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
     D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +130,8 @@ def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int
     q, local = dense(q), dense(local)
     parts = triton.cdiv(queries, t.rows * t.loop)
     read_kernel[(segments * parts, batch * heads)](
-        q, local, gate, M, z, out, queries, heads, heads // M.shape[2], M.shape[1], done, *strides(q, local, out),
+        q, local, gate, M, z, out, queries, heads, heads // M.shape[2], M.shape[1], done,
+        *strides(q, local, out),
         D=size, ROWS=t.rows, LOOP=t.loop, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low,
         STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs, WORK=number(q)["WORK"],
     )  # fmt: skip

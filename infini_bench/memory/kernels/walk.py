@@ -1,9 +1,9 @@
 """From what each segment adds to the memory before every segment, and gradients the same way back.
 
-Linear: a running sum over slots. Delta: x_{i+1} = x_i - A_i x_i + u_i; columns of x are independent, so a program
-holds some of them and walks. Many segments are walked in two levels: all groups of about sqrt(S) segments at once
-as [L | I - P] from [0 | I], so that x_end = P x_start + L; the groups' ends one after another by the same rule with
-A = I - P and u = L; then inside all groups at once from the known starts: 3 sqrt(S) steps in a row, not S.
+Linear: a running sum over slots. Delta: x_{i+1} = x_i - A_i x_i + u_i; columns of x are independent, so a
+program holds some of them and walks. Many segments are walked in two levels: groups of about sqrt(S) segments
+all at once from [0 | I] to [L | P], so that x_end = P x_start + L; the groups' ends one after another by the
+same rule with A = I - P and u = L; then inside all groups at once from the starts: 3 sqrt(S) steps, not S.
 
 The way back is the same walk from the last slot, because A is symmetric.
 """
@@ -50,10 +50,10 @@ def walk_kernel(
 ):  # fmt: skip
     """Steps [j C, j C + C) of the walk over S steps, for COLUMNS columns.
 
-    A (B, S, G, D, D) as halves, the low one ``plane`` elements behind; x and y (B, S + 1, G, D, D) float32. Step i
-    reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices. It starts from start[j],
-    start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into start[j + 1] and I - P
-    into last[j], last (B, groups, G, D, D) as halves.
+    A (B, S, G, D, D) as halves, the low one ``plane`` elements behind; x and y (B, S + 1, G, D, D) float32.
+    Step i reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices. It starts from start[j],
+    start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into start[j + 1] and
+    I - P into last[j], last (B, groups, G, D, D) as halves.
     """
     j, g, b = tl.program_id(0).to(tl.int64), tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
     groups = tl.num_programs(0)

@@ -111,7 +111,7 @@ def overlap(k: Tensor, z: Tensor, features: str) -> Tensor:
     A = taken_like(k, slots - 1)
     overlap_kernel[(slots - 1, batch * groups)](
         k, z, A, n, groups, slots, A[0].numel(), *strides(k),
-        D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"], SPLIT=len(A) > 1,
-        LOW=t.low, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
+        D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"],
+        SPLIT=len(A) > 1, LOW=t.low, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
     )  # fmt: skip
     return A

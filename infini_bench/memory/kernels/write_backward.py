@@ -1,7 +1,7 @@
 """Gradients of a segment's keys and values from those of the memory after it, T = dL/dM_s and t = dL/dz_s.
 
-dV = sigma(K) T;  d sigma(K) = V T^T + t, and for Delta, through A_s = sum_t k k^T / norm (k = sigma(K_t)), with
-dA = -T M_{s-1}^T and B = dA + dA^T:  y = B k,  e = (k y) / (2 norm^2):  + y / norm - e z_{s-1}, and -e k to z_{s-1}.
+dV = sigma(K) T and d sigma(K) = V T^T + t. For Delta, through A_s = sum_t k k^T / norm (k = sigma(K_t)), also
+y / norm - e z_{s-1}, and -e k to z_{s-1}: y = B k, e = (k y) / (2 norm^2), B = dA + dA^T, dA = -T M_{s-1}^T.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_bench.memory.kernels.pieces import (
-    EPS, dot3, halves, load, number, product, sigma, slope, store, strides,
-)  # fmt: skip
+    EPS,
+    dot3,
+    halves,
+    load,
+    number,
+    product,
+    sigma,
+    slope,
+    store,
+    strides,
+)
 from infini_bench.memory.kernels.tuning import shape
 
 
@@ -68,7 +77,8 @@ def overlap_backward_kernel(
 @triton.jit
 def write_backward_kernel(
     k, v, z, T, t, B, dk, dv, N, G, P,
-    kb, ks, kn: tl.constexpr, kh, vb, vs, vn: tl.constexpr, vh, eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
+    kb, ks, kn: tl.constexpr, kh, vb, vs, vn: tl.constexpr, vh,
+    eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
     D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
     DELTA: tl.constexpr, WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -1,7 +1,7 @@
 """Whether the Triton kernels compute a call of the compressive memory: one explicit rule, logged once.
 
-``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it, ``eager`` never,
-and ``triton`` raises UserError where they cannot run.
+``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it; ``eager``
+never; ``triton`` always, and raises UserError where they cannot run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 UPDATES = ("linear", "delta")
 SIZES = (16, 32, 64, 128)
-SHARED = 160 * 1024  # bytes of shared memory that a program at head size 128 takes
+SHARED = (96 << 10, 168 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
     "kind", "segment", "update", "features", "local", "gate_start", "gate_split", "window", "sinks", "stride",
@@ -31,15 +31,15 @@ HEEDED = {
 
 
 @cache
-def _of_device(device: torch.device) -> str | None:
+def _of_device(device: torch.device, shared: int) -> str | None:
     if not find_spec("triton"):
         return "triton is not installed (pip install 'infini-bench[gpu]')"
     if device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else f"the tensors are on {device.type}, not on a CUDA device"
     found = torch.cuda.get_device_properties(device)
-    if found.major < 8 or getattr(found, "shared_memory_per_block_optin", 0) < SHARED:
-        return f"{found.name} lacks bfloat16 matrix products or {SHARED >> 10} KiB of shared memory"
+    if found.major < 8 or getattr(found, "shared_memory_per_block_optin", 0) < shared:
+        return f"{found.name} lacks bfloat16 matrix products or {shared >> 10} KiB of shared memory"
     return None
 
 
@@ -61,7 +61,7 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
         return f"the model computes in {names}, not in bfloat16 or float16"
     if not isinstance(b.done, int) or not isinstance(b.full, int):
         return "the rows of the batch are padded or at different places"
-    return _of_device(b.q_BSQHD.device)
+    return _of_device(b.q_BSQHD.device, SHARED[size > 64])
 
 
 @cache

@@ -1,8 +1,8 @@
 """Block shapes and precision of each kernel by head size.
 
 rows: tokens a block. loop: blocks a program walks. low: which float32 operands keep their low half
-(``pieces``): 0 none, 1 the features, 2 the memory's matrices too. One rounded operand leaves a bfloat16 result
-within 1.5 times its own rounding; results that stay float32 (M, and the gradients of the gate, M and z) allow none.
+(``pieces``): 0 none, 1 the features, 2 the memory's matrices too. One rounded operand leaves bfloat16 outputs
+within 1.5 times their own rounding; results that stay float32 (M; gradients of the gate, M and z) allow none.
 warps and stages are Triton's; a block of 16 rows a warp lets Triton compute every row once.
 """
 

@@ -201,6 +201,7 @@ _RULES: dict[str, Rule] = {
     "memory.index": _one_of(schema.INDEXES),
     "memory.layers": _rising(0, "layer numbers"),
     "base.save": _one_of(schema.SAVES),
+    "memory.backend": _one_of(schema.BACKENDS),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
     "memory.gradient_depth": _NOT_NEGATIVE,

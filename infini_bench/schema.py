@@ -17,6 +17,7 @@ LOCALS = ("block", "sliding", "xl", "sparse", "kernel")
 UPDATES = ("linear", "delta", "delta_corrected", "delta_token")
 FEATURES = ("elu1", "relu", "relu2", "exp", "dpfp", "gelu", "softmax")
 NORMALISERS = ("sum", "mean", "max", "none", "norm")
+BACKENDS = ("auto", "eager", "triton")
 COMPRESSIONS = ("conv", "mean", "max")
 INDEXES = ("auto", "torch", "faiss")
 KEYS = ("random", "collinear", "duplicated", "overwritten", "zipf")
@@ -68,6 +69,7 @@ class MemoryConfig:
     layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
     options: dict[str, Any] = field(default_factory=dict)  # of a memory outside this package
+    backend: str = "auto"  # compressive: eager | triton (an error where it cannot run) | auto (where it can)
 
 
 @dataclass

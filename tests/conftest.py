@@ -1,7 +1,12 @@
 """Fixtures of all tests: fixed seeds, one thread, and small models of every kind."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, which many a package does
 
 from infini_bench.schema import DecoderConfig, MemoryConfig
 

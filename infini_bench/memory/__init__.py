@@ -14,6 +14,7 @@ from infini_bench.memory.local import KernelMemory, SparseMemory
 from infini_bench.memory.tokens import AssociativeTokens, AutoCompressor, RecurrentTokens, TokenMemory
 from infini_bench.memory.window import SinkMemory, WindowMemory
 from infini_bench.schema import (
+    BACKENDS,
     COMPRESSIONS,
     FEATURES,
     INDEXES,
@@ -60,6 +61,7 @@ def build_memory(
         ("local", cfg.local, LOCALS),
         ("compression", cfg.compression, COMPRESSIONS),
         ("index", cfg.index, INDEXES),
+        ("backend", cfg.backend, BACKENDS),
     ):
         if value not in known and not (name == "kind" and outside.is_outside(value)):
             raise UserError(

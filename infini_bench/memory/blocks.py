@@ -87,14 +87,17 @@ def cut(
     if rest is not None:
         assert isinstance(rest[2], int)
         fill = rest[2]
-        k_BTGD, v_BTGD = torch.cat([rest[0], k_BTGD], 1), torch.cat([rest[1], v_BTGD], 1)
+        if fill:  # nothing is copied for nothing: on a GPU each copy costs as much as a pass of a kernel
+            k_BTGD, v_BTGD = torch.cat([rest[0], k_BTGD], 1), torch.cat([rest[1], v_BTGD], 1)
     tokens, total = q_BTHD.shape[1], k_BTGD.shape[1]
     n_seg, full = -(-total // n), total // n
     slots = torch.arange(fill, total, device=q_BTHD.device)
     if n_seg > 1:
         tail = n_seg * n - total
-        q_BTHD = F.pad(q_BTHD, (0, 0, 0, 0, fill, tail))
-        k_BTGD, v_BTGD = (F.pad(x, (0, 0, 0, 0, 0, tail)) for x in (k_BTGD, v_BTGD))
+        if fill or tail:
+            q_BTHD = F.pad(q_BTHD, (0, 0, 0, 0, fill, tail))
+        if tail:
+            k_BTGD, v_BTGD = (F.pad(x, (0, 0, 0, 0, 0, tail)) for x in (k_BTGD, v_BTGD))
         slots = torch.arange(n, device=q_BTHD.device)
     q, k, v = (x.unflatten(1, (n_seg, -1)) for x in (q_BTHD, k_BTGD, v_BTGD))
     return Blocks(q, k, v, slots, done, full, total - full * n, fill, tokens)

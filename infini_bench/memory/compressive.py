@@ -44,6 +44,7 @@ from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES, WIDTHS
+from infini_bench.memory.kernels.backend import choose
 from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
@@ -108,6 +109,9 @@ class CompressiveMemory(Memory):
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
+        if choose(self.cfg, b):
+            out, own = self.fused(b, dot, carry)
+            return out, {**past, **own}
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:
@@ -118,6 +122,18 @@ class CompressiveMemory(Memory):
             known = (b.ages() > 0)[..., None, None, None]
             out = torch.where(known, mixed, dot.float()).to(dot.dtype)
         return out, {**past, **self.carried(prefixes, b.full)}
+
+    def fused(self, b: Blocks, dot: Tensor, carry: State) -> tuple[Tensor, State]:
+        """``segments`` through the Triton kernels."""
+        from infini_bench.memory.kernels import ops  # imports triton
+
+        assert isinstance(b.full, int) and isinstance(b.done, int)
+        how = self.cfg.update, self.cfg.features
+        M, z = ops.write(b.k_BSKGD, b.v_BSKGD, carry["M"], carry["z"], b.full, *how)
+        if self.enabled and b.done + b.q_BSQHD.shape[1] > 1:
+            gate = torch.sigmoid(self.memory_gate.float())
+            dot = ops.read(b.q_BSQHD, dot, gate, M, z, b.done, self.cfg.features)
+        return dot, self.carried({"M": M, "z": z}, b.full)
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:

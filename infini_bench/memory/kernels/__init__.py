@@ -1,0 +1,1 @@
+"""Fused Triton kernels of the compressive memory; ``backend.py`` says when they run."""

@@ -1,0 +1,83 @@
+"""Whether the Triton kernels compute a call of the compressive memory: one explicit rule, logged once.
+
+``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it; ``eager``
+never; ``triton`` always, and raises UserError where they cannot run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import fields
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from infini_bench.errors import UserError
+from infini_bench.memory.blocks import Blocks
+from infini_bench.schema import MemoryConfig
+
+log = logging.getLogger(__name__)
+
+UPDATES = ("linear", "delta")
+SIZES = (16, 32, 64, 128)
+SHARED = (96 << 10, 168 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
+# Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
+HEEDED = {
+    "kind", "segment", "update", "features", "local", "gate_start", "gate_split", "gate_frozen", "window", "sinks", "stride",
+    "compressed", "rate", "compression", "entries", "neighbours", "index", "layer", "layers", "backend",
+}  # fmt: skip
+
+
+@cache
+def _of_device(device: torch.device, shared: int) -> str | None:
+    if not find_spec("triton"):
+        return "triton is not installed (pip install 'infini-bench[gpu]')"
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else f"the tensors are on {device.type}, not on a CUDA device"
+    found = torch.cuda.get_device_properties(device)
+    if found.major < 8 or getattr(found, "shared_memory_per_block_optin", 0) < shared:
+        return f"{found.name} lacks bfloat16 matrix products or {shared >> 10} KiB of shared memory"
+    return None
+
+
+def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
+    """Why the kernels cannot run here; None if they can."""
+    size, dtypes = b.q_BSQHD.shape[-1], {x.dtype for x in (b.q_BSQHD, b.k_BSKGD, b.v_BSKGD)}
+    plain = MemoryConfig()
+    names = (f.name for f in fields(cfg) if f.name not in HEEDED)
+    other = next((name for name in names if getattr(cfg, name) != getattr(plain, name)), None)
+    known = {torch.bfloat16, torch.float16}
+    if b.q_BSQHD.device.type == "cpu":
+        known.add(torch.float32)  # only Triton's interpreter comes here; the tests want exact sums of it
+    if cfg.update not in UPDATES:
+        return f"there is no kernel for memory.update={cfg.update}"
+    if other is not None:
+        return f"there is no kernel for memory.{other}={getattr(cfg, other)}"
+    if size not in SIZES:
+        return f"the head size is {size}, not one of {', '.join(map(str, SIZES))}"
+    if len(dtypes) > 1 or not dtypes <= known:
+        found = " and ".join(sorted(str(t)[6:] for t in dtypes))
+        return f"the model computes in {found}, not in bfloat16 or float16"
+    if not isinstance(b.done, int) or not isinstance(b.full, int):
+        return "the rows of the batch are padded or at different places"
+    return _of_device(b.q_BSQHD.device, SHARED[size > 64])
+
+
+@cache
+def _tell(chosen: str, why: str | None) -> None:
+    log.info("memory.backend=auto: %s%s", chosen, f", because {why}" if why else "")
+
+
+def choose(cfg: MemoryConfig, b: Blocks) -> bool:
+    """Whether the kernels compute this call. UserError where ``memory.backend=triton`` asks too much."""
+    if cfg.backend == "eager" or (cfg.backend == "auto" and b.q_BSQHD.device.type != "cuda"):
+        return False
+    why = refusal(cfg, b)
+    if cfg.backend == "triton" and why:
+        raise UserError(f"memory.backend=triton cannot run: {why}; write memory.backend=auto.")
+    if cfg.backend == "auto" and not torch.compiler.is_compiling():
+        _tell("eager" if why else "triton", why)
+    return why is None

@@ -1,0 +1,187 @@
+"""The kernels as two differentiable operators, ``write`` and ``read``, opaque to ``torch.compile``.
+
+Bytes (device memory, B1 T131072 bf16, one pass over q, k, v or o = 268 MB, 62 us at the 4.3 TB/s that a copy
+reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512).
+    local attention alone (the floor)      q k v -> o                             4
+    write, Linear                          k v -> U; U -> M                       2 + 3 X
+    write, Delta                           + k -> A; A U twice -> M               3 + 6 X
+    read                                   q A_dot M -> out                       3 + X
+    read, backward                         q A_dot dO M -> dq dA_dot dM           5 + 2 X
+    write, backward, Linear                dM -> T; k v T -> dk dv                4 + 3 X
+    write, backward, Delta                 + A dM -> T; T M -> B; k B; B          5 + 9 X
+Linear forward therefore adds at least 5.5 passes, 0.34 ms, at D128 and 6 passes, 0.38 ms, at D64, to floors
+of 1.11 and 0.51 ms; a matrix product is 34 (D128) or 17 (D64) GFLOP, 0.06 and 0.03 ms at 600 TFLOP/s.
+
+Shapes as in compressive.py; P = S + 1 slots: the memory before each written segment and after the last one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infini_bench.memory.kernels import walk as walks
+from infini_bench.memory.kernels.pieces import dense
+from infini_bench.memory.kernels.read import read as launch_read
+from infini_bench.memory.kernels.read import read_backward
+from infini_bench.memory.kernels.write import overlap, sums, taken_like
+from infini_bench.memory.kernels.write_backward import outer, overlap_backward, write_backward
+
+
+@torch.library.custom_op(
+    "infini_bench::write",
+    mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor M, Tensor z, int written, bool delta, str features)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _write(k, v, M, z, written, delta, features):
+    before, norms, taken = _write_like(k, v, M, z, written, delta, features)
+    before[:, 0], norms[:, 0] = M, z
+    if written:
+        k, v = dense(k), dense(v)
+        sums(k, v, before, norms, features)
+        walks.scan(norms, out=norms)
+        if delta:
+            taken = overlap(k, norms, features)
+            walks.walk(taken, before, out=before)
+        else:
+            walks.scan(before, out=before)
+    return before, norms, taken
+
+
+@_write.register_fake
+def _write_like(k, v, M, z, written, delta, features):
+    batch, groups, size = z.shape
+    before = M.new_empty(batch, written + 1, groups, size, size)
+    norms, taken = z.new_empty(batch, written + 1, groups, size), taken_like(k, written if delta else 0)
+    return before, norms, taken
+
+
+@torch.library.custom_op(
+    "infini_bench::write_backward",
+    mutates_args=(),
+    schema="(Tensor dM, Tensor dz, Tensor k, Tensor v, Tensor before, Tensor norms, Tensor taken, bool delta,"
+    " str features) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _write_backward(dM, dz, k, v, before, norms, taken, delta, features):
+    k, v = dense(k), dense(v)
+    if before.shape[1] == 1:
+        return torch.zeros_like(k), torch.zeros_like(v), dM[:, 0].clone(), dz[:, 0].clone()
+    crossed = None
+    if delta:
+        T, t = walks.walk(taken, dM, back=True), dz.clone(memory_format=torch.contiguous_format)
+        crossed = outer(T, before, k)
+        overlap_backward(k, norms, crossed, t, features)
+    else:
+        T, t = walks.scan(dM, back=True), dz.contiguous()
+    t = walks.scan(t, back=True)
+    dk, dv = write_backward(k, v, norms, T, t, crossed, features)
+    return dk, dv, T[:, 0].clone(), t[:, 0].clone()
+
+
+@_write_backward.register_fake
+def _write_backward_like(dM, dz, k, v, before, norms, taken, delta, features):
+    k, v = dense(k), dense(v)
+    return torch.empty_like(k), torch.empty_like(v), torch.empty_like(dM[:, 0]), torch.empty_like(dz[:, 0])
+
+
+def _save_write(ctx, inputs, output):
+    k, v, _, _, _, ctx.delta, ctx.features = inputs
+    ctx.save_for_backward(k, v, *output)
+
+
+def _backward_of_write(ctx, dM, dz, _):
+    return *_write_backward(dM, dz, *ctx.saved_tensors, ctx.delta, ctx.features), None, None, None
+
+
+_write.register_autograd(_backward_of_write, setup_context=_save_write)
+
+
+@torch.library.custom_op(
+    "infini_bench::read",
+    mutates_args=(),
+    schema="(Tensor q, Tensor local, Tensor gate, Tensor before, Tensor norms, int done, str features)"
+    " -> Tensor",
+)
+def _read(q, local, gate, before, norms, done, features):
+    return launch_read(q, local, gate, before, norms, done, features)
+
+
+@_read.register_fake
+def _read_like(q, local, gate, before, norms, done, features):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op(
+    "infini_bench::read_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor local, Tensor gate, Tensor before, Tensor norms, int done,"
+    " str features) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _read_backward(grad, q, local, gate, before, norms, done, features):
+    return read_backward(grad, q, local, gate, before, norms, done, features)
+
+
+@_read_backward.register_fake
+def _read_backward_like(grad, q, local, gate, before, norms, done, features):
+    return tuple(torch.empty_like(x) for x in (dense(q), dense(local), gate, before, norms))
+
+
+def _save_read(ctx, inputs, output):
+    *tensors, ctx.done, ctx.features = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_read(ctx, grad):
+    return *_read_backward(grad, *ctx.saved_tensors, ctx.done, ctx.features), None, None
+
+
+_read.register_autograd(_backward_of_read, setup_context=_save_read)
+
+
+def write(
+    k_BSNGD: Tensor, v_BSNGD: Tensor, M_BGDD: Tensor, z_BGD: Tensor, written: int, update: str, features: str
+) -> tuple[Tensor, Tensor]:
+    """M (B, P, G, D, D) and z (B, P, G, D), float32, before each of the first ``written`` segments and after
+    the last of them, from M and z before the first (Eq. 8 or 9)."""
+    before, norms, _ = _write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update == "delta", features)
+    return before, norms
+
+
+def read(
+    q_BSQHD: Tensor,
+    local_BSQHD: Tensor,
+    gate_H: Tensor,
+    M_BPGDD: Tensor,
+    z_BPGD: Tensor,
+    done: int,
+    features: str,
+) -> Tensor:
+    """gate * A_mem + (1 - gate) * local, (B, S, Q, H, D) (Eq. 7, 10); S at most P.
+
+    gate: after the sigmoid, float32. done: segments before the first one; the document's first is ungated.
+    """
+    return _read(q_BSQHD, local_BSQHD, gate_H, M_BPGDD, z_BPGD, done, features)
+
+
+def infini_attention(
+    q_BSQHD: Tensor,
+    k_BSNGD: Tensor,
+    v_BSNGD: Tensor,
+    local_BSQHD: Tensor,
+    gate_H: Tensor,
+    M_BGDD: Tensor,
+    z_BGD: Tensor,
+    *,
+    written: int,
+    done: int,
+    update: str = "linear",
+    features: str = "elu1",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One call of Infini-attention beside its local part: outputs, and M and z after segment ``written``.
+
+    q, k: raw, before any position embedding. Equals ``CompressiveMemory.segments`` for rows that agree.
+    """
+    M, z = write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update, features)
+    out = read(q_BSQHD, local_BSQHD, gate_H, M, z, done, features)
+    return out, M[:, written], z[:, written]

@@ -69,7 +69,7 @@ class MemoryConfig:
     layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
     gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
     options: dict[str, Any] = field(default_factory=dict)  # of a memory outside this package
-    backend: str = "auto"  # compressive: eager | triton (an error where it cannot run) | auto (where it can)
+    backend: str = "eager"  # compressive: eager | triton (an error where it cannot run) | auto (where it can)
 
 
 @dataclass

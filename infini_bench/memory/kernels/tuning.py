@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "read_backward": {64: Shape(64, 4, 2, low=2), 128: Shape(64, 8, 2, low=2)},
     "outer": {64: Shape(warps=4), 128: Shape(warps=8)},
     "overlap_backward": {64: Shape(64, 4, 2, low=2), 128: Shape(64, 8, 2, low=2)},
-    "write_backward": {64: Shape(64, 4, 2, 8), 128: Shape(64, 4, 2, 8)},
+    "write_backward": {64: Shape(64, 4, 2, 8, low=2), 128: Shape(64, 4, 2, 8, low=2)},
 }
 
 

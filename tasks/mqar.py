@@ -21,9 +21,10 @@ for models without a memory that could be switched off. Trials depend on seed, P
 also on d.
 
 Training: rows of ``segments`` segments; P is one of ``train_pairs`` that fit, the start of the asking zone
-one of those possible, both uniform, and the zone takes the rest of the row. Up to a segment of filler stands
-before the pairs: else more pairs than in training would stand where no pair ever stood. Loss: mean over the
-answers, nothing else.
+one of those possible, both uniform, and the zone takes the rest of the row. Loss: mean over the answers,
+nothing else. Pairs start each row, as in Zoology, so a model may learn by place what is a pair: with more
+pairs than in training, those behind the trained ones stand where none ever stood, and fewer right answers
+are not yet a full memory.
 """
 
 from __future__ import annotations
@@ -111,16 +112,13 @@ class MQAR(Task):
                 "pairs and their questions take that many segments."
             )
         trial = Trial(seed, self.task.vocabulary, fitting[rng.integers(len(fitting))])
-        pairs = trial.written()
-        lead = 2 * int(rng.integers(min(segment, length - 2 * len(pairs)) // 2 + 1))
-        end = lead + len(pairs)
-        starts = [end, *range(-(-end // segment) * segment, length - len(pairs) + 1, segment)]
+        pairs, needed = trial.written(), self.segments_of(len(trial.keys))
+        starts = [len(pairs), *range(needed * segment, length - needed * segment + 1, segment)]
         start = starts[rng.integers(len(starts))]
         zone, places = trial.zone(length + 1 - start, self.task.power, rng)
         answer = np.zeros(length, np.float32)
         answer[start + places - 1] = 1
-        filler = trial.filler(lead), trial.filler(start - end)
-        return np.concatenate([filler[0], pairs, filler[1], zone]), answer
+        return np.concatenate([pairs, trial.filler(start - len(pairs)), zone]), answer
 
     # Evaluation --------------------------------------------------------------------------------------------
 

@@ -42,13 +42,25 @@ def trained_segments(config: Row) -> int:
     return max(config["trainer"]["curriculum"] or [config["task"]["segments"]])
 
 
-def _of_line(metric: str, place: str, digits: int = 0) -> Callable[[Line], str]:
-    return lambda line: measured(metric, digits, position=place, condition=line[0]["condition"])(line)
+def _gate(place: str) -> Callable[[Line], str]:
+    return lambda line: measured("gate", 2, position=place, condition=line[0]["condition"])(line)
+
+
+def _percent(metric: str, place: str, condition: str | None = None) -> Callable[[Line], str]:
+    """Percent with its interval, as short as it can be. condition: unset = the line's own."""
+
+    def cell(line: Line) -> str:
+        row = find(line, metric, position=place, condition=condition or line[0]["condition"])
+        if row is None or row["value"] is None:
+            return ABSENT
+        return f"{row['value']:.0f}\n[{row['ci_low']:.0f}-{row['ci_high']:.0f}]"
+
+    return cell
 
 
 def _grid(metric: str, rows: list[Row]) -> list[Column]:
     """A column for each distance in segments."""
-    return [Column(f"{int(place):,}", _of_line(metric, place)) for place in distances(rows)]
+    return [Column(f"{int(place):,}", _percent(metric, place)) for place in distances(rows)]
 
 
 def _trained(line: Line) -> str:
@@ -63,14 +75,15 @@ def _recall(rows: list[Row]) -> list[Column]:
         Column("filler or control", lambda line: str(line[0]["condition"])),
         Column("trained at", _trained),
         *_grid("exact_match", rows),
-        *(Column(f"gate, {place}", _of_line("gate", place, 2), wide=True) for place in gates),
+        *(Column(f"gate, {place}", _gate(place), wide=True) for place in gates),
         Column("memory floats", fact("state_floats"), wide=True),
         *BUDGET,
     ]
 
 
-def _chance(rows: list[Row]) -> str:
-    return ", ".join(sorted({f"{row['extra']['chance']:.3g}" for row in rows if "chance" in row["extra"]}))
+def _chance(rows: list[Row], metric: str = "exact_match") -> str:
+    own = [row for row in rows if row["metric"] == metric and "chance" in row["extra"]]
+    return ", ".join(sorted({f"{row['extra']['chance']:.3g}" for row in own})) or ABSENT
 
 
 def _caption_recall(rows: list[Row]) -> str:
@@ -99,7 +112,7 @@ def _caption_mqar(rows: list[Row]) -> str:
     pairs = rows[0]["config"]["task"]["train_pairs"]
     return (
         "Keys whose value is the most probable token, in %, by segments from the last pair to the questions "
-        f"(0: they follow directly), {WILSON}; chance {_chance(rows)} %. Trained on "
+        f"(0: they follow directly), {WILSON}; chance {_chance(rows, 'token_accuracy')} %. Trained on "
         f"{', '.join(map(str, pairs))} pairs, at that many segments."
     )
 
@@ -112,7 +125,7 @@ def _view(*more: Column) -> Callable[[list[Row]], list[Column]]:
 
     def columns(rows: list[Row]) -> list[Column]:
         recall = [
-            Column(f"{filler} {int(place):,}", measured("exact_match", 0, position=place, condition=filler))
+            Column(f"{filler} {int(place):,}", _percent("exact_match", place, filler))
             for filler in FILLERS
             for place in distances(rows)
             if any(row["position"] == place and row["condition"] == filler for row in rows)
@@ -149,8 +162,8 @@ def _both(metric: str, digits: int) -> Callable[[Line], str]:
 OFF = [
     Column("bits/byte, memory off", measured("bits_per_byte_memory_off", 3)),
     Column("bits/byte, other memory", measured("bits_per_byte_other_memory", 3)),
-    Column("recall 1 back, memory off", measured("exact_match", 0, position="1", condition="memory_off")),
-    Column("recall 1 back, other memory", measured("exact_match", 0, position="1", condition="other_memory")),
+    Column("recall 1 back, memory off", _percent("exact_match", "1", "memory_off")),
+    Column("recall 1 back, other memory", _percent("exact_match", "1", "other_memory")),
 ]
 GATES = [
     Column(f"gate, {filler} {place}", measured("gate", 2, position=place, condition=filler))

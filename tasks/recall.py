@@ -25,11 +25,10 @@ question's segment) and ``other_memory`` (the state of the next trial side by si
 trial). Both are left out for models without a memory that could be switched off. Trials depend on seed,
 filler and number alone: those of all k are the same.
 
-Training: rows of exactly ``segments`` segments. The question ends the last of them in half of the rows; in
-the others it ends one whose number is log-uniform, and the rest is filler: else short distances are unlearned
-at the long levels of a curriculum. The fact's segment, up to the question's own, its place and one of
-``train_fillers`` are uniform; text is the train split's. Loss: mean over the answer + ``lm_weight`` x the
-mean over all other tokens.
+Training: rows of exactly ``segments`` segments. The question ends the last of them in half of the rows and
+any of them in the others, whose rest is filler: else short distances are unlearned at the long levels of a
+curriculum. The fact's segment, up to the question's own, its place and one of ``train_fillers`` are uniform;
+text is the train split's. Loss: mean over the answer + ``lm_weight`` x the mean over all other tokens.
 """
 
 from __future__ import annotations
@@ -168,7 +167,7 @@ class Recall(Task):
         """Tokens (T + 1,), and the mask (T,) of the answer's targets."""
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
         kind = self.task.train_fillers[rng.integers(len(self.task.train_fillers))]
-        used = segments if rng.random() < 0.5 else int((segments + 1) ** rng.random())
+        used = segments if rng.random() < 0.5 else int(rng.integers(1, segments + 1))
         trial, segment = self.trials([rng], kind, split, used), self.cfg.memory.segment
         end, length = used * segment + 1, segments * segment + 1
         tokens = np.concatenate([trial.asked(0, end), trial.tokens(end, length)], axis=1)[0]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +89,7 @@ class Footprint(Untrained):
     def build(self, device: torch.device) -> torch.nn.Module:
         if not self.task.shapes:
             return self.model().to(device)  # type: ignore[arg-type]
+        self.cfg = replace(self.cfg, memory=replace(self.cfg.memory, index="torch"))  # faiss wants values
         with self.fake:
             return self.model()
 

@@ -59,7 +59,7 @@ class Prompt:
         for array, phase, length in self.pieces:
             a, b = max(start - offset, 0), min(stop - offset, length)
             if a < b:
-                parts.append(array.take(np.arange(phase + a, phase + b), mode="wrap"))
+                parts.append(array[np.arange(phase + a, phase + b) % len(array)])
             offset += length
         return np.concatenate(parts)
 

@@ -15,6 +15,8 @@ from infini_bench.cli.bridge import complete, compose_run, expand, launch, quote
 from infini_bench.errors import UserError
 
 FAST = settings(deadline=None, max_examples=30)
+LOCAL = ["local_block", "local_kernel", "local_sliding", "local_sparse"]
+ASKED = ["booksum", "capacity", "footprint", "lm", "mqar", "passkey", "reach", "recall"]
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_a_sweep_is_the_product_of_its_lists():
         ["model=local_block", "seed=0", "scale=smoke"],
         ["model=local_block", "seed=1", "scale=smoke"],
     ]
-    assert expand(["model=glob(local_*)"]) == [["model=local_block"], ["model=local_sliding"]]
+    assert expand(["model=glob(local_*)"]) == [[f"model={name}"] for name in LOCAL]
     assert expand([]) == [[]]
 
 
@@ -183,13 +185,9 @@ def test_a_mistake_anywhere_in_a_sweep_is_found_before_it_starts(runs):
     ("words", "incomplete", "answers"),
     [
         ([], "mo", ["model="]),
-        ([], "model=loc", ["model=local_block", "model=local_sliding"]),
-        (["model", "="], "loc", ["local_block", "local_sliding"]),  # bash
-        (
-            ["seed", "=", "1", "task"],
-            "=",
-            ["booksum", "capacity", "footprint", "lm", "passkey", "reach"],
-        ),  # bash
+        ([], "model=loc", [f"model={name}" for name in LOCAL]),
+        (["model", "="], "loc", LOCAL),  # bash
+        (["seed", "=", "1", "task"], "=", ASKED),  # bash
         (["task=passkey"], "task.tr", ["task.trials="]),
         ([], "task.tr", []),
         ([], "hydra/laun", ["hydra/launcher="]),

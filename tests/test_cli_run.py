@@ -67,7 +67,8 @@ def faked(tmp_path, monkeypatch):
             "parameters": 10,
         }
         marks = {"task_version": "1", "data_fingerprint": "d", "tokenizer_fingerprint": "t"}
-        sizes = {"non_embedding_parameters": 5, "state_floats": 7, "peak_bytes": 0}
+        sizes = {"non_embedding_parameters": 5, "trained_parameters": 10, "memory_parameters": 1}
+        sizes |= {"state_floats": 7, "peak_bytes": 0, "grad_norm_mean": 1.0, "grad_norm_max": 2.0}
         return TrainResult(folder, folder, interrupted=cfg.seed == 3, **numbers, **marks, **sizes)
 
     monkeypatch.setattr(infini_bench.train, "train", train)

@@ -26,8 +26,8 @@ SHARED = (96 << 10, 168 << 10)  # bytes of shared memory that a program takes, u
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
     "kind", "segment", "update", "features", "local", "gate_start", "gate_split", "gate_frozen", "window",
-    "sinks", "stride", "compressed", "rate", "compression", "entries", "neighbours", "index", "layer", "layers",
-    "backend",
+    "sinks", "stride", "compressed", "rate", "compression", "entries", "neighbours", "index", "layer",
+    "layers", "backend",
 }  # fmt: skip
 
 

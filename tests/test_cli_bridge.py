@@ -185,7 +185,7 @@ def test_a_mistake_anywhere_in_a_sweep_is_found_before_it_starts(runs):
         ([], "mo", ["model="]),
         ([], "model=loc", ["model=local_block", "model=local_sliding"]),
         (["model", "="], "loc", ["local_block", "local_sliding"]),  # bash
-        (["seed", "=", "1", "task"], "=", ["booksum", "lm", "passkey"]),  # bash
+        (["seed", "=", "1", "task"], "=", ["booksum", "lm", "mqar", "passkey", "recall"]),  # bash
         (["task=passkey"], "task.tr", ["task.trials="]),
         ([], "task.tr", []),
         ([], "hydra/laun", ["hydra/launcher="]),

@@ -64,6 +64,8 @@ def faked(tmp_path, monkeypatch):
             "seconds": 1.0,
             "final_loss": 2.0,
             "best_loss": None,
+            "grad_norm_mean": 1.0,
+            "grad_norm_max": 2.0,
             "parameters": 10,
         }
         marks = {"task_version": "1", "data_fingerprint": "d", "tokenizer_fingerprint": "t"}

@@ -7,6 +7,7 @@ Ito, safe for colour-blind readers), in marker and in dashes, so that they can b
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
 }
 STYLE |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+LENGTH = ("task.segments", "trainer.batch", "trainer.curriculum")  # differ with the training length
 SHEET = ("scale", "device", "dataset")
 
 
@@ -64,10 +66,11 @@ def labels(rows: list[Row]) -> list[str]:
 
 
 def label(row: Row) -> str:
-    """A line's name: the model and its variant, without the sections of the settings."""
-    settings = (word.partition("=") for word in (row["variant"] or "").split())
-    short = (f"{key.rpartition('.')[2]}{equals}{value}" for key, equals, value in settings)
-    return " ".join([row["model"], *short])
+    """A line's name: the model, its variant without the sections of the settings, and how far it was trained."""
+    found = re.findall(r"(\S+?)=(\[[^\]]*\]|\S+)", row["variant"] or "")
+    short = [f"{key.rpartition('.')[2]}={value}" for key, value in found if key not in LENGTH]
+    far = len(short) < len(found)
+    return " ".join([row["model"], *short, *([f"(to {trained_segments(row['config'])})"] if far else [])])
 
 
 def curve(axes: Axes, names: list[str], rows: list[Row], x: list[float]) -> None:

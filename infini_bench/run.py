@@ -75,7 +75,7 @@ def run_train(
         record.state_floats = result.state_floats
         losses = ["final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
-        keys = ["steps", "seconds", *losses, *sizes]
+        keys = ["steps", "seconds", *losses, *sizes, "segmentwise"]
         record.train |= {key: getattr(result, key) for key in keys}
     if progress is None:
         show_training(record, folder)

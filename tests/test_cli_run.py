@@ -69,7 +69,12 @@ def faked(tmp_path, monkeypatch):
             "parameters": 10,
         }
         marks = {"task_version": "1", "data_fingerprint": "d", "tokenizer_fingerprint": "t"}
-        sizes = {"non_embedding_parameters": 5, "trained_parameters": 10, "memory_parameters": 1}
+        sizes = {
+            "non_embedding_parameters": 5,
+            "trained_parameters": 10,
+            "memory_parameters": 1,
+            "segmentwise": False,
+        }
         sizes |= {"state_floats": 7, "peak_bytes": 0, "grad_norm_mean": 1.0, "grad_norm_max": 2.0}
         return TrainResult(folder, folder, interrupted=cfg.seed == 3, **numbers, **marks, **sizes)
 

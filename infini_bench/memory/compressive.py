@@ -118,6 +118,8 @@ class CompressiveMemory(Memory):
                 return dot, {**past, **self.carried(prefixes, b.full)}
             q = b.q_BSQHD.float()
             read, gate = self.read(q, prefixes), self.gate(q)
+            if self.cfg.gate_input and not self.training:
+                self.gate_values = gate  # of the last call, for whoever wants to see what opens it
             mixed = gate * read + (1 - gate) * dot.float()
             known = (b.ages() > 0)[..., None, None, None]
             out = torch.where(known, mixed, dot.float()).to(dot.dtype)

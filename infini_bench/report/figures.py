@@ -66,7 +66,7 @@ def labels(rows: list[Row]) -> list[str]:
 
 
 def label(row: Row) -> str:
-    """A line's name: the model, its variant without the sections of the settings, and how far it was trained."""
+    """A line's name: the model, its variant without sections, and the segments that it was trained to."""
     found = re.findall(r"(\S+?)=(\[[^\]]*\]|\S+)", row["variant"] or "")
     short = [f"{key.rpartition('.')[2]}={value}" for key, value in found if key not in LENGTH]
     far = len(short) < len(found)

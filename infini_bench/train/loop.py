@@ -47,6 +47,7 @@ class TrainResult:
     non_embedding_parameters: int
     trained_parameters: int
     memory_parameters: int
+    segmentwise: bool  # segments run one after the other
     state_floats: int
     peak_bytes: int
     task_version: str
@@ -255,6 +256,7 @@ class Trainer:
             parameters=parameters,
             non_embedding_parameters=parameters - embedding,
             trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            segmentwise=self.model.segmentwise,
             memory_parameters=sum(p.numel() for name, p in self.model.named_parameters() if is_added(name)),
             state_floats=self.model.state_floats(),
             peak_bytes=peak_bytes(self.accelerator.device),

@@ -75,7 +75,7 @@ def faked(tmp_path, monkeypatch):
             "memory_parameters": 1,
             "segmentwise": False,
         }
-        sizes |= {"state_floats": 7, "peak_bytes": 0, "grad_norm_mean": 1.0, "grad_norm_max": 2.0}
+        sizes |= {"state_floats": 7, "peak_bytes": 0}
         return TrainResult(folder, folder, interrupted=cfg.seed == 3, **numbers, **marks, **sizes)
 
     monkeypatch.setattr(infini_bench.train, "train", train)

@@ -132,6 +132,8 @@ def merge_lora(model: nn.Module) -> None:
             module.merge()
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    if hasattr(model, "peft_config"):  # else the next stage's LoRA counts as a second adapter
+        del model.peft_config
 
 
 def changes(model: nn.Module) -> dict[str, Tensor]:

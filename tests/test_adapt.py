@@ -21,6 +21,7 @@ from infini_bench.errors import UserError
 from infini_bench.models import load_model
 from infini_bench.pretrained import adapted_model, changes, freeze, merge_lora, save_changes
 from infini_bench.schema import BaseConfig, DataConfig, MemoryConfig
+from infini_bench.train import load_checkpoint_model
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -102,10 +103,13 @@ def test_changes_alone_restore_the_model_and_lora_merges(base, rank, tmp_path):
         load_model(tmp_path / "saved")
 
 
-def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path):
+@pytest.mark.parametrize("how", [[], ["base.lora=2", "base.save=changes"], ["base.freeze=true"]], ids=len)
+def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path, how):
+    if how:
+        pytest.importorskip("peft")
     places = [f"runs={tmp_path}/runs", f"records={tmp_path}/records", f"data.cache_dir={tmp_path}/cache"]
     small = ["data=embedded", "memory.segment=32", "trainer.steps=2", "trainer.batch=2", "device=cpu"]
-    small += ["trainer.save_every=null", "data.max_documents=2", "trainer.validate_rows=2"]
+    small += ["trainer.save_every=null", "data.max_documents=2", "trainer.validate_rows=2", *how]
     first = adapt.adapt(str(base), ["pretrain"], [*small, *places, "task.sequence=64"])[0]
     assert first.config["decoder"]["dim"] == 32 and first.train["memory_parameters"] == 8
     second = adapt.adapt(
@@ -115,10 +119,15 @@ def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path)
         second
     )
     adapt.export(Path(second.train["folder"]), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    trained, _, _ = load_checkpoint_model(Path(second.train["folder"]))
     ids = torch.randint(0, 280, (1, 70))
     with torch.no_grad():
-        assert torch.isfinite(model(ids).logits).all()
+        assert (model.step(ids)[0] - trained.eval().step(ids)[0]).abs().max() < 1e-4
+        begun = AutoModelForCausalLM.from_pretrained(base).eval()
+        assert (model.step(ids[:, :30])[0] - begun(ids[:, :30]).logits).abs().max() > 1e-4 or "freeze" in str(
+            how
+        )
     with pytest.raises(UserError, match="not empty"):
         adapt.export(Path(second.train["folder"]), tmp_path / "out")
     with pytest.raises(UserError, match="another memory"):

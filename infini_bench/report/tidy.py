@@ -46,13 +46,10 @@ NAMES = (
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients"),
 )
 MODELS = (
-    "transformer_xl",
-    "memorizing",
-    "local_block",
-    "local_sliding",
-    "full",
-    "infini_linear",
-    "infini_delta",
+    *("transformer_xl", "memorizing", "compressive", "rmt", "armt", "autocompressor", "sink"),
+    *("local_block", "local_sliding", "local_sparse", "local_kernel", "full"),
+    *("infini_linear", "infini_delta", "infini_delta_corrected", "infini_delta_token"),
+    *("infini_linear_xl", "infini_delta_xl"),
 )
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")

@@ -22,6 +22,8 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
     """
     from infini_bench.run import run_train
 
+    if looks_local(model) and not Path(model).exists():
+        raise UserError(f"{model} is no folder or file; give a hub id, a folder or a .gguf file.")
     for stage in stages:
         if stage not in STAGES:
             raise UserError(
@@ -37,6 +39,11 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
             break
         model = record.train["folder"]
     return records
+
+
+def looks_local(name: str) -> bool:
+    """Whether ``name`` can only be a place on this machine; a hub id has the form OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
 
 
 def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:

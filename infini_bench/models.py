@@ -366,6 +366,10 @@ def attach_memory(model: Any, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
     model: LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM. A window of its own attention gives way
     to the memory's segments. Raises UserError for another architecture.
     """
+    if isinstance(model, MemoryLlamaForCausalLM):
+        raise UserError(
+            "The model has a memory already; attach another one to the model that it was made from."
+        )
     if not isinstance(model, FAMILIES):
         known = ", ".join(family.__name__ for family in FAMILIES)
         raise UserError(f"Memory can be attached to {known}, not to {type(model).__name__}.")

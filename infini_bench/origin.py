@@ -86,9 +86,14 @@ def checkpoint_name(path: Path) -> str:
 
 
 def latest_run(cfg: RunConfig, model: str | None) -> Path | None:
-    """Folder of the newest finished run that is still there; one trained on ``cfg``'s task goes first."""
+    """Folder of the newest finished run that is still there; one trained on ``cfg``'s task goes first.
+
+    Of the tasks with symbols of their own, only such a one will do.
+    """
     runs = [r for r in read_records(cfg.records) if r.kind == "train" and r.status == "done"]
     fitting = [r for r in runs if model in (None, r.config["model"]) and Path(r.train["folder"]).is_dir()]
+    if cfg.task.name in ("recall", "mqar"):
+        fitting = [r for r in fitting if r.task == cfg.task.name]
     best = max(fitting, key=lambda r: (r.task == cfg.task.name, r.started, r.id), default=None)
     return Path(best.train["folder"]) if best else None
 

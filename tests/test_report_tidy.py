@@ -56,6 +56,10 @@ def test_proportions_are_pooled_over_seeds():
     rows = tidy([passkey(seed=0, on=100.0), passkey(seed=1, on=90.0)])
     cell = pick(rows, "exact_match", length=512, position="start", condition="constant")
     assert (cell["value"], cell["n"], cell["seeds"]) == (95.0, 40, 2)
+    # the seeds' variance, 0.005, is 2.1 times that of 20 independent trials: Wilson, 18.05 of 19
+    assert (cell["ci_low"], cell["ci_high"]) == pytest.approx((75.72, 99.14), abs=0.01)
+    rows = tidy([passkey(seed=0, on=95.0), passkey(seed=1, on=95.0)])
+    cell = pick(rows, "exact_match", length=512, position="start", condition="constant")
     assert (cell["ci_low"], cell["ci_high"]) == pytest.approx((83.50, 98.62), abs=0.01)  # Wilson, 38 of 40
 
 

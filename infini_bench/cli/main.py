@@ -105,6 +105,8 @@ def adapt(
 ) -> None:
     """Give a pretrained Llama, Mistral or Qwen2 a memory and train it, in stages that build on each other.
 
+    pretrain reads long documents: data=books_local data.path=FOLDER, or any other data set.
+
     base.lora=16 base.save=changes trains and saves only what is added; base.freeze=true only the memory.
     """
     from infini_bench.adapt import adapt as run
@@ -132,7 +134,9 @@ def evaluate(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="lm|passkey|booksum|recall|mqar", help="The task.", autocompletion=complete_task
+            metavar="TASK",
+            help="lm, passkey, booksum, recall or mqar; of random weights: footprint, capacity, reach.",
+            autocompletion=complete_task,
         ),
     ],
     overrides: Overrides = None,
@@ -154,7 +158,10 @@ def evaluate(
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Evaluate a trained model on a task and record the numbers."""
+    """Evaluate a trained model on a task and record the numbers.
+
+    footprint, capacity and reach ask random weights: name a model with model=NAME.
+    """
     known = [name for name, _ in list_options("tasks", config_dir)]
     if what not in known:
         raise UserError(f'There is no task "{what}"{suggest(what, known)}; choose one of {", ".join(known)}.')
@@ -313,5 +320,9 @@ def _trial_overrides(task: str, depths: str | None, segments: str | None, trials
     if task not in ("passkey", *COUNTED) and trials is not None:
         raise UserError(f"--trials belongs to eval passkey, {' and '.join(COUNTED)}, not to eval {task}.")
     depth = [] if depths is None else [f"task.depths=[{','.join(parse_depth(d) for d in depths.split(','))}]"]
+    if segments is not None and not all(part.strip().isdecimal() for part in segments.split(",")):
+        raise UserError(
+            f'--segments "{segments}" is no list of numbers; write them with commas, as in 1,64,4096.'
+        )
     after = [] if segments is None else [f"task.segments_after=[{segments}]"]
     return depth + after + ([] if trials is None else [f"task.trials={trials}"])

@@ -17,8 +17,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(hits: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson score interval of a share, in 0..1 (Wilson 1927). n must be at least 1."""
+def wilson(hits: float, n: float, confidence: float = 0.95) -> Interval:
+    """Wilson score interval of a share, in 0..1 (Wilson 1927). n is above 0."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share, weight = hits / n, z * z / n
     centre = share + weight / 2

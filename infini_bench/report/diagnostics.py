@@ -19,7 +19,7 @@ from infini_bench.report.cells import (
 )
 
 FILLERS = ("constant", "text")
-WILSON = "in brackets 95 % Wilson intervals over all trials of all seeds"
+WILSON = "in brackets 95 % Wilson intervals over all trials, wider where seeds disagree"
 
 TITLES = {
     "diag_recall": "Recall against compressions",
@@ -90,9 +90,10 @@ def _caption_recall(rows: list[Row]) -> str:
     trials = max(row["n"] for row in rows if row["metric"] == "exact_match")
     return (
         "Exact match in % by segments from fact to question (0: the same one), at most "
-        f"{trials} trials a number, {WILSON}; chance {_chance(rows)} %. Trained at: segments. Controls, with "
-        "the first filler: memory off, and the memory of another trial. Gate: mean sigmoid at the largest "
-        "distance."
+        f"{trials} trials a number, {WILSON}; chance {_chance(rows)} %. Trained at: segments. "
+        "Controls, where they were run, with the first filler: memory off, and the memory of another trial. "
+        "Gate: mean sigmoid at the largest distance. Memory floats: capacity; of a state that grows, what a "
+        "segment adds."
     )
 
 

@@ -109,10 +109,11 @@ def percent_axes(axes: Axes, rows: list[Row], x: str) -> None:
     )
 
 
-def trained_mark(axes: Axes, x: float) -> None:
-    """A line at the largest value seen in training."""
-    axes.axvline(x, color="0.6", linewidth=0.8)
-    axes.annotate("trained up to here ", (x, 50), rotation=90, ha="right", va="center", fontsize=7)
+def trained_marks(axes: Axes, places: set[int]) -> None:
+    """A line at each largest value seen in training; lines of the figure may differ in it."""
+    for x in sorted(places):
+        axes.axvline(x, color="0.6", linewidth=0.8)
+        axes.annotate(f"trained to {x} ", (x, 50), rotation=90, ha="right", va="center", fontsize=7)
 
 
 def legend(figure: Figure, axes: list[Axes]) -> None:
@@ -146,9 +147,7 @@ def _recall_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
     rows = [row for row in rows if row["position"] != "0"]  # a logarithm has no place for it
     for line in grouped(rows, ("model", "variant")):
         curve(axes, names, line, [float(row["position"]) for row in line])
-    longest = max(trained_segments(row["config"]) for row in rows) - 1
-    if longest:
-        trained_mark(axes, longest)
+    trained_marks(axes, {trained_segments(row["config"]) - 1 for row in rows} - {0})
     percent_axes(axes, rows, "segments from fact to question")
     axes.set_ylabel("exact match, %")
 
@@ -165,7 +164,7 @@ def mqar(rows: list[Row]) -> Figure:
     for each, group in zip(axes, groups, strict=True):
         for line in grouped(group, ("model", "variant")):
             curve(each, labels(kept), line, [float(row["extra"]["pairs"]) for row in line])
-        trained_mark(each, max(max(row["config"]["task"]["train_pairs"]) for row in group))
+        trained_marks(each, {max(row["config"]["task"]["train_pairs"]) for row in group})
         percent_axes(each, group, "pairs")
         each.set_title(f"asked {group[0]['position']} segments later: {_place(group[0])}", fontsize=8)
         each.set_ylabel("right values, %")
@@ -186,7 +185,7 @@ def features(rows: list[Row]) -> Figure:
             ]
         if any(row["metric"] == "bits_per_byte" for row in group):
             maps.append(("bits per byte", group, {}))
-    figure, axes = panels(max(len(maps), 1), 5)
+    figure, axes = panels(max(len(maps), 1), 3)
     for each, (title, group, match) in zip(axes, maps, strict=False):
         metric = "exact_match" if match else "bits_per_byte"
         _heat(each, group, metric, match, (0, 100) if match else None)

@@ -234,8 +234,8 @@ def _caption3(rows: list[Row]) -> str:
     counts = str(min(trials)) if len(trials) == 1 else f"{min(trials)} to {max(trials)}"
     return (
         f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(rows))}, {counts} trials "
-        "a number (all seeds together); in brackets 95 % Wilson intervals; off: the same with memory off. "
-        "* = not longer than trained."
+        "a number (all seeds together); in brackets 95 % Wilson intervals, wider where seeds disagree; "
+        "off: the same with memory off. * = not longer than trained."
     )
 
 

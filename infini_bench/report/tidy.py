@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from statistics import mean, variance
 from typing import Any
 
 from infini_bench.config import TASKS
@@ -203,7 +204,10 @@ def _setup(record: Record) -> dict[str, str]:
 
 
 def _aggregate(rows: list[Row]) -> Row:
-    """A cell's rows, one a seed, as one: proportions are pooled (Wilson), other metrics averaged."""
+    """A cell's rows, one a seed, as one: proportions are pooled, other metrics averaged.
+
+    A pooled proportion's interval is Wilson's, for as many trials as the seeds' spread leaves.
+    """
     values = [row["value"] for row in rows]
     first = rows[0]
     if None in values:  # a run that gave no finite number: shown as such, not averaged away
@@ -212,11 +216,18 @@ def _aggregate(rows: list[Row]) -> Row:
     if first["metric"] in PROPORTIONS:
         n = sum(row["n"] for row in rows)
         hits = round(sum(row["value"] / 100 * row["n"] for row in rows))
-        low, high = wilson(hits, n)
+        spread = _overdispersion([row["value"] / 100 for row in rows], [row["n"] for row in rows], hits / n)
+        low, high = wilson(hits / spread, n / spread)
         return _summed_up(rows, (100 * hits / n, 100 * low, 100 * high, n))
     if len(rows) == 1:
         return _summed_up(rows, (first["value"], first["ci_low"], first["ci_high"], first["n"]))
     return _summed_up(rows, (*mean_interval(values), first["n"]))
+
+
+def _overdispersion(shares: list[float], trials: list[int], pooled: float) -> float:
+    """How much more the seeds' shares vary than independent trials would, at least 1."""
+    expected = pooled * (1 - pooled) * mean(1 / n for n in trials)
+    return max(1.0, variance(shares) / expected) if len(shares) > 1 and expected > 0 else 1.0
 
 
 def _summed_up(rows: list[Row], measured: tuple) -> Row:

@@ -1,14 +1,16 @@
 """How long a call takes, how much memory it needs, and what this machine could do at best.
 
-Times are of a device: CUDA events on a GPU, with no synchronization between repetitions; the wall clock on a CPU.
+Times are of a device: CUDA events on a GPU, with no synchronization between repetitions of a call; the wall
+clock on a CPU.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,7 @@ def clock(call: Call, device: torch.device, count: int) -> list[float]:
             call()
             mark.record()
         torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
     times = [time.perf_counter()]
     for _ in range(count):
         call()
@@ -67,26 +69,36 @@ class Stopwatch:
     seconds: float
     timer: Timer = clock
 
-    def measure(self, call: Call, warm: Call | None = None) -> Times:
-        """warm: run first, untimed; unset = the call itself."""
+    def measure(self, *calls: Call, warm: Sequence[Call] = ()) -> list[Times]:
+        """Times of each call; several take turns, so that whatever else the machine does meets all of them.
+
+        warm: what runs first, untimed; unset = each call once.
+        """
         reset_peak(self.device)
-        (warm or call)()
-        ms = self.timer(call, self.device, 1)
-        more = min(self.repeats - 1, int(1e3 * self.seconds / max(ms[0], 1e-6)))
-        if more > 0:
-            ms += self.timer(call, self.device, more)
-        return Times(ms, peak_bytes(self.device))
+        for call in warm or calls:
+            call()
+        ms = [self.timer(call, self.device, 1) for call in calls]
+        more = min(self.repeats - 1, int(1e3 * self.seconds / max(sum(map(sum, ms)), 1e-6)))
+        if len(calls) == 1 and more > 0:
+            ms[0] += self.timer(calls[0], self.device, more)
+        elif len(calls) > 1:
+            for _ in range(more):
+                for own, call in zip(ms, calls, strict=True):
+                    own += self.timer(call, self.device, 1)
+        memory = peak_bytes(self.device)
+        return [Times(own, memory) for own in ms]
 
 
 class Ladder:
-    """One kind of call at rising lengths, up to the first that does not fit or takes too long."""
+    """One kind of call, or several in turns, at rising lengths up to the first that does not fit or takes too
+    long."""
 
     def __init__(self, watch: Stopwatch):
         self.watch = watch
         self.why: str | None = None
         self.before: tuple[int, float, int] | None = None  # tokens, ms, bytes that they needed
 
-    def climb(self, tokens: int, call: Call, warm: Call | None = None) -> Times | str:
+    def climb(self, tokens: int, *calls: Call, warm: Sequence[Call] = ()) -> list[Times] | str:
         """The times at a length, or in words why there are none.
 
         A call that took ms at fewer tokens takes at least in proportion more at these, and on a CPU, where
@@ -97,12 +109,13 @@ class Ladder:
             return self.why
         reset_peak(self.watch.device)
         held = peak_bytes(self.watch.device)
-        found = attempt(lambda: self.watch.measure(call, warm))
+        found = attempt(lambda: self.watch.measure(*calls, warm=warm))
         if isinstance(found, str):
             self.why = f"{found} at {tokens} tokens"
-        else:
-            self.before = tokens, found.median, max(found.memory - held, 0)
-        return self.why or found
+            return self.why
+        slowest = max(times.median for times in found)
+        self.before = tokens, slowest, max(found[0].memory - held, 0)
+        return found
 
     def forecast(self, tokens: int) -> str | None:
         if self.before is None:
@@ -116,7 +129,7 @@ class Ladder:
         return None
 
 
-def attempt(work: Callable[[], Times]) -> Times | str:
+def attempt(work: Callable[[], list[Times]]) -> list[Times] | str:
     """What ``work`` gives, or ``out of memory``; any other error goes on."""
     try:
         return work()
@@ -169,8 +182,8 @@ def ceilings(watch: Stopwatch, dtype: torch.dtype) -> Ceilings:
     gpu = watch.device.type == "cuda"
     size, numbers = (8192, GiB // 2) if gpu else (1024, GiB // 64)
     a, b = (torch.randn(size, size, device=watch.device).to(dtype) for _ in range(2))
-    product = watch.measure(lambda: torch.mm(a, b)).median
+    product = watch.measure(lambda: torch.mm(a, b))[0].median
     x = torch.zeros(numbers, dtype=dtype, device=watch.device)
     y = torch.empty_like(x)
-    copied = watch.measure(lambda: y.copy_(x)).median
+    copied = watch.measure(lambda: y.copy_(x))[0].median
     return Ceilings(2e3 * size**3 / product, 2e3 * x.numel() * x.element_size() / copied)

@@ -6,19 +6,19 @@ is the median, its interval the 10th to 90th percentile of the repetitions, ``n`
 and float32 on a CPU unless ``trainer.precision`` says otherwise. A length that does not fit, or whose one
 call takes longer than ``task.seconds``, is a row without a value that says why (``extra["failed"]``).
 
-``task.level=model`` (``protocol``: model): the whole configured model (`efficiency_model`).
-``task.level=operator`` (``protocol``: operator): one layer's memory, given projections (`efficiency_operator`).
+``task.level=model``: the whole configured model (`efficiency_model`). ``task.level=operator``: one layer's
+memory, given projections (`efficiency_operator`). It is the rows' ``protocol``.
 
-Rows (``length``: tokens of the document; ``condition``: the form, or which reference; ``variant``: the shape):
+Rows (``length``: tokens of the document; ``condition``: the form, or which reference; ``variant``: shape):
 
 * ``forward_ms``, ``train_ms``, ``decode_ms``; and for each (``position``) ``tokens_per_s``,
-  ``percent_of_peak`` of the matrix product measured in the same run (``peak_tflops``), ``peak_bytes`` (of
-  tensors on a GPU, of the whole process on a CPU);
+  ``percent_of_peak`` of the matrix product measured in the same run (``extra["peak_tflops"]``),
+  ``peak_bytes`` (of tensors on a GPU, of the whole process on a CPU);
 * ``state_bytes``: what is carried at the end of the document;
 * ``ratio_to_local_forward``, ``ratio_to_local_train``: this over local attention only, of the same run (lower
   is better); ``ratio_to_full_forward``: full attention's time over this; ``ratio_to_peer_inference``,
   ``ratio_to_peer_train``: the peer's time over this (higher is better; ``variant``: the peer,
-  ``condition``: the shape).
+  ``condition``: the shape). Of medians; of whole models both are timed anew, in turns.
 
 Operations counted for the share, and for the bound ``extra["bound_ms"]``: the weights' products, attention
 inside the segment (the causal half), over the document for ``full``, and a compressive memory's reads and
@@ -37,7 +37,7 @@ import torch
 
 from infini_bench.device import torch_device
 from infini_bench.progress import NullProgress
-from infini_bench.timing import Ceilings, Stopwatch, Times, Timer, Work, ceilings, clock
+from infini_bench.timing import Ceilings, Stopwatch, Timer, Times, Work, ceilings, clock
 from infini_bench.units import parse_length
 
 from .base import Row, Untrained
@@ -57,19 +57,17 @@ class Efficiency(Untrained):
             return build_layer(self.cfg).to(device)
         from .efficiency_peers import check_peers
 
-        check_peers(self.task.vs, self.cfg)  # before minutes of work
+        check_peers(self.task.vs)  # before minutes of work
         return self.model().to(device)  # type: ignore[arg-type]
 
     def evaluate(self, model, progress=None) -> list[Row]:
         from . import efficiency_model, efficiency_operator
 
         measure = {"model": efficiency_model.measure, "operator": efficiency_operator.measure}
-        peak = {"condition": "machine", "extra": {"bandwidth": self.best.bandwidth}}
-        rows = [self.row("peak_tflops", self.best.flops / 1e12, **peak)]
         work = (progress or NullProgress()).task(f"profile {self.cfg.model}", len(self.lengths))
         with work as bar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each attention backend says at length why it cannot run
-            return rows + measure[self.task.level](self, model, bar)
+            return measure[self.task.level](self, model, bar)
 
     @property
     def lengths(self) -> list[int]:
@@ -104,17 +102,17 @@ class Efficiency(Untrained):
         return f"b{self.task.batch}{whole}-{layer}"
 
     def row(self, metric: str, value: float, interval: Any = None, **columns: Any) -> Row:
-        extra = {"variant": self.shape, **columns.pop("extra", {})}
+        found = {"peak_tflops": self.best.flops / 1e12, "copy_gb_per_s": self.best.bandwidth / 1e9}
+        extra = {"variant": self.shape, **found, **columns.pop("extra", {})}
         return super().row(metric, value, interval, **{"protocol": self.task.level, **columns}, extra=extra)
 
     def timed(
         self, what: str, found: Times | str, tokens: int, work: Work | None, **columns: Any
     ) -> list[Row]:
-        """Rows of one kind of call, ``what`` = forward, train or decode, that answers ``tokens`` tokens a row."""
+        """Rows of one kind of call, ``what`` = forward, train or decode, that reads so many tokens a row."""
         extra = columns.pop("extra", {})
         if isinstance(found, str):
-            columns["extra"] = {**extra, "failed": found}
-            return [self.row(f"{what}_ms", math.nan, n=0, **columns)]
+            return [self.missing(f"{what}_ms", found, extra=extra, **columns)]
         columns |= {"n": len(found.ms), "extra": extra}
         if work is not None:
             columns["extra"] = {**extra, "bound_ms": self.best.bound_ms(work)}
@@ -125,9 +123,16 @@ class Efficiency(Untrained):
             each.append(("percent_of_peak", self.best.percent(work, found.median)))
         return rows + [self.row(name, value, position=what, **columns) for name, value in each]
 
-    def ratio(self, metric: str, top: Times | str, bottom: Times | str, **columns: Any) -> list[Row]:
-        """The row of median / median, if there are both."""
-        if isinstance(top, str) or isinstance(bottom, str):
-            return []
-        n = min(len(top.ms), len(bottom.ms))
-        return [self.row(metric, top.median / bottom.median, n=n, **columns)]
+    def ratio(self, metric: str, found: list[Times] | str, **columns: Any) -> list[Row]:
+        """The ratio of two medians; its interval is that of the ratios, repetition by repetition."""
+        if isinstance(found, str):
+            return [self.missing(metric, found, **columns)]
+        top, bottom = found
+        pairs = [a / b for a, b in zip(top.ms, bottom.ms, strict=False)]
+        value, spread = top.median / bottom.median, Times(pairs).spread
+        return [self.row(metric, value, spread, n=len(pairs), **columns)]
+
+    def missing(self, metric: str, why: str, **columns: Any) -> Row:
+        """A number that there is not, and the reason."""
+        row = self.row(metric, math.nan, **{**columns, "n": 0})
+        return {**row, "extra": {**row["extra"], "failed": why}}

@@ -6,15 +6,15 @@
   segments, recomputed, if that is set), and the optimizer's update; float32 weights, under autocast.
 * ``decode``: ``task.decode`` steps of one token after the document was read; tokens of a call: 1.
 
-With ``task.against`` the same model with ``local`` attention only, or ``full`` attention, is timed in the same
-run; with ``task.vs`` installed peers (`efficiency_peers`). ``trainer.compile`` compiles the model's layers.
+With ``task.against`` the same model with ``local`` attention only, or ``full`` attention, takes turns with it
+in the same run; with ``task.vs`` installed peers do (`efficiency_peers`). ``trainer.compile`` is heeded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -29,108 +29,118 @@ from .base import Row, aligned
 
 REFERENCES = {"local": "block", "full": "full"}  # task.against -> memory.kind
 Found = dict[str, dict[int, Times | str]]  # mode -> length -> times, or why there are none
+Calls = tuple[Callable[[], None], Callable[[], None]]  # what is timed, and its warm-up
 
 
 def measure(task: Any, model: Any, bar: Handle) -> list[Row]:
     own = Subject(task, model)
-    found = own.climb(bar)
-    rows = own.rows(found)
-    model.to("cpu")  # so that the peak memory of what follows is its own
+    rows = own.rows(own.climb(bar))
     for name in task.task.against:
         kind = REFERENCES[name]
         if kind != task.cfg.memory.kind:
-            rows += against(task, name, replace(task.cfg.memory, kind=kind), found)
+            memory = replace(task.cfg.memory, kind=kind)
+            other = build_model(task.cfg.decoder, memory, task.cfg.data.vocab_size).to(task.device)
+            modes = [mode for mode in own.modes if mode != "decode" and (name, mode) != ("full", "train")]
+            for mode, tokens, pair in in_turns(own, Subject(task, other), modes):
+                found = pair if name == "local" or isinstance(pair, str) else pair[::-1]
+                rows += task.ratio(f"ratio_to_{name}_{mode}", found, length=tokens)
     if task.task.vs:
         from .efficiency_peers import measure_peers
 
-        rows += measure_peers(task, model, found)
+        rows += measure_peers(own)
     return rows
 
 
-def against(task: Any, name: str, memory: Any, found: Found) -> list[Row]:
-    """Ratios to the same body with another memory: this over local, full over this."""
-    other = build_model(task.cfg.decoder, memory, task.cfg.data.vocab_size).to(task.device)
-    modes = [mode for mode in found if mode != "decode" and (name, mode) != ("full", "train")]
-    theirs = Subject(task, other, modes).climb()
-    rows = []
+def in_turns(own: Subject, other: Subject, modes: list[str]) -> Iterator[tuple[str, int, list[Times] | str]]:
+    """(mode, length, times of the first and of the second, or why there are none)."""
     for mode in modes:
-        for tokens in task.lengths:
-            pair = found[mode][tokens], theirs[mode][tokens]
-            top, bottom = pair if name == "local" else pair[::-1]
-            rows += task.ratio(f"ratio_to_{name}_{mode}", top, bottom, length=tokens)
-    return rows
+        ladder = Ladder(own.task.watch)
+        own.prepare(mode)
+        other.prepare(mode)
+        for tokens in own.task.lengths:
+            pairs = [own.calls(mode, tokens), other.calls(mode, tokens)]
+            yield mode, tokens, ladder.climb(tokens, *(p[0] for p in pairs), warm=[p[1] for p in pairs])
 
 
-@dataclass
 class Subject:
-    """One model on the device, and what is asked of it."""
+    """One model on the device, and what is asked of it. every: logits of all tokens, not only the last."""
 
-    task: Any
-    model: Any
-    modes: list[str] = field(default_factory=list)
-    every: bool = False  # logits of all tokens, not of the last alone
-
-    def __post_init__(self) -> None:
-        self.modes = self.modes or self.task.task.modes
-        self.state: dict[int, int] = {}  # length -> bytes carried at its end
+    def __init__(self, task: Any, model: Any, every: bool = False):
+        self.task, self.model, self.every = task, model, every
+        self.modes: list[str] = task.task.modes
+        self.state: Any = None  # after the last document that was read
+        self.carried: dict[int, int] = {}  # length -> bytes of it
         self.compiled = False
+        self.step: Callable[[int], None] | None = None
 
     def climb(self, bar: Handle | None = None) -> Found:
-        """Times at all lengths: training first, in float32, then the rest with the weights lowered."""
+        """Times at all lengths; training first, whose optimizer is gone before the rest."""
         found: Found = {mode: {} for mode in self.modes}
-        if "train" in found:
-            self.model.train()
-            self.compile()
-            ladder, step = Ladder(self.task.watch), self.training()
-            for tokens in self.task.lengths:
-                found["train"][tokens] = ladder.climb(tokens, lambda n=tokens: step(n))  # type: ignore[misc]
-            self.model.zero_grad(set_to_none=True)
-            del step
-        self.model.eval()
-        lower(self.model, self.task.dtype)
-        self.compile()
-        if set(found) & {"forward", "decode"}:
-            ladder = Ladder(self.task.watch)
-            for tokens in self.task.lengths:
-                self.inference(tokens, ladder, found)
-                if bar is not None:
-                    bar.advance(1)
-        return found
+        for mode in ("train", "forward"):
+            if mode in found or (mode == "forward" and "decode" in found):
+                self.prepare(mode)
+                ladder = Ladder(self.task.watch)
+                for tokens in self.task.lengths:
+                    call, warm = self.calls(mode, tokens)
+                    times = ladder.climb(tokens, call, warm=[warm])
+                    found.setdefault(mode, {})[tokens] = times if isinstance(times, str) else times[0]
+                    if mode == "forward":
+                        self.after(tokens, times, found)
+                        if bar is not None:
+                            bar.advance(1)
+        return {mode: found[mode] for mode in self.modes}
 
-    def compile(self) -> None:
+    def after(self, tokens: int, times: list[Times] | str, found: Found) -> None:
+        """What a document leaves: the state, from which decoding goes on."""
+        if not isinstance(times, str):
+            self.carried[tokens] = self.state.bytes()
+        if "decode" in found:
+            found["decode"][tokens] = times if isinstance(times, str) else self.decode()
+        self.state = None
+
+    def prepare(self, mode: str) -> None:
+        """Training has float32 weights, under autocast; else they are as low as projections are."""
         if self.task.cfg.trainer.compile and not self.compiled:
             torch.compiler.reset()
             self.model.compile_layers()
             self.compiled = True
+        self.step = None
+        self.model.zero_grad(set_to_none=True)
+        lower(self.model, torch.float32 if mode == "train" else self.task.dtype)
+        self.model.train(mode == "train")
+        if mode == "train":
+            self.step = self.training()
 
-    def inference(self, tokens: int, ladder: Ladder, found: Found) -> None:
-        """forward and decode at one length."""
-        held: list[Any] = []
-        calls = sizes(tokens, aligned(self.task.task.chunk, self.model.segment, self.task.task.batch))
+    def calls(self, mode: str, tokens: int) -> Calls:
+        if mode == "train":
+            step = self.step
+            assert step is not None
+            return (lambda: step(tokens),) * 2
+        parts = self.parts(tokens)
+        return lambda: self.read(parts), lambda: self.read(parts[:2])
 
-        def read(parts: list[int]) -> None:
-            held[:] = [None]
-            for number, size in enumerate(parts):
-                keep = "all" if self.every else "last" if number == len(parts) - 1 else "none"
-                held[:] = [self.model.step(self.ids(size), held[0], keep=keep)[1]]
+    def parts(self, tokens: int) -> list[int]:
+        """Tokens of each call that reads a document."""
+        task = self.task.task
+        return sizes(tokens, aligned(task.chunk, self.task.cfg.memory.segment, task.batch))
 
-        with torch.no_grad():
-            times = ladder.climb(tokens, lambda: read(calls), lambda: read(calls[:2]))
-            if "forward" in found:
-                found["forward"][tokens] = times
-            if not isinstance(times, str):
-                self.state[tokens] = held[0].bytes()
-            if "decode" in found:
-                found["decode"][tokens] = times if isinstance(times, str) else self.decode(held)
+    @torch.no_grad()
+    def read(self, parts: list[int]) -> None:
+        """A document in calls of so many tokens."""
+        self.state = None
+        for number, size in enumerate(parts):
+            keep = "all" if self.every else "last" if number == len(parts) - 1 else "none"
+            self.state = self.model.step(self.ids(size), self.state, keep=keep)[1]
 
-    def decode(self, held: list[Any]) -> Times:
-        """Steps of one token from the state in ``held`` on, which goes on with them."""
+    def decode(self) -> Times:
+        """Steps of one token from the state on, which goes on with them."""
         token = self.ids(1)
 
+        @torch.no_grad()
         def step() -> None:
-            held[:] = [self.model.step(token, held[0], keep="last")[1]]
+            self.state = self.model.step(token, self.state, keep="last")[1]
 
-        return replace(self.task.watch, repeats=self.task.task.decode).measure(step)
+        return replace(self.task.watch, repeats=self.task.task.decode).measure(step)[0]
 
     def training(self) -> Callable[[int], None]:
         """One update on a document of so many tokens."""
@@ -162,15 +172,15 @@ class Subject:
 
     # --- rows -----------------------------------------------------------------------------------------
 
-    def rows(self, found: Found, **columns: Any) -> list[Row]:
-        rows = []
+    def rows(self, found: Found) -> list[Row]:
+        rows: list[Row] = []
         for mode, by_length in found.items():
             for tokens, times in by_length.items():
                 each = 1 if mode == "decode" else tokens
                 work = self.work(mode, tokens)
-                rows += self.task.timed(mode, times, each, work, length=tokens, **columns)
-        carried = self.state.items()
-        return rows + [self.task.row("state_bytes", n, length=tokens, **columns) for tokens, n in carried]
+                rows += self.task.timed(mode, times, each, work, length=tokens)
+        carried = self.carried.items()
+        return rows + [self.task.row("state_bytes", n, length=tokens) for tokens, n in carried]
 
     def work(self, mode: str, tokens: int) -> Work:
         """What a call must compute at least; bytes: every weight once a call, and the carried state."""
@@ -182,10 +192,10 @@ class Subject:
         flops = 2.0 * batch * (new * inner + asked * head.numel())
         flops += batch * cfg.decoder.layers * sum(self.attention(mode, tokens))
         size = 4 if mode == "train" else self.task.dtype.itemsize
-        calls = 1 if mode != "forward" else len(sizes(tokens, aligned(self.task.task.chunk, self.model.segment)))
+        calls = len(self.parts(tokens)) if mode == "forward" else 1
         moved = size * (calls * inner + head.numel())
         if mode == "decode":
-            moved += self.state.get(tokens, 0)
+            moved += self.carried.get(tokens, 0)
         return Work(3 * flops, 3.0 * moved) if mode == "train" else Work(flops, moved)
 
     def attention(self, mode: str, tokens: int) -> Iterator[float]:

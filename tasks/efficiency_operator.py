@@ -74,7 +74,8 @@ def measure(task: Any, model: CompressiveMemory, bar: Handle) -> list[Row]:
     rows: list[Row] = []
     for tokens in task.lengths:
         if tokens % model.segment:
-            raise UserError(f"--level operator times whole segments; {tokens} is no multiple of {model.segment}.")
+            whole = f"{tokens} tokens are no multiple of memory.segment={model.segment}"
+            raise UserError(f"--level operator times whole segments; {whole}.")
         rows += Shape(task, model, tokens).rows()
         bar.advance(1)
     return rows
@@ -115,14 +116,12 @@ class Shape:
         for form in self.task.task.forms:
             found = self.form(form, local)
             rows += self.told(form, found, "own")
-            for what in ("forward", "train"):
-                columns = {"length": self.tokens, "condition": form}
-                rows += self.task.ratio(
-                    f"ratio_to_local_{what}", found[what][0], local[what][0], **columns
-                )
-            rows += self.task.ratio(
-                "ratio_to_full_forward", full["forward"][0], found["forward"][0], **columns
-            )
+            columns = {"length": self.tokens, "condition": form}
+            for mode in ("forward", "train"):
+                pair = paired(found[mode][0], local[mode][0])
+                rows += self.task.ratio(f"ratio_to_local_{mode}", pair, **columns)
+            pair = paired(full["forward"][0], found["forward"][0])
+            rows += self.task.ratio("ratio_to_full_forward", pair, **columns)
         return rows
 
     def told(self, form: str, found: dict[str, tuple[Times | str, str]], work: str) -> list[Row]:
@@ -163,7 +162,8 @@ class Shape:
                 out = layer(*inputs)
                 torch.autograd.grad(out, self.leaves(layer, inputs), self.grad)
 
-        return attempt(lambda: self.task.watch.measure(forward if mode == "forward" else both))
+        found = attempt(lambda: self.task.watch.measure(forward if mode == "forward" else both))
+        return found if isinstance(found, str) else found[0]
 
     @staticmethod
     def leaves(layer: Layer, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -172,7 +172,11 @@ class Shape:
 
     def form(self, form: str, local: dict[str, Any]) -> dict[str, Any]:
         """The memory in one form, its local part through the floor's backends."""
-        if form == "compiled" and self.cfg.memory.update != "linear" and self.tokens // self.segment > SCANNED:
+        if (
+            form == "compiled"
+            and self.cfg.memory.update != "linear"
+            and self.tokens // self.segment > SCANNED
+        ):
             why = f"a scan of more than {SCANNED} segments compiles for minutes"
             return {"forward": (why, ""), "train": (why, "")}
         memory = build_layer(self.cfg, "triton" if form == "triton" else "eager").to(self.task.device)
@@ -205,8 +209,15 @@ def quickness(found: Times | str) -> float:
     return math.inf if isinstance(found, str) else found.median
 
 
+def paired(top: Times | str, bottom: Times | str) -> list[Times] | str:
+    """Both, or why one is missing."""
+    if isinstance(top, str) or isinstance(bottom, str):
+        return top if isinstance(top, str) else str(bottom)
+    return [top, bottom]
+
+
 def run(memory: CompressiveMemory, *x: Tensor) -> Tensor:
-    """Outputs (B, T, H, D) of a whole document: raw queries, keys and values, and embedded queries and keys."""
+    """Outputs (B, T, H, D) of a document: raw queries, keys and values, and embedded queries and keys."""
     q, k, v, far_q, far_k = x
-    memory.path.pair = tuple(y.unflatten(1, (-1, memory.segment)) for y in (far_q, far_k))  # type: ignore[assignment]
+    memory.path.pair = tuple(y.unflatten(1, (-1, memory.segment)) for y in (far_q, far_k))  # type: ignore
     return memory(q, k, v, (q, q))[0]  # a rotary table is not asked for

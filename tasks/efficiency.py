@@ -18,7 +18,9 @@ Rows (``length``: tokens of the document; ``condition``: the form, or which refe
 * ``ratio_to_local_forward``, ``ratio_to_local_train``: this over local attention only, of the same run (lower
   is better); ``ratio_to_full_forward``: full attention's time over this; ``ratio_to_peer_inference``,
   ``ratio_to_peer_train``: the peer's time over this (higher is better; ``variant``: the peer,
-  ``condition``: the shape). Of medians; of whole models both are timed anew, in turns.
+  ``condition``: the shape). Whole models take turns, repetition by repetition.
+
+``results/efficiency.sh`` has the commands behind the published table.
 
 Operations counted for the share, and for the bound ``extra["bound_ms"]``: the weights' products, attention
 inside the segment (the causal half), over the document for ``full``, and a compressive memory's reads and
@@ -124,13 +126,12 @@ class Efficiency(Untrained):
         return rows + [self.row(name, value, position=what, **columns) for name, value in each]
 
     def ratio(self, metric: str, found: list[Times] | str, **columns: Any) -> list[Row]:
-        """The ratio of two medians; its interval is that of the ratios, repetition by repetition."""
+        """The median of the ratios, repetition by repetition, and their spread."""
         if isinstance(found, str):
             return [self.missing(metric, found, **columns)]
         top, bottom = found
-        pairs = [a / b for a, b in zip(top.ms, bottom.ms, strict=False)]
-        value, spread = top.median / bottom.median, Times(pairs).spread
-        return [self.row(metric, value, spread, n=len(pairs), **columns)]
+        ratios = Times([a / b for a, b in zip(top.ms, bottom.ms, strict=False)])
+        return [self.row(metric, ratios.median, ratios.spread, n=len(ratios.ms), **columns)]
 
     def missing(self, metric: str, why: str, **columns: Any) -> Row:
         """A number that there is not, and the reason."""

@@ -100,7 +100,7 @@ def check_peers(names: list[str]) -> None:
 def measure_peers(own: Subject) -> list[Row]:
     """Rows of each peer alone, ours out of the way, and the ratios in turns: its time over ours."""
     task, rows = own.task, []
-    modes = [mode for mode in ("train", "forward") if mode in own.modes]
+    modes: list[str] = [mode for mode in ("train", "forward") if mode in own.modes]
     for name in task.task.vs:
         columns: dict[str, Any] = {"condition": task.shape, "extra": {"variant": name}}
         cfg = task.cfg

@@ -230,10 +230,10 @@ def profile(
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Time, memory and share of the machine's peak against length, of untrained models: a record a model.
+    """Time, memory and share of the machine's peak against length, of untrained models; a record each.
 
-    Forward, training step and decoding, beside local attention only. `infini-bench report` makes a table and a
-    figure, efficiency, of the records. What was profiled before is done; force=true times it again.
+    Forward, training step and decoding, beside local attention only. `infini-bench report` makes a table and
+    a figure, efficiency, of the records. What was profiled before is done; force=true times it again.
     """
     names = models or PROFILED.get(level, PROFILED["model"])
     options = ["task=efficiency", f"scale={scale}", f"task.level={level}", f"model={names}"]

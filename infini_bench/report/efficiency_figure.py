@@ -63,8 +63,8 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
         x, y = [row["length"] for row in line], [row["value"] / unit for row in line]
         ax.plot(x, y, label=line[0]["name"], linewidth=1.3, markersize=3.5, **look)
         band = [row for row in line if row["ci_low"] is not None]
-        limits = ([row[key] / unit for row in band] for key in ("ci_low", "ci_high"))
-        ax.fill_between([row["length"] for row in band], *limits, color=color, alpha=0.2, linewidth=0)
+        low, high = ([row[key] / unit for row in band] for key in ("ci_low", "ci_high"))
+        ax.fill_between([row["length"] for row in band], low, high, color=color, alpha=0.2, linewidth=0)
         bound = [(row["length"], row["extra"]["bound_ms"]) for row in line if "bound_ms" in row["extra"]]
         if bound and title.endswith(("ms", "token")):
             ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":")

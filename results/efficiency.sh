@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The GPU runs behind results/tables/efficiency.md, one command each; about 25 minutes on one H200. Records go
-# to results/records; a run that is recorded as done is not repeated, so that the script can be started again.
-# For peers: pip install infini-transformer-pytorch. One part alone: results/efficiency.sh operator
+# The runs of results/tables/efficiency.md on a GPU, one command each. Records go to results/records; a run that
+# is recorded as done is not repeated, so that the script can be started again. One part alone, each meant for
+# less than ten minutes on an H200: results/efficiency.sh operator | vs | smollm | model | rivals.
+# vs needs: pip install infini-transformer-pytorch
 part=${1:-all}
 bench=${BENCH:-infini-bench}
 wanted() { [[ $part == all || $part == "$1" ]]; }
@@ -27,10 +28,17 @@ if wanted smollm; then
     memory.segment=2048 memory.backend=triton task.repeats=7
 fi
 
-# Every memory and full attention, from 1K to 10M tokens.
+# Infini-attention, local and full attention, from 1K to 10M tokens; then the other memories.
+lengths=1K,10K,100K,1M,10M
 if wanted model; then
-  $bench profile --scale gpu --lengths 1K,10K,100K,1M,10M 'task.against=[]' task.repeats=5 task.seconds=15 \
-    --models local_block,infini_linear,infini_delta,infini_delta_token,transformer_xl,full,memorizing,compressive,local_sliding,local_sparse,local_kernel,sink,rmt,armt,autocompressor
+  $bench profile --scale gpu --lengths $lengths --models local_block,infini_linear,infini_delta,full \
+    'task.against=[]' task.repeats=5
+fi
+if wanted rivals; then
+  for models in transformer_xl,memorizing,compressive,sink local_sliding,local_sparse,local_kernel \
+    infini_delta_token,rmt,armt,autocompressor; do
+    $bench profile --scale gpu --lengths $lengths --models $models 'task.against=[]' task.repeats=3 task.seconds=10
+  done
 fi
 
 $bench report

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from infini_bench.models import build_model
 from infini_bench.progress import Handle
-from infini_bench.timing import Ladder, Times, Work
+from infini_bench.timing import Ladder, Times, Work, attempt
 
 from .base import Row, aligned
 
@@ -104,7 +104,7 @@ class Subject:
             torch.compiler.reset()
             self.model.compile_layers()
             self.compiled = True
-        self.step = None
+        self.step = self.state = None
         self.model.zero_grad(set_to_none=True)
         lower(self.model, torch.float32 if mode == "train" else self.task.dtype)
         self.model.train(mode == "train")
@@ -132,7 +132,7 @@ class Subject:
             keep = "all" if self.every else "last" if number == len(parts) - 1 else "none"
             self.state = self.model.step(self.ids(size), self.state, keep=keep)[1]
 
-    def decode(self) -> Times:
+    def decode(self) -> Times | str:
         """Steps of one token from the state on, which goes on with them."""
         token = self.ids(1)
 
@@ -140,7 +140,9 @@ class Subject:
         def step() -> None:
             self.state = self.model.step(token, self.state, keep="last")[1]
 
-        return replace(self.task.watch, repeats=self.task.task.decode).measure(step)[0]
+        watch = replace(self.task.watch, repeats=self.task.task.decode)
+        found = attempt(lambda: watch.measure(step))
+        return found if isinstance(found, str) else found[0]
 
     def training(self) -> Callable[[int], None]:
         """One update on a document of so many tokens."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from report_fakes import sheet_text
 from test_tasks_probes import config, pick
 from test_timing import fake
+from typer.testing import CliRunner
 
+from infini_bench.cli.main import app
 from infini_bench.config import build_config, to_dict
 from infini_bench.errors import UserError
 from infini_bench.report.efficiency_figure import efficiency_figure
@@ -192,7 +195,7 @@ def test_a_peer_is_timed_at_equal_sizes_and_in_turns():
     assert {row["condition"] for row in theirs} == {shape} and len(theirs) == 4 * 3 + 4
     peer = efficiency_peers.InfiniTransformerPeer(build_task(cfg))
     attention = peer.model.layers[0][0]
-    assert attention.head_gates.shape == (4,) and attention.to_qkv.weight.shape == (3 * 32, 32)
+    assert attention.fastweight_mem.head_gates.shape == (4,) and attention.to_qkv.weight.shape == (3 * 32, 32)
     assert len(peer.model.layers) == 3
     assert peer.model.token_emb.weight.shape == (256, 32) and peer.wrapper.segment_length == 8
 
@@ -252,3 +255,15 @@ def test_records_make_a_table_and_a_figure(tmp_path):
 def test_settings_are_checked(key, value):
     with pytest.raises(UserError, match=rf"task\.{key} must be"):
         build_config({**to_dict(asked()), "task": {"name": "efficiency", key: value}})
+
+
+def test_the_command_says_what_is_profiled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["profile", "--level", "operator", "--models", "infini_delta", "--lengths", "2K,1M", "--vs", PEER]
+    done = CliRunner().invoke(app, [*words, "--scale", "gpu", "--cfg", "job"])
+    assert done.exit_code == 0
+    shown = yaml.safe_load(done.stdout)
+    task = shown["task"]
+    assert (shown["model"], task["name"], task["level"]) == ("infini_delta", "efficiency", "operator")
+    assert task["lengths"] == [2048, 1 << 20] and task["vs"] == [PEER]
+    assert task["forms"] == ["eager", "compiled", "triton"]

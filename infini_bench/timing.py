@@ -1,7 +1,7 @@
 """How long a call takes, how much memory it needs, and what this machine could do at best.
 
-Times are of a device: CUDA events on a GPU, with no synchronization between repetitions of a call; the wall
-clock on a CPU.
+Times are of a device: CUDA events on a GPU, with no synchronization between repetitions; the wall clock on
+a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from infini_bench.device import peak_bytes, reset_peak
 
 Call = Callable[[], object]
-Timer = Callable[[Call, torch.device, int], list[float]]  # milliseconds of each of so many calls
+# Milliseconds of so many repetitions of each call; several take turns.
+Timer = Callable[[Sequence[Call], torch.device, int], list[list[float]]]
 GiB = 1 << 30
 
 
@@ -41,22 +42,25 @@ class Times:
         return float(low), float(high)
 
 
-def clock(call: Call, device: torch.device, count: int) -> list[float]:
+def clock(calls: Sequence[Call], device: torch.device, count: int) -> list[list[float]]:
     """The `Timer` of real runs."""
+    turns = [call for _ in range(count) for call in calls]
     if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(turns) + 1)]
         torch.cuda.synchronize(device)
         marks[0].record()
-        for mark in marks[1:]:
+        for call, mark in zip(turns, marks[1:], strict=True):
             call()
             mark.record()
         torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) for a, b in pairwise(marks)]
-    times = [time.perf_counter()]
-    for _ in range(count):
-        call()
-        times.append(time.perf_counter())
-    return [1e3 * float(step) for step in np.diff(times)]
+        ms = [a.elapsed_time(b) for a, b in pairwise(marks)]
+    else:
+        times = [time.perf_counter()]
+        for call in turns:
+            call()
+            times.append(time.perf_counter())
+        ms = [1e3 * (b - a) for a, b in pairwise(times)]
+    return [ms[number :: len(calls)] for number in range(len(calls))]
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,10 @@ class Stopwatch:
         reset_peak(self.device)
         for call in warm or calls:
             call()
-        ms = [self.timer(call, self.device, 1) for call in calls]
+        ms = self.timer(calls, self.device, 1)
         more = min(self.repeats - 1, int(1e3 * self.seconds / max(sum(map(sum, ms)), 1e-6)))
-        if len(calls) == 1 and more > 0:
-            ms[0] += self.timer(calls[0], self.device, more)
-        elif len(calls) > 1:
-            for _ in range(more):
-                for own, call in zip(ms, calls, strict=True):
-                    own += self.timer(call, self.device, 1)
+        if more > 0:
+            ms = [a + b for a, b in zip(ms, self.timer(calls, self.device, more), strict=True)]
         memory = peak_bytes(self.device)
         return [Times(own, memory) for own in ms]
 

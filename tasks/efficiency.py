@@ -18,7 +18,8 @@ Rows (``length``: tokens of the document; ``condition``: the form, or which refe
 * ``ratio_to_local_forward``, ``ratio_to_local_train``: this over local attention only, of the same run (lower
   is better); ``ratio_to_full_forward``: full attention's time over this; ``ratio_to_peer_inference``,
   ``ratio_to_peer_train``: the peer's time over this (higher is better; ``variant``: the peer,
-  ``condition``: the shape). Whole models take turns, repetition by repetition.
+  ``condition``: the shape). It takes turns with local attention and with peers,
+  repetition by repetition.
 
 ``results/efficiency.sh`` has the commands behind the published table.
 

@@ -38,6 +38,7 @@ BACKENDS = {  # the names that rows have
 }
 SCANNED = 64  # segments: the delta rules are a Python loop over them, and a longer one compiles for minutes
 Layer = Callable[..., Tensor]
+Found = dict[str, tuple[Times | str, str]]  # mode -> times, or why there are none; the backend
 
 
 class Embedded(Memory):
@@ -114,17 +115,19 @@ class Shape:
         full = self.fastest("full", self.full, [n for n in names if n != "math"])
         rows = self.told("local", local, "local") + self.told("full", full, "full")
         for form in self.task.task.forms:
-            found = self.form(form, local)
+            pairs = self.form(form, local)
+            found: Found = {}
+            for mode, pair in pairs.items():
+                found[mode] = pair if isinstance(pair, str) else pair[0], local[mode][1]
             rows += self.told(form, found, "own")
             columns = {"length": self.tokens, "condition": form}
-            for mode in ("forward", "train"):
-                pair = paired(found[mode][0], local[mode][0])
+            for mode, pair in pairs.items():
                 rows += self.task.ratio(f"ratio_to_local_{mode}", pair, **columns)
-            pair = paired(full["forward"][0], found["forward"][0])
-            rows += self.task.ratio("ratio_to_full_forward", pair, **columns)
+            far = paired(full["forward"][0], found["forward"][0])
+            rows += self.task.ratio("ratio_to_full_forward", far, **columns)
         return rows
 
-    def told(self, form: str, found: dict[str, tuple[Times | str, str]], work: str) -> list[Row]:
+    def told(self, form: str, found: Found, work: str) -> list[Row]:
         rows = []
         for what, (times, backend) in found.items():
             columns = {"length": self.tokens, "condition": form, "extra": {"backend": backend}}
@@ -133,9 +136,9 @@ class Shape:
 
     # --- what is timed --------------------------------------------------------------------------------
 
-    def fastest(self, what: str, layer: Layer, names: list[str]) -> dict[str, tuple[Times | str, str]]:
+    def fastest(self, what: str, layer: Layer, names: list[str]) -> Found:
         """forward, train -> (times, backend) of the quickest that can run; else the last one's reason."""
-        best: dict[str, tuple[Times | str, str]] = {}
+        best: Found = {}
         for mode, work in self.work[what].items():
             least = self.task.best.bound_ms(work) / 1e3
             if least > self.task.watch.seconds:
@@ -153,6 +156,11 @@ class Shape:
             return f"{backend}: {str(error).splitlines()[0]}"
 
     def timed(self, mode: str, layer: Layer, inputs: tuple[Tensor, ...], backend: str) -> Times | str:
+        call = self.call(mode, layer, inputs, backend)
+        found = attempt(lambda: self.task.watch.measure(call))
+        return found if isinstance(found, str) else found[0]
+
+    def call(self, mode: str, layer: Layer, inputs: tuple[Tensor, ...], backend: str) -> Callable[[], None]:
         def forward() -> None:
             with torch.no_grad(), sdpa_kernel(BACKENDS[backend]):
                 layer(*inputs)
@@ -162,37 +170,35 @@ class Shape:
                 out = layer(*inputs)
                 torch.autograd.grad(out, self.leaves(layer, inputs), self.grad)
 
-        found = attempt(lambda: self.task.watch.measure(forward if mode == "forward" else both))
-        return found if isinstance(found, str) else found[0]
+        return forward if mode == "forward" else both
 
     @staticmethod
     def leaves(layer: Layer, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         memory = layer.args[0] if isinstance(layer, partial) else None
         return [*inputs, *(memory.parameters() if memory is not None and len(inputs) > 3 else [])]
 
-    def form(self, form: str, local: dict[str, Any]) -> dict[str, Any]:
-        """The memory in one form, its local part through the floor's backends."""
-        if (
-            form == "compiled"
-            and self.cfg.memory.update != "linear"
-            and self.tokens // self.segment > SCANNED
-        ):
+    def form(self, form: str, local: Found) -> dict[str, list[Times] | str]:
+        """The memory in one form, its local part through the floor's backends, and the floor, in turns."""
+        scanned = self.tokens // self.segment if self.cfg.memory.update != "linear" else 0
+        if form == "compiled" and scanned > SCANNED:
             why = f"a scan of more than {SCANNED} segments compiles for minutes"
-            return {"forward": (why, ""), "train": (why, "")}
+            return {"forward": why, "train": why}
         memory = build_layer(self.cfg, "triton" if form == "triton" else "eager").to(self.task.device)
         layer: Layer = partial(run, memory)
-        inputs = (self.q, self.k, self.v, self.far_q, self.far_k)
         if form == "compiled":
             torch.compiler.reset()
-            compiled = torch.compile(run, dynamic=False)
-            layer = partial(compiled, memory)
-        found = {}
+            layer = partial(torch.compile(run, dynamic=False), memory)
+        found: dict[str, list[Times] | str] = {}
         for mode, (times, backend) in local.items():
+            if isinstance(times, str):
+                found[mode] = times
+                continue
+            own = self.call(mode, layer, (self.q, self.k, self.v, self.far_q, self.far_k), backend)
+            floor = self.call(mode, self.local, (self.q, self.k, self.v), backend)
             try:
-                own = times if isinstance(times, str) else self.timed(mode, layer, inputs, backend)
+                found[mode] = attempt(partial(self.task.watch.measure, own, floor))
             except UserError as error:  # the kernels cannot run on this machine or at this shape
-                own = str(error)
-            found[mode] = own, backend
+                found[mode] = str(error)
         return found
 
     def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from infini_bench.outside import is_outside
 from infini_bench.schema import (
     BooksumConfig,
     CapacityConfig,
+    EfficiencyConfig,
     FootprintConfig,
     LMConfig,
     MemoryConfig,
@@ -38,6 +39,7 @@ TASKS: dict[str, type[TaskConfig]] = {
     "footprint": FootprintConfig,
     "capacity": CapacityConfig,
     "reach": ReachConfig,
+    "efficiency": EfficiencyConfig,
 }
 
 Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
@@ -63,8 +65,9 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     _check_base(cfg)
     if isinstance(cfg.task, MQARConfig):
         _check_pairs(cfg.task)
-    if isinstance(cfg.task, PasskeyConfig):
+    if isinstance(cfg.task, PasskeyConfig | EfficiencyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
+    if isinstance(cfg.task, PasskeyConfig):
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
     return cfg
 
@@ -229,6 +232,13 @@ _RULES: dict[str, Rule] = {
     "task.keys": _some_of(schema.KEYS),
     "task.between": _some_of(schema.BETWEEN),
     "task.cosine": _SHARE,
+    "task.level": _one_of(schema.LEVELS),
+    "task.modes": _some_of(schema.MODES),
+    "task.forms": _some_of(schema.FORMS),
+    "task.against": (
+        lambda value: not value or _some_of(schema.AGAINST)[0](value),
+        f"some of {', '.join(schema.AGAINST)}, each once",
+    ),
     "task.per_segment": (
         lambda value: bool(value) and all(n == "all" or (n.isdecimal() and int(n)) for n in value),
         'numbers of writes, or "all"',

@@ -28,6 +28,10 @@ PRECISIONS = ("auto", "float32", "bf16")
 SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
+LEVELS = ("model", "operator")
+MODES = ("forward", "train", "decode")
+FORMS = ("eager", "compiled", "triton")
+AGAINST = ("local", "full")
 
 
 @dataclass
@@ -236,6 +240,23 @@ class ReachConfig(TaskConfig):
     distances: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])  # segments
     between: list[str] = field(default_factory=lambda: [*BETWEEN])  # what is read between write and loss
     trials: int = 2  # texts
+
+
+@dataclass
+class EfficiencyConfig(TaskConfig):
+    name: str = "efficiency"
+    untrained = True
+    level: str = "model"  # model | operator (one layer's memory)
+    lengths: list[str] = field(default_factory=lambda: ["1K", "4K", "16K"])
+    modes: list[str] = field(default_factory=lambda: [*MODES])  # model: what is timed
+    forms: list[str] = field(default_factory=lambda: ["eager"])  # operator: eager | compiled | triton
+    against: list[str] = field(default_factory=lambda: ["local"])  # model: timed beside it: local | full
+    vs: list[str] = field(default_factory=list)  # model: installed packages timed beside it
+    batch: int = 1  # documents side by side
+    chunk: int = 8192  # tokens fed a call
+    decode: int = 16  # tokens decoded
+    repeats: int = 5  # of a call, at most
+    seconds: float = 10.0  # of all repetitions; a call that takes longer is not made
 
 
 @dataclass

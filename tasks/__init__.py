@@ -23,6 +23,7 @@ TASKS = {  # module -> class
     "footprint": "Footprint",
     "capacity": "Capacity",
     "reach": "Reach",
+    "efficiency": "Efficiency",
 }
 
 

@@ -30,7 +30,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["eval", "--help"], ["check", "--help"], ["--version"], ["ls", "models"], ["ls"]],
+    [
+        ["--help"],
+        ["eval", "--help"],
+        ["profile", "--help"],
+        ["check", "--help"],
+        ["--version"],
+        ["ls", "models"],
+        ["ls"],
+    ],
 )
 def test_nothing_heavy_is_imported_before_work_begins(arguments):
     program = (

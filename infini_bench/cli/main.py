@@ -16,6 +16,10 @@ from infini_bench.units import parse_depth, parse_length, suggest
 
 INTERRUPTED = 130
 LENGTH_KEYS = {"lm": "task.max_tokens", "passkey": "task.lengths", "booksum": "task.input_tokens"}
+PROFILED = {  # by level: what is profiled unless the user says so
+    "model": "local_block,infini_linear,infini_delta,full",
+    "operator": "infini_linear,infini_delta",
+}
 COUNTED = ("recall", "mqar")  # whose distances are segments
 
 
@@ -220,6 +224,31 @@ def check(
     given = {"segment": segment, "dim": dim, "vocab": vocab}
     sizes = {name: value for name, value in given.items() if value is not None}
     raise typer.Exit(run_check(module, arg or [], sizes, parse_length(length), seed, config_dir, out))
+
+
+@app.command()
+def profile(
+    overrides: Overrides = None,
+    models: Annotated[str | None, typer.Option(help="Models with commas; unset: by level.")] = None,
+    level: Annotated[str, typer.Option(help="model, or operator: one layer's memory.")] = "model",
+    lengths: Annotated[str | None, typer.Option(help="Tokens, e.g. 1K,10K,1M (K = 1024).")] = None,
+    vs: Annotated[str | None, typer.Option(help="Installed packages, timed beside: PACKAGE,...")] = None,
+    scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
+    cfg: ShowConfig = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Time, memory and share of the machine's peak against length, of untrained models; a record each.
+
+    Forward, training step and decoding, beside local attention only. `infini-bench report` makes a table and
+    a figure, efficiency, of the records. What was profiled before is done; force=true times it again.
+    """
+    names = models or PROFILED.get(level, PROFILED["model"])
+    options = ["task=efficiency", f"scale={scale}", f"task.level={level}", f"model={names}"]
+    if lengths is not None:
+        options.append(f"task.lengths=[{','.join(str(parse_length(n)) for n in lengths.split(','))}]")
+    if vs is not None:
+        options.append(f"task.vs=[{vs}]")
+    _launch("eval", [*options, *(overrides or [])], "," in names, cfg, config_dir)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import diagnostics, paper, probes
+from infini_bench.report import diagnostics, efficiency, paper, probes
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -33,6 +33,7 @@ TITLES = {
     "table4_booksum": "Table 4: book summaries",
     **diagnostics.TITLES,
     **probes.TITLES,
+    **efficiency.TITLES,
 }
 LINES = {  # what the rows of a line share beside model and variant; a control by position has its own
     **dict.fromkeys(NAMES, ("protocol",)),
@@ -40,6 +41,7 @@ LINES = {  # what the rows of a line share beside model and variant; a control b
     **dict.fromkeys(VIEWS, ()),
     **diagnostics.LINES,
     **probes.LINES,
+    **efficiency.LINES,
 }
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
@@ -100,7 +102,7 @@ def _title(name: str, rows: list[Row]) -> str:
 def _caption(name: str, rows: list[Row]) -> str:
     if not rows:
         return "No run is recorded yet."
-    if name in probes.CAPTIONS:  # nothing was trained, so no scale is too small for it
+    if name in (*probes.CAPTIONS, *efficiency.CAPTIONS):  # untrained: no scale is too small for it
         return CAPTIONS[name](rows)
     scale = rows[0]["scale"]
     warned = PIPELINE if name in OF_SCALE else ""  # a memory that finds the key is no matter of scale
@@ -277,6 +279,7 @@ BUILDERS = {
     "table4_booksum": _table4,
     **diagnostics.BUILDERS,
     **probes.BUILDERS,
+    **efficiency.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table2_lm": _caption2,
@@ -287,4 +290,5 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table4_booksum": _caption4,
     **diagnostics.CAPTIONS,
     **probes.CAPTIONS,
+    **efficiency.CAPTIONS,
 }

@@ -40,11 +40,12 @@ TABLES = {
     "footprint": "table1_memory",
     "capacity": "diag_memory",
     "reach": "diag_gradients",
+    "efficiency": "efficiency",
 }
 VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
 NAMES = (
     *("table1_memory", "table2_lm", "lm_position", "table3_passkey", "table4_booksum"),
-    *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients"),
+    *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
 MODELS = (
     *("transformer_xl", "memorizing", "compressive", "rmt", "armt", "autocompressor", "sink"),
@@ -59,11 +60,18 @@ COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
     *("task.segments_after", "task.fillers", "task.pairs"),
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
+    *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
+    "task.seconds",
 )
 # What makes a memory another one than the paper's: named in the variant even where nothing else differs.
 DEFINING = (
     *("memory.features", "memory.normaliser", "memory.decay", "memory.write_gate", "memory.gradient_depth"),
     *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),
+)
+# Settings that the shape in a row of `efficiency` names; its runs need no variant for them.
+OF_SHAPE = (
+    *("decoder.layers", "decoder.dim", "decoder.heads", "decoder.kv_heads", "decoder.head_dim"),
+    *("memory.segment", "task.batch"),
 )
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
@@ -131,7 +139,7 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
         **{key: metric.get(key) for key in (*COLUMNS, "extra")},
         "table": "lm_position" if by_position else table,
         "model": record.config["model"],
-        "variant": variant,
+        "variant": " ".join(filter(None, [(metric.get("extra") or {}).get("variant"), variant])) or None,
         "params": record.params,
         "train_tokens": record.tokens if record.kind == "train" else record.train.get("tokens"),
         "state_floats": record.state_floats,
@@ -157,13 +165,14 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
         place = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
         groups[place].append(((r.id, table), _setup(r)))
     names: dict[tuple[str, str], str | None] = {}
-    for group in groups.values():
+    for place, group in groups.items():
         keys = sorted({key for _, setup in group for key in setup})
         for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
             rivals = {key: same if _own(key) else [other for _, other in group] for key in keys}
             differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
-            differing = [key for key in differing if key != "model"]
+            shape = OF_SHAPE if place[0] == "efficiency" else ()
+            differing = [key for key in differing if key not in ("model", *shape)]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
             named = sorted({*differing, *own})
             names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None

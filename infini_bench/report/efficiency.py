@@ -1,0 +1,87 @@
+"""The table of times, memory and ratios against length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from infini_bench.report.cells import ABSENT, MODEL, Column, Line, Row, find
+from infini_bench.units import format_length
+
+TITLES = {"efficiency": "Time and memory against length, untrained"}
+LINES = {"efficiency": ("protocol", "condition", "length")}
+GiB, MiB = 1 << 30, 1 << 20
+
+
+def cell(metric: str, position: str | None = None, unit: float = 1.0) -> Callable[[Line], str]:
+    """Three digits of the value, its spread below; why there is none, if it was tried."""
+
+    def text(line: Line) -> str:
+        row = find(line, metric, position=position, condition=line[0]["condition"])
+        if row is None or row["value"] is None:
+            return str(row["extra"].get("failed", ABSENT)) if row else ABSENT
+        value, low, high = (
+            "" if row[key] is None else _short(row[key] / unit) for key in ("value", "ci_low", "ci_high")
+        )
+        return value + (f"\n[{low}, {high}]" if low else "")
+
+    return text
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent below a million."""
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _form(line: Line) -> str:
+    backends = {row["extra"].get("backend") for row in line} - {None, ""}
+    named = f"\n({', '.join(sorted(backends))})" if backends else ""
+    return (line[0]["condition"] or line[0]["protocol"]) + named
+
+
+def _columns(rows: list[Row]) -> list[Column]:
+    times = [Column(f"{mode}, ms", cell(f"{mode}_ms")) for mode in ("forward", "train", "decode")]
+    rates = [
+        Column(f"{mode}, {words}", cell(metric, mode, unit), wide=mode != "forward")
+        for metric, words, unit in (
+            ("tokens_per_s", "K tokens/s", 1e3),
+            ("percent_of_peak", "% of peak", 1),
+            ("peak_bytes", "peak GiB", GiB),
+        )
+        for mode in ("forward", "train")
+    ]
+    ratios = {
+        "ratio_to_local_forward": "x local, forward",
+        "ratio_to_local_train": "x local, train",
+        "ratio_to_full_forward": "full / this, forward",
+        "ratio_to_peer_inference": "peer / this, forward",
+        "ratio_to_peer_train": "peer / this, train",
+    }
+    there = {row["metric"] for row in rows}
+    return [
+        MODEL,
+        Column("form", _form),
+        Column("tokens", lambda line: format_length(line[0]["length"])),
+        *times,
+        *rates,
+        Column("state, MiB", cell("state_bytes", unit=MiB)),
+        *(Column(title, cell(metric)) for metric, title in ratios.items() if metric in there),
+    ]
+
+
+def _caption(rows: list[Row]) -> str:
+    flops, copies = ([row["extra"][key] for row in rows] for key in ("peak_tflops", "copy_gb_per_s"))
+    low, high, slow, fast = min(flops), max(flops), min(copies), max(copies)
+    peak = f"{_short(low)} to {_short(high)} TFLOP/s; a copy, {_short(slow)} to {_short(fast)} GB/s"
+    return (
+        "Medians, in brackets the 10th to 90th percentile of the repetitions; random weights and tokens. "
+        "Model: forward over a document in calls with the state carried, a training step, decoding of a "
+        "token after it. Operator: one layer's memory given projections; local (the floor) and full: "
+        "scaled_dot_product_attention with the fastest backend, in parentheses. Peak: of a matrix product "
+        f"in the same run, {peak}. x local: this over local attention only; full, peer / this: higher is "
+        "better. Peak GiB: of tensors on a GPU, of the process on a CPU. A peer's rows stand under its name, "
+        "with the shape as their form."
+    )
+
+
+BUILDERS = {"efficiency": _columns}
+CAPTIONS: dict[str, Callable[[list[Row]], str]] = {"efficiency": _caption}

@@ -1,0 +1,77 @@
+"""Figure of `efficiency`: times and memory against length, log-log, with the bounds of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from infini_bench.report.cells import Row, grouped
+from infini_bench.report.probe_figures import COLOURS, MARKERS, _axes, _finished
+from infini_bench.units import format_length
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = {  # (metric, position) -> what the axis says, and its unit
+    ("forward_ms", None): ("forward, ms", 1),
+    ("train_ms", None): ("training step, ms", 1),
+    ("decode_ms", None): ("decoding, ms a token", 1),
+    ("peak_bytes", "forward"): ("peak memory, forward, GiB", 1 << 30),
+    ("state_bytes", None): ("carried state, MiB", 1 << 20),
+}
+
+
+def shape(row: Row) -> str:
+    """b1-h8-d128-n2048; a peer's rows have it as their condition."""
+    words = str(row["variant"]).split()[0]
+    return words if words.startswith("b") and "-n" in words else str(row["condition"])
+
+
+def name(row: Row) -> str:
+    """A line's name: the peer's; or the model, what else is special about it, and its form."""
+    words = str(row["variant"]).split()
+    if shape(row) != words[0]:
+        return f"{words[0]} (delta)" if "delta" in row["model"] else words[0]
+    return " ".join([row["model"], *words[1:], *([row["condition"]] if row["condition"] else [])])
+
+
+def efficiency_figure(rows: list[Row]) -> Figure:
+    """A line of panels for each machine and shape; dotted: no faster can the same colour's line be."""
+    rows = [{**row, "shape": shape(row), "name": name(row)} for row in rows if row["value"]]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    groups = grouped(rows, ("scale", "device", "protocol", "shape"))
+    figure, axes = _axes(max(len(groups), 1), len(PANELS), 3.4, 3.0)
+    for line, group in zip(axes, groups, strict=False):
+        for ax, (metric, position) in zip(line, PANELS, strict=True):
+            shown = [row for row in group if (row["metric"], row["position"]) == (metric, position)]
+            _panel(ax, names, shown, *PANELS[metric, position])
+        title = f"{group[0]['shape']}, {group[0]['protocol']}, {group[0]['device']}"
+        line[0].set_title(title, fontsize=8, loc="left")
+    return _finished(figure, axes)
+
+
+def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float) -> None:
+    if not rows:
+        ax.set_axis_off()
+        return
+    for line in grouped(rows, ("name",)):
+        number = names.index(line[0]["name"])
+        color = COLOURS[number % len(COLOURS)]
+        look: dict[str, Any] = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+        line = sorted(line, key=lambda row: row["length"])
+        x, y = [row["length"] for row in line], [row["value"] / unit for row in line]
+        ax.plot(x, y, label=line[0]["name"], linewidth=1.3, markersize=3.5, **look)
+        band = [row for row in line if row["ci_low"] is not None]
+        low, high = ([row[key] / unit for row in band] for key in ("ci_low", "ci_high"))
+        ax.fill_between([row["length"] for row in band], low, high, color=color, alpha=0.2, linewidth=0)
+        bound = [(row["length"], row["extra"]["bound_ms"]) for row in line if "bound_ms" in row["extra"]]
+        if bound and title.endswith(("ms", "token")):
+            ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":")
+    ticks = sorted({row["length"] for row in rows})
+    ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=title)
+    ax.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
+    ax.minorticks_off()
+
+
+FIGURES: dict[str, Callable[[list[Row]], Figure]] = {"efficiency": efficiency_figure}

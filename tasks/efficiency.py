@@ -3,8 +3,9 @@
 Protocol, version 1. Random weights and random tokens; no text is tokenized. After a warm-up a call is timed
 ``task.repeats`` times, fewer if together they would take more than ``task.seconds``, at least once. A number
 is the median, its interval the 10th to 90th percentile of the repetitions, ``n`` their number. bf16 on a GPU
-and float32 on a CPU unless ``trainer.precision`` says otherwise. A length that does not fit, or whose one
-call takes longer than ``task.seconds``, is a row without a value that says why (``extra["failed"]``).
+and float32 on a CPU unless ``trainer.precision`` says otherwise; in bf16, a memory's float32 products are
+TF32, as in training. A length that does not fit, or whose one call takes longer than ``task.seconds``, is a
+row without a value that says why (``extra["failed"]``).
 
 ``task.level=model``: the whole configured model (`efficiency_model`). ``task.level=operator``: one layer's
 memory, given projections (`efficiency_operator`). It is the rows' ``protocol``.
@@ -33,6 +34,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +71,7 @@ class Efficiency(Untrained):
 
         measure = {"model": efficiency_model.measure, "operator": efficiency_operator.measure}
         work = (progress or NullProgress()).task(f"profile {self.cfg.model}", len(self.lengths))
-        with work as bar, warnings.catch_warnings():
+        with work as bar, warnings.catch_warnings(), products(self.dtype != torch.float32):
             warnings.simplefilter("ignore")  # each attention backend says at length why it cannot run
             return measure[self.task.level](self, model, bar)
 
@@ -138,3 +141,14 @@ class Efficiency(Untrained):
         """A number that there is not, and the reason."""
         row = self.row(metric, math.nan, **{**columns, "n": 0})
         return {**row, "extra": {**row["extra"], "failed": why}}
+
+
+@contextmanager
+def products(low: bool) -> Iterator[None]:
+    """Inside, float32 matrix products of a bf16 run are as exact as in training (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if low else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -199,6 +199,8 @@ class Shape:
                 found[mode] = attempt(partial(self.task.watch.measure, own, floor))
             except UserError as error:  # the kernels cannot run on this machine or at this shape
                 found[mode] = str(error)
+            except Exception as error:  # a compiler's; what the other forms take is worth having all the same
+                found[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return found
 
     def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -182,6 +182,33 @@ def test_an_operator_wants_a_compressive_memory_and_whole_segments(model, length
         rows_of(asked(model, level="operator", lengths=lengths))
 
 
+def test_a_form_that_breaks_leaves_the_others(monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    rows = rows_of(asked(level="operator", forms=["compiled", "eager"], lengths=["16"]))
+    assert pick(rows, "forward_ms", condition="eager") == [2.0]
+    (row,) = [row for row in rows if (row["condition"], row["metric"]) == ("compiled", "train_ms")]
+    assert row["value"] is None and row["extra"]["failed"] == "ValueError: no compiler"
+
+
+def test_bf16_runs_on_a_cpu_too():
+    cfg = asked(against=["local"], lengths=["16"])
+    cfg.trainer.precision = "bf16"
+    before = torch.get_float32_matmul_precision()
+    rows = rows_of(cfg)
+    assert pick(rows, "ratio_to_local_forward") == [1.0] == pick(rows, "ratio_to_local_train")
+    task = build_task(cfg)
+    own = Subject(task, task.build(CPU))
+    own.prepare("forward")
+    kinds = {p.dtype for name, p in own.model.named_parameters() if ".memory." not in name}
+    assert kinds == {torch.bfloat16} and own.model.memories[0].memory_gate.dtype == torch.float32
+    own.prepare("train")
+    assert {p.dtype for p in own.model.parameters()} == {torch.float32}
+    assert torch.get_float32_matmul_precision() == before
+
+
 # --- peers ----------------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,9 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     check_memory(cfg.memory)
     _check_sources(cfg)
     _check_base(cfg)
+    last = cfg.decoder.layers - 1
+    if cfg.memory.layers is not None and cfg.base.model is None and max(cfg.memory.layers) > last:
+        raise UserError(f"memory.layers={cfg.memory.layers}: the last of the {last + 1} layers is {last}.")
     if isinstance(cfg.task, MQARConfig):
         _check_pairs(cfg.task)
     if isinstance(cfg.task, PasskeyConfig | EfficiencyConfig):
@@ -290,6 +293,14 @@ def check_memory(memory: MemoryConfig) -> None:
         raise UserError(f"memory.sinks={memory.sinks} is more than memory.segment={n}; change one.")
     if memory.window == 1 and {memory.kind, memory.local} & {"sliding", "sink"}:
         raise UserError("memory.window=1 shows a token nothing but itself; set 2 or more.")
+    normalised = memory.normaliser not in ("none", "norm")
+    if memory.update == "delta_token" and normalised:
+        raise UserError("memory.update=delta_token keeps no z; add memory.normaliser=none or norm.")
+    if memory.update in ("delta", "delta_corrected") and not normalised:
+        raise UserError(
+            f"memory.update={memory.update} needs memory.normaliser=sum, mean or max; "
+            "without one take memory.update=delta_token."
+        )
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
 

@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES, WIDTHS
@@ -64,13 +63,6 @@ class CompressiveMemory(Memory):
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.normalised = cfg.normaliser not in ("none", "norm")
-        if cfg.update == "delta_token" and self.normalised:
-            raise UserError("memory.update=delta_token keeps no z; add memory.normaliser=none or norm.")
-        if cfg.update in ("delta", "delta_corrected") and not self.normalised:
-            raise UserError(
-                f"memory.update={cfg.update} needs memory.normaliser=sum, mean or max; "
-                "without one take memory.update=delta_token."
-            )
         self.sigma = FEATURES[cfg.features]
         self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
         self.previous = self.path.previous

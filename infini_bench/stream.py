@@ -1,6 +1,6 @@
 """The only way evaluation reads long input: chunk by chunk, with the state carried, in constant memory.
 
-A model here is anything with ``step``, ``losses`` and ``device`` as `infini_bench.models` has them. States
+A model here is anything with ``step``, ``losses`` and ``device`` as `infini_bench.decoder` has them. States
 are values: none of these functions changes the one it is given, so one can be kept and continued twice.
 
 Shapes: B batch, T tokens, t tokens of one chunk, V vocabulary.

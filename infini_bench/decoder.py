@@ -1,0 +1,332 @@
+"""The one decoder of every memory: Hugging Face's Llama, whose attention layers carry the memory's state.
+
+Registered with the Auto classes, so that ``from_pretrained`` and ``generate`` work once this module, or
+``infini_bench.models``, is imported.
+
+Shapes: B batch, T tokens, V vocabulary, L layers, H heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
+
+from infini_bench.cache import MemoryCache
+from infini_bench.errors import UserError
+from infini_bench.memory import Memory, build_memory, build_tokens
+from infini_bench.memory.tokens import TokenMemory, ZeroLinear
+from infini_bench.recurrent import AssociativeLayer, SegmentRun
+from infini_bench.schema import MemoryConfig
+
+IMPLEMENTATION = "infini_bench"
+LOSS_CHUNK = 8192  # tokens whose logits exist at once in ``losses``
+
+
+def padding_only(*_: Any, q_length: int, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """The mask that a memory layer wants: (B, T) bool where padding is, else None. Never (T, T)."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask[:, -q_length:].bool()
+
+
+def no_kernel(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("memory layers compute their own attention")
+
+
+# An implementation name of our own: Llama then builds no T x T mask, and padding still arrives.
+AttentionMaskInterface.register(IMPLEMENTATION, padding_only)
+AttentionInterface.register(IMPLEMENTATION, no_kernel)
+
+
+class MemoryLlamaConfig(LlamaConfig):
+    """LlamaConfig plus ``memory``, the fields of ``MemoryConfig``.
+
+    qkv_bias: queries, keys and values have biases, the output has none (Qwen2).
+    """
+
+    model_type = "infini_llama"
+
+    def __init__(self, memory: dict[str, Any] | None = None, qkv_bias: bool = False, **kwargs: Any):
+        self.memory = asdict(MemoryConfig(**(memory or {})))
+        self.qkv_bias = qkv_bias
+        super().__init__(**{**kwargs, "attn_implementation": IMPLEMENTATION})
+
+
+class SegmentRotary(nn.Module):
+    """Rotary table of positions 0 .. span-1, whatever ``position_ids`` say: memories count for themselves.
+
+    span None: of all positions up to the largest asked for. No parameters; any ``rope_type`` works, and none
+    ever sees a length above the span.
+    """
+
+    def __init__(self, inner: nn.Module, span: int | None):
+        super().__init__()
+        self.inner, self.span = inner, span
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        span = self.span if self.span is not None else int(position_ids.max()) + 1
+        return self.inner(x, torch.arange(span, device=x.device)[None])
+
+
+class MemoryAttention(LlamaAttention):
+    """Llama's projections around a ``Memory``."""
+
+    def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        depth = (layer_idx, config.num_hidden_layers)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                plain = getattr(self, name)
+                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
+        self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim, *depth)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, dim) -> (B, T, dim); the cache's layer gets the new state."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if layer is None else layer.state
+        out, new = self.memory(q, k, v, position_embeddings, state, attention_mask)
+        if layer is not None:
+            layer.state = new
+        return self.o_proj(out.flatten(2)), None
+
+
+class MemoryLlamaPreTrained(LlamaPreTrainedModel):
+    """What both classes share; a separate base because inner models dispatch their own ``_init_weights``."""
+
+    config_class = MemoryLlamaConfig
+    config: MemoryLlamaConfig
+    _keep_in_fp32_modules_strict = ["memory"]  # noqa: RUF012 (transformers reads a list)
+    _is_stateful = True  # states cannot be cropped, so assisted decoding is refused
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Memory | ZeroLinear):
+            module.reset_parameters()
+
+
+class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
+    """LlamaModel with memory layers, or with one memory (``recurrence``) that runs it by segments."""
+
+    def __init__(self, config: MemoryLlamaConfig):
+        config._attn_implementation = IMPLEMENTATION
+        super().__init__(config)
+        memory, depth = MemoryConfig(**config.memory), config.num_hidden_layers
+        if memory.kind == "armt":
+            self.layers = nn.ModuleList(AssociativeLayer(config, index) for index in range(depth))
+        attentions = [MemoryAttention(config, index) for index in range(config.num_hidden_layers)]
+        for layer, attention in zip(self.layers, attentions, strict=True):
+            layer.self_attn = attention
+        spans = [attention.memory.span for attention in attentions]
+        longest = None if None in spans else max(span for span in spans if span is not None)
+        self.rotary_emb = SegmentRotary(self.rotary_emb, longest)  # type: ignore[assignment]
+        self.recurrence = build_tokens(memory, config.hidden_size, depth)
+        self.post_init()
+
+    def forward(self, *args: Any, past_key_values: MemoryCache | None = None, **kwargs: Any):
+        """As LlamaModel.forward; ``use_cache`` without a cache starts an empty MemoryCache."""
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.shape[1] == 0:
+            raise ValueError("a call needs at least one token; begin an empty prompt with one of your own")
+        wanted = kwargs.get("use_cache")
+        if past_key_values is None and (self.config.use_cache if wanted is None else wanted):
+            past_key_values = MemoryCache.empty(len(self.layers))
+        if self.recurrence is not None:
+            return self.by_segments(self.recurrence, past_key_values, *args, **kwargs)
+        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+    def by_segments(
+        self,
+        memory: TokenMemory,
+        cache: MemoryCache | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The forward pass under ``recurrence``; positions are the segment's own, whatever is given.
+
+        Raises UserError for what a run in rounds cannot give: each layer's outputs, and checkpointed layers.
+        """
+        wanted = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if wanted or (self.gradient_checkpointing and self.training):
+            what = wanted[0] if wanted else "gradient_checkpointing; use trainer.checkpoint_segments"
+            raise UserError(f"A model that runs segment by segment has no {what}.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = padding_only(q_length=x.shape[1], attention_mask=attention_mask)
+        state = MemoryCache.empty(len(self.layers)) if cache is None else cache
+        out = SegmentRun(memory, super().forward, state, len(self.layers))(x, mask)
+        return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=cache)
+
+
+class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
+    """LlamaForCausalLM with memory layers, and the calls that training and streaming use."""
+
+    def __init__(self, config: MemoryLlamaConfig):
+        config._attn_implementation = IMPLEMENTATION
+        super().__init__(config)
+        self.model = MemoryLlamaModel(config)
+        self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ):
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            if generation_config.cache_implementation is not None:
+                raise ValueError("cache_implementation cannot be chosen: the memory's state is the cache")
+            model_kwargs["past_key_values"] = MemoryCache.empty(len(self.model.layers))
+
+    def compile_layers(self) -> None:
+        """torch.compile the parts that all layers share, each once for all layers; in place.
+
+        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes.
+        Shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in minutes.
+        Raises UserError for a model whose segments all differ in length.
+        """
+        if self.config.memory["kind"] == "autocompressor":
+            raise UserError(
+                "trainer.compile=true cannot be: an AutoCompressor's segments grow with each one."
+            )
+        torch._dynamo.config.recompile_limit = 64
+        for layer in self.model.layers:
+            for part in (
+                layer.self_attn.memory,
+                layer.mlp,
+                layer.input_layernorm,
+                layer.post_attention_layernorm,
+            ):
+                part.compile(dynamic=False)
+
+    @property
+    def memories(self) -> list[Any]:
+        """The ``Memory`` of every layer, or the one ``TokenMemory`` of the whole model."""
+        if self.segmentwise:
+            return [self.model.recurrence]
+        return [layer.self_attn.memory for layer in self.model.layers]
+
+    @property
+    def segmentwise(self) -> bool:
+        """Whether segments run one after the other, as each needs the last one's result."""
+        return self.model.recurrence is not None
+
+    @property
+    def segment(self) -> int:
+        """N, tokens."""
+        return self.memories[0].segment
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything crosses a segment boundary that could be switched off."""
+        return any(memory.has_memory for memory in self.memories)
+
+    def state_floats(self, batch: int = 1) -> int:
+        """Floats that cross a segment boundary, all layers (Table 1, with H replaced by G).
+
+        Of ``full`` and ``autocompressor``, whose states grow: floats that each segment adds.
+        """
+        return batch * sum(memory.state_floats() for memory in self.memories)
+
+    def gates(self) -> Tensor | None:
+        """sigmoid(beta) of every gated layer's heads, (layers, H) on the CPU; None without gates.
+
+        With ``gate_input`` it is the gate of a query of zeros.
+        """
+        gates = [memory.memory_gate for memory in self.memories if hasattr(memory, "memory_gate")]
+        return torch.sigmoid(torch.stack(gates).detach().float()).cpu() if gates else None
+
+    @contextmanager
+    def memory_off(self) -> Iterator[None]:
+        """Inside, nothing from before a token's own segment is used: the control of every evaluation.
+
+        A model that runs segment by segment obeys from the next segment's start on.
+        """
+        memories = [m for m in self.modules() if isinstance(m, Memory | TokenMemory)]  # local paths too
+        for memory in memories:
+            memory.enabled = False
+        try:
+            yield
+        finally:
+            for memory in memories:
+                memory.enabled = True
+
+    def take_auxiliary(self) -> Tensor:
+        """What memories add to the training loss for the last call: float32, summed over layers and tokens.
+
+        0 without such memories and outside training mode. It is handed out once, so that no graph is kept.
+        """
+        total = torch.zeros((), device=self.device)
+        for memory in self.memories:
+            if memory.auxiliary is not None:
+                total, memory.auxiliary = total + memory.auxiliary, None
+        return total
+
+    def hidden(self, ids: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
+        """Last hidden states (B, T, dim) and the state after; the given state is left as it was."""
+        cache = MemoryCache.empty(len(self.model.layers)) if state is None else state.copy()
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state, cache
+
+    def step(
+        self, ids: Tensor, state: MemoryCache | None = None, keep: str = "all"
+    ) -> tuple[Tensor | None, MemoryCache]:
+        """Feed tokens (B, T). keep ``all``: float32 logits (B, T, V); ``last``: (B, 1, V); ``none``: None."""
+        hidden, cache = self.hidden(ids, state)
+        if keep == "none":
+            return None, cache
+        return self.lm_head(hidden if keep == "all" else hidden[:, -1:]).float(), cache
+
+    def losses(
+        self, ids: Tensor, targets: Tensor, state: MemoryCache | None = None
+    ) -> tuple[Tensor, MemoryCache]:
+        """Negative log-likelihood of ``targets`` in nats, (B, T) float32, and the state after ``ids``.
+
+        Logits exist for ``LOSS_CHUNK`` tokens at a time, also in the backward pass.
+        """
+        hidden, cache = self.hidden(ids, state)
+        flat, goals = hidden.flatten(0, 1), targets.flatten()
+        recompute = torch.is_grad_enabled() and len(goals) > LOSS_CHUNK
+        parts = []
+        for h, goal in zip(flat.split(LOSS_CHUNK), goals.split(LOSS_CHUNK), strict=True):
+            call = (self.nll, h, goal)
+            parts.append(checkpoint(*call, use_reentrant=False) if recompute else self.nll(h, goal))
+        return torch.cat(parts).view_as(targets), cache
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each target: (T, dim), (T,) -> (T,) float32."""
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+
+
+AutoConfig.register("infini_llama", MemoryLlamaConfig)
+AutoModel.register(MemoryLlamaConfig, MemoryLlamaModel)
+AutoModelForCausalLM.register(MemoryLlamaConfig, MemoryLlamaForCausalLM)

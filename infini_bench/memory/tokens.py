@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infini_bench.memory import features
 from infini_bench.memory.base import State
 from infini_bench.memory.blocks import Count
 from infini_bench.schema import MemoryConfig
@@ -245,12 +246,8 @@ class ZeroLinear(nn.Linear):
 
 
 def dpfp(x: Tensor) -> Tensor:
-    """DPFP-3 (Schlag et al., arXiv 2102.11174) over its norm: (.., K) -> (.., 6K), non-negative.
-
-    With r = [relu(x), relu(-x)]: the products r_i r_{i-j} for j = 1, 2, 3.
-    """
-    r = torch.cat([x.relu(), (-x).relu()], -1)
-    return F.normalize(torch.cat([r * r.roll(j, -1) for j in (1, 2, 3)], -1), dim=-1)
+    """DPFP-3 over its norm: (.., K) -> (.., 6K), non-negative."""
+    return F.normalize(features.dpfp(x, 3), dim=-1)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -248,6 +248,7 @@ _RULES: dict[str, Rule] = {
     ),
     "trainer.optimizer": _one_of(schema.OPTIMIZERS),
     "trainer.precision": _one_of(schema.PRECISIONS),
+    "precision": _one_of(schema.PRECISIONS[1:]),
     "trainer.warmup": _NOT_NEGATIVE,
     "trainer.min_lr": _SHARE,
     "trainer.weight_decay": _NOT_NEGATIVE,

@@ -307,20 +307,24 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         return self.lm_head(hidden if keep == "all" else hidden[:, -1:]).float(), cache
 
     def losses(
-        self, ids: Tensor, targets: Tensor, state: MemoryCache | None = None
+        self, ids: Tensor, targets: Tensor, state: MemoryCache | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, MemoryCache]:
         """Negative log-likelihood of ``targets`` in nats, (B, T) float32, and the state after ``ids``.
 
+        wanted: bool (B, T), whose losses are asked for; the others are 0, and cost nothing. None = all.
         Logits exist for ``LOSS_CHUNK`` tokens at a time, also in the backward pass.
         """
         hidden, cache = self.hidden(ids, state)
-        flat, goals = hidden.flatten(0, 1), targets.flatten()
+        if wanted is None:
+            wanted = torch.ones_like(targets, dtype=torch.bool)
+        flat, goals = hidden[wanted], targets[wanted]
         recompute = torch.is_grad_enabled() and len(goals) > LOSS_CHUNK
         parts = []
         for h, goal in zip(flat.split(LOSS_CHUNK), goals.split(LOSS_CHUNK), strict=True):
             call = (self.nll, h, goal)
             parts.append(checkpoint(*call, use_reentrant=False) if recompute else self.nll(h, goal))
-        return torch.cat(parts).view_as(targets), cache
+        losses = torch.zeros(targets.shape, device=targets.device)
+        return losses.masked_scatter(wanted, torch.cat(parts)), cache
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target: (T, dim), (T,) -> (T,) float32."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from infini_bench.config import to_dict
-from infini_bench.device import peak_bytes, reset_peak, torch_device
+from infini_bench.device import computing, peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
 from infini_bench.origin import (
@@ -135,7 +135,8 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     model = task.build(device) if model is None else model
     record.task_version = task.version
     record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
-    record.metrics = task.evaluate(model, progress)
+    with computing(device, cfg.precision):
+        record.metrics = task.evaluate(model, progress)
     record.data_fingerprint = task.fingerprint
 
 

@@ -72,3 +72,25 @@ def test_checkpointing_recomputes_one_call_at_a_time(decoder, memory):
 
     if memory.kind not in ("sliding", "full"):  # their states are about as large as their activations
         assert saved(1) < saved(None) / 3
+
+
+@pytest.mark.parametrize("segments", [None, 2])
+def test_logits_are_computed_only_where_a_loss_is_asked_for(decoder, memory, segments):
+    """Two answer tokens in the last call: same loss and gradients, and a head that sees two tokens."""
+    model = build_model(decoder, memory, 13)
+    tokens, weights, _ = batch()
+    weights[:, :-1] = 0
+    run.batch = tokens, weights, weights
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    loss, sums, gradients = run(model, segments)
+    hook.remove()
+    assert sum(seen) == 2 * (1 if segments is None else 2)  # checkpointed calls compute it twice
+    model.zero_grad()
+    nll, _ = model.losses(tokens[:, :-1], tokens[:, 1:])
+    (expected := (nll * weights).sum() + model.take_auxiliary() / weights.numel()).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sums[2].item() == pytest.approx(weights.sum().item())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)

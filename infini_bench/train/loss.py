@@ -58,6 +58,7 @@ class SequenceLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One call of the model, from an empty state at the start of the document."""
         before = MemoryCache.from_tensors(state) if state else None
-        nll, after = self.model.losses(ids, targets, before)
+        # logits of a large vocabulary cost a third of a small model: only where a loss is asked for
+        nll, after = self.model.losses(ids, targets, before, (weights != 0) | (task_weights != 0))
         sums = [(weights * nll).sum(), (task_weights * nll).sum(), self.model.take_auxiliary()]
         return torch.stack(sums), after.tensors()

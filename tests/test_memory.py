@@ -103,7 +103,14 @@ def variant(settings):
     return " ".join(map(str, settings.values()))
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=variant)
+@pytest.mark.parametrize("chunk", [64, 3])  # a segment's keys at once, and by twos
+@pytest.mark.parametrize("settings", [x for x in VARIANTS if x["update"] == "delta_token"], ids=variant)
+def test_keys_written_one_by_one_may_be_solved_in_any_chunks(settings, chunk, monkeypatch):
+    monkeypatch.setattr("infini_bench.memory.compressive.CHUNK", chunk)
+    test_outputs_states_and_gradients_of_every_variant_equal_the_reference(settings)
+
+
+@pytest.mark.parametrize("settings", [x for x in VARIANTS if x["update"] != "delta_token"], ids=variant)
 def test_outputs_states_and_gradients_of_every_variant_equal_the_reference(settings):
     mem, (q, k, v) = make(kind="compressive", **settings), qkv(3 * N + 2)
     out, state = mem(q, k, v, rope_table(N))

@@ -48,6 +48,7 @@ from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
 EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a feature with the query
+CHUNK = 64  # keys whose triangular system delta_token solves at once
 WRITE_START = 2.0  # c of the write gate at the start: keys are written with strength 0.88
 
 
@@ -206,16 +207,26 @@ class CompressiveMemory(Memory):
     def one_by_one(self, k_BSNGF: Tensor, v_BSNGD: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """A_s (B, S, G, F, F) and U_s (B, S, G, F, D) of a whole segment written key by key.
 
-        The errors e_t = w_t (v_t - k_t M_{t-1}) solve the triangular system (I + tril(w K K^T, -1)) E =
-        w (V - K M_{s-1}), the WY form of arXiv 2406.06484, section 3.2.
+        Inside a chunk C of the segment, the errors e_t = w_t (v_t - k_t M_{t-1}) solve the triangular system
+        (I + tril(w K K^T, -1)) E = w (V - K M), the WY form of arXiv 2406.06484, section 3.2; the chunks'
+        maps M -> (I - A_c) M + U_c follow one another.
         """
-        k, v = k_BSNGF.transpose(2, 3), v_BSNGD.transpose(2, 3)
-        w = strength.transpose(2, 3) if strength.dim() else strength
-        system = torch.tril(w * k @ k.mT, -1) + torch.eye(k.shape[3], device=k.device)
+        size = k_BSNGF.shape[2]
+        chunk = next(n for n in range(min(CHUNK, size), 0, -1) if size % n == 0)
+        k, v = (x.unflatten(2, (-1, chunk)).movedim(2, 0).transpose(3, 4) for x in (k_BSNGF, v_BSNGD))
+        w = strength.unflatten(2, (-1, chunk)).movedim(2, 0).transpose(3, 4) if strength.dim() else strength
+        system = torch.tril(w * k @ k.mT, -1) + torch.eye(chunk, device=k.device)
         solved = torch.linalg.solve_triangular(
             system, w * torch.cat([k, v], -1), upper=False, unitriangular=True
         )
-        return tuple(k.mT @ x for x in solved.split([k.shape[-1], v.shape[-1]], -1))
+        # [P | U] of M -> P M + U, P from the identity: both change as M does but for what is added
+        width = k.shape[-1]
+        whole = F.pad(torch.eye(width, device=k.device), (0, v.shape[-1])).expand(*k.shape[1:4], -1, -1)
+        for take_add in (k.mT @ solved).unbind(0):
+            take, add = take_add.split([width, v.shape[-1]], -1)
+            whole = whole - take @ whole + F.pad(add, (width, 0))
+        kept, add = whole.split([width, v.shape[-1]], -1)
+        return torch.eye(width, device=k.device) - kept, add
 
     def affine(self, M: Tensor, take_BSGFF: Tensor, add_BSGFD: Tensor, done: Count) -> Tensor:
         """M_s = (I - A_s) M_{s-1} + U_s, M_{s-1} decayed first: (B, S+1, G, F, D)."""

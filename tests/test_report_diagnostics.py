@@ -9,7 +9,7 @@ import pytest
 from report_fakes import lm, mqar, pick, recall, sheet_text, training
 
 from infini_bench.report import diagnostics
-from infini_bench.report.figures import FIGURES, label, svg
+from infini_bench.report.figures import FIGURES, labels, svg
 from infini_bench.report.layouts import BUILDERS, CAPTIONS, LINES, TITLES
 from infini_bench.report.records import add_plan, read_records, write_record
 from infini_bench.report.tables import write_report
@@ -155,9 +155,17 @@ def test_a_line_looks_the_same_in_every_panel():
     assert colours.count("#0072b2") == colours.count("#d55e00") == 3, "two panels and the legend"
 
 
-def test_labels_are_short():
-    row = {"model": "infini_linear", "variant": "memory.gate_frozen=0.5 trainer.lr=0.01"}
-    assert label(row) == "infini_linear gate_frozen=0.5 lr=0.01"
+def test_labels_say_what_tells_a_line_from_others_of_its_model():
+    config = {"memory": {}, "task": {"segments": 16}, "trainer": {"curriculum": []}}
+
+    def row(model, variant):
+        return {"model": model, "variant": variant, "config": config}
+
+    shared = "trainer.lr=0.01 task.segments=16"
+    rows = [row("infini_linear", f"memory.gate_frozen={g} {shared}") for g in (0.5, 1.0)]
+    names = labels([*rows, rows[0], row("rmt", f"trainer.steps=9 {shared}"), row("sink", None)])
+    linear = [f"infini_linear gate_frozen={g} (to 16)" for g in (0.5, 1.0)]
+    assert [*names.values()] == [*linear, "rmt (to 16)", "sink"]
 
 
 def test_heat_maps_leave_a_dash_where_a_run_is_missing():

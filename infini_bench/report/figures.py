@@ -61,24 +61,34 @@ def panels(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]
     return figure, [*axes[:count]]
 
 
-def labels(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(map(label, rows)))
+Names = dict[tuple[str, str], str]  # of a figure's lines, by model and variant
 
 
-def label(row: Row) -> str:
-    """A line's name: the model, its variant without sections, and the segments that it was trained to."""
-    found = re.findall(r"(\S+?)=(\[[^\]]*\]|\S+)", row["variant"] or "")
-    short = [f"{key.rpartition('.')[2]}={value}" for key, value in found if key not in LENGTH]
-    far = len(short) < len(found)
-    return " ".join([row["model"], *short, *([f"(to {trained_segments(row['config'])})"] if far else [])])
+def labels(rows: list[Row]) -> Names:
+    """Names of all lines: the model, how it differs from others of its name, how far it was trained."""
+    lines = {(row["model"], row["variant"]): row for row in rows}
+    names = {}
+    for (model, variant), row in lines.items():
+        own = _settings(variant)
+        others = [_settings(v) for m, v in lines if m == model]
+        differs = [key for key in own if key not in LENGTH and any(o.get(key) != own[key] for o in others)]
+        short = {key.rpartition(".")[2]: own[key] for key in differs}
+        trained = f"(to {trained_segments(row['config'])})" if any(key in own for key in LENGTH) else ""
+        words = [model, *(f"{key}={value}" for key, value in short.items()), trained]
+        names[model, variant] = " ".join(filter(None, words))
+    return names
 
 
-def curve(axes: Axes, names: list[str], rows: list[Row], x: list[float]) -> None:
+def _settings(variant: str | None) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\[[^\]]*\]|\S+)", variant or ""))
+
+
+def curve(axes: Axes, names: Names, rows: list[Row], x: list[float]) -> None:
     """Values of rows over x with their intervals as a band; a value that is missing leaves a gap.
 
-    names: the labels of all lines of the figure, so that a line looks the same in every panel.
+    names: of all lines of the figure, so that a line looks the same in every panel.
     """
-    number = names.index(label(rows[0]))
+    number = _number(names, rows[0])
     order = np.argsort(x)
     values = {key: np.array([_float(rows[i][key]) for i in order]) for key in ("value", "ci_low", "ci_high")}
     style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
@@ -87,12 +97,16 @@ def curve(axes: Axes, names: list[str], rows: list[Row], x: list[float]) -> None
         values["value"],
         marker=MARKERS[number % len(MARKERS)],
         markersize=4,
-        label=label(rows[0]),
+        label=[*names.values()][number],
         **style,
     )
     axes.fill_between(
         np.array(x)[order], values["ci_low"], values["ci_high"], alpha=0.15, color=style["color"]
     )
+
+
+def _number(names: Names, row: Row) -> int:
+    return [*names].index((row["model"], row["variant"]))
 
 
 def _float(value: float | None) -> float:
@@ -121,7 +135,10 @@ def legend(figure: Figure, axes: list[Axes]) -> None:
     found = [pair for each in axes for pair in zip(*each.get_legend_handles_labels(), strict=True)]
     names = {name: handle for handle, name in found if name != "chance"}
     names |= {name: handle for handle, name in found if name == "chance"}
-    figure.legend([*names.values()], [*names], loc="outside lower center", ncols=3, frameon=False)
+    letters = 15 * figure.get_figwidth()  # that a line holds, symbols as eight
+    columns = max(1, int(letters // (8 + max(map(len, names), default=0))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
+    figure.legend([*names.values()], [*names], loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _place(row: Row) -> str:
@@ -132,9 +149,14 @@ def _place(row: Row) -> str:
 
 
 def recall(rows: list[Row]) -> Figure:
-    """Accuracy against segments after the fact: a panel for each filler, a line for each model."""
+    """Accuracy against segments after the fact: a line a model, a panel a filler and training length."""
     kept = [row for row in rows if row["metric"] == "exact_match" and row["condition"] in FILLERS]
-    groups = grouped(kept, (*SHEET, "split", "condition"))
+    groups = [
+        [row for row in sheet if trained_segments(row["config"]) == far]
+        for sheet in grouped(kept, (*SHEET, "split", "condition"))
+        for far in sorted({trained_segments(row["config"]) for row in sheet})
+    ]
+    groups.sort(key=lambda group: trained_segments(group[0]["config"]))
     figure, axes = panels(len(groups), 2, sharey=True)
     for each, group in zip(axes, groups, strict=True):
         _recall_panel(each, labels(kept), group)
@@ -143,7 +165,7 @@ def recall(rows: list[Row]) -> Figure:
     return figure
 
 
-def _recall_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
+def _recall_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
     rows = [row for row in rows if row["position"] != "0"]  # a logarithm has no place for it
     for line in grouped(rows, ("model", "variant")):
         curve(axes, names, line, [float(row["position"]) for row in line])
@@ -239,11 +261,11 @@ def variants(rows: list[Row]) -> Figure:
     return figure
 
 
-def _bits_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
+def _bits_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
     """A point with its interval for each variant."""
     for place, row in enumerate(rows):
         if row["value"] is not None:
-            number = names.index(label(row))
+            number = _number(names, row)
             style: dict[str, Any] = {
                 "color": COLORS[number % len(COLORS)],
                 "marker": MARKERS[number % len(MARKERS)],
@@ -251,7 +273,10 @@ def _bits_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
             low, high = (_float(row[key]) for key in ("ci_low", "ci_high"))
             error = [[np.nan_to_num(row["value"] - low)], [np.nan_to_num(high - row["value"])]]
             axes.errorbar([row["value"]], [place], xerr=error, capsize=2, **style)
-    axes.set_yticks(range(len(rows)), [label(row).partition(" ")[2] or row["model"] for row in rows])
+    axes.set_yticks(
+        range(len(rows)),
+        [[*names.values()][_number(names, row)].partition(" ")[2] or row["model"] for row in rows],
+    )
     axes.invert_yaxis()
     axes.set_xlabel("bits per byte")
 

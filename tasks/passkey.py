@@ -109,8 +109,8 @@ class Passkey(Task):
             earliest = self.haystack.earliest(sentences, segment)
         else:
             sentences = int(rng.integers(counts.start, counts.stop))
-        before = int(rng.integers(earliest, sentences + 1))
-        prompt = self.haystack.prompt(self.haystack.key(rng), before, sentences)
+        key = self.haystack.key(rng)
+        prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences)
         end = len(prompt) + len(prompt.answer)
         tokens = np.full(length, self.tokenizer.eos_id, np.int64)
         tokens[:end] = np.concatenate([prompt.tokens(), prompt.answer])

@@ -11,7 +11,7 @@ from infini_bench.pretrained import is_own, merge_lora
 from infini_bench.report.records import Record
 from infini_bench.units import suggest
 
-STAGES = ("pretrain", "passkey", "booksum")
+STAGES = ("pretrain", "passkey", "needles", "booksum")
 
 
 def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Record]:

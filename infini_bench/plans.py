@@ -7,7 +7,7 @@ tables: [diag_recall]                          # printed at the end
 grid: {memory.features: [elu1, relu2]}         # every combination of these ...
 variants: {name: [memory.gate_split=2]}        # ... with each of these; both may be left out
 overrides: []                                  # for every job; may be left out
-beside: {gpu: {name: [model=infini_delta]}}    # jobs of their own on the plan's one task, at one scale; may be left out
+beside: {gpu: {name: [model=infini_delta]}}    # jobs of their own at one scale; may be left out
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ question starts. Segments are the model's, counted from the prompt's start.
 * ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %
   (11 % for the first digit).
 
-Training: the needle's depth is uniform over the filler, except in a share ``own_segment`` of the rows: there it
-starts in the segment in which the prompt ends, at a uniform place in front of the question. Without such a
-share a row of S segments shows this about once in S times, and a model may never learn to look there.
+Training: the needle's depth is uniform over the filler, except in a share ``own_segment`` of the rows: there
+it starts in the segment in which the prompt ends, at a uniform place in front of the question. Without such a
+share one row in S of S segments shows this, and a model may never learn to look there.
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
@@ -125,7 +125,7 @@ class Passkey(Task):
         if not fitting:
             needed = self.haystack.bare - len(self.haystack.head)
             raise UserError(
-                f"Set task.own_segment to 0 or memory.segment to more than {needed}: needle and question take "
+                f"Set task.own_segment=0, or memory.segment to more than {needed}: both together take "
                 f"{needed} tokens and never stand in one segment of {segment}."
             )
         return fitting

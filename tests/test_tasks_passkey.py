@@ -261,7 +261,7 @@ def test_share_zero_leaves_every_row_as_it_was_and_what_cannot_fit_is_told(make)
     sentences = int(rng.integers(least, most + 1))
     prompt = task.haystack.prompt(task.haystack.key(rng), int(rng.integers(0, sentences + 1)), sentences)
     assert np.array_equal(task.batch(7, 1).tokens[0, : len(prompt)].numpy(), prompt.tokens())
-    with pytest.raises(UserError, match=r"task\.own_segment to 0 or memory\.segment to more than 3\d"):
+    with pytest.raises(UserError, match=r"task\.own_segment=0, or memory\.segment to more than 3\d"):
         make(own_segment=1.0, segment=16).batch(0, 1, segments=8)
 
 

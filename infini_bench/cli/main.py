@@ -15,11 +15,15 @@ from infini_bench.errors import UserError
 from infini_bench.units import parse_depth, parse_length, suggest
 
 INTERRUPTED = 130
-LENGTH_KEYS = {"lm": "task.max_tokens", "passkey": "task.lengths", "booksum": "task.input_tokens"}
+LENGTH_KEYS = {
+    **{"lm": "task.max_tokens", "booksum": "task.input_tokens"},
+    **dict.fromkeys(("passkey", "needles"), "task.lengths"),
+}
 PROFILED = {  # by level: what is profiled unless the user says so
     "model": "local_block,infini_linear,infini_delta,full",
     "operator": "infini_linear,infini_delta",
 }
+PROMPTED = ("passkey", "needles")  # whose prompts have lengths and depths
 COUNTED = ("recall", "mqar")  # whose distances are segments
 
 
@@ -104,7 +108,7 @@ def adapt(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or run folder.")],
     overrides: Overrides = None,
     stages: Annotated[
-        str, typer.Option(help="pretrain, passkey, booksum; several with commas, in order.")
+        str, typer.Option(help="pretrain, passkey, needles, booksum; several with commas, in order.")
     ] = "pretrain",
 ) -> None:
     """Give a pretrained Llama, Mistral or Qwen2 a memory and train it, in stages that build on each other.
@@ -139,7 +143,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TASK",
-            help="lm, passkey, booksum, recall or mqar; of random weights: footprint, capacity, reach.",
+            help="lm, passkey, needles, booksum, recall or mqar; of random weights: footprint, capacity, …",
             autocompletion=complete_task,
         ),
     ],
@@ -152,12 +156,13 @@ def evaluate(
     ] = None,
     length: Annotated[str | None, typer.Option(help="Input tokens, e.g. 4K,128K,1M (K = 1024).")] = None,
     depths: Annotated[
-        str | None, typer.Option(help="Passkey: start,middle,end,end_outside or percent.")
+        str | None,
+        typer.Option(help="start,middle or percent; passkey: also end,end_outside."),
     ] = None,
     segments: Annotated[
         str | None, typer.Option(help="Recall, mqar: segments up to the question, e.g. 1,64,4096.")
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="Passkey, recall, mqar: trials a number.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Of passkey, needles, recall, mqar, a number.")] = None,
     multirun: Multirun = False,
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
@@ -333,7 +338,7 @@ def _length_override(task: str, text: str | None) -> list[str]:
     if task not in LENGTH_KEYS:
         raise UserError(f"--length belongs to eval {', '.join(LENGTH_KEYS)}, not to eval {task}.")
     lengths = [parse_length(part) for part in text.split(",")]
-    if task == "passkey":
+    if LENGTH_KEYS[task] == "task.lengths":
         return [f"task.lengths=[{','.join(map(str, lengths))}]"]
     if len(lengths) > 1:
         raise UserError(f"eval {task} takes one --length; for several add -m {LENGTH_KEYS[task]}={text}.")
@@ -342,12 +347,12 @@ def _length_override(task: str, text: str | None) -> list[str]:
 
 def _trial_overrides(task: str, depths: str | None, segments: str | None, trials: int | None) -> list[str]:
     """Of the tasks that are made of trials."""
-    if task != "passkey" and depths is not None:
-        raise UserError(f"--depths belongs to eval passkey, not to eval {task}.")
+    if task not in PROMPTED and depths is not None:
+        raise UserError(f"--depths belongs to eval {' and '.join(PROMPTED)}, not to eval {task}.")
     if task not in COUNTED and segments is not None:
         raise UserError(f"--segments belongs to eval {' and '.join(COUNTED)}, not to eval {task}.")
-    if task not in ("passkey", *COUNTED) and trials is not None:
-        raise UserError(f"--trials belongs to eval passkey, {' and '.join(COUNTED)}, not to eval {task}.")
+    if task not in (*PROMPTED, *COUNTED) and trials is not None:
+        raise UserError(f"--trials belongs to eval {', '.join((*PROMPTED, *COUNTED))}, not to eval {task}.")
     depth = [] if depths is None else [f"task.depths=[{','.join(parse_depth(d) for d in depths.split(','))}]"]
     if segments is not None and not all(part.strip().isdecimal() for part in segments.split(",")):
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import diagnostics, efficiency, paper, probes
+from infini_bench.report import diagnostics, efficiency, paper, probes, retrieval
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -31,6 +31,7 @@ TITLES = {
     "lm_position": "Table 2 by position: loss along the document",
     "table3_passkey": "Table 3: passkey retrieval",
     "table4_booksum": "Table 4: book summaries",
+    **retrieval.TITLES,
     **diagnostics.TITLES,
     **probes.TITLES,
     **efficiency.TITLES,
@@ -39,6 +40,7 @@ LINES = {  # what the rows of a line share beside model and variant; a control b
     **dict.fromkeys(NAMES, ("protocol",)),
     "lm_position": ("condition",),
     **dict.fromkeys(VIEWS, ()),
+    **retrieval.LINES,
     **diagnostics.LINES,
     **probes.LINES,
     **efficiency.LINES,
@@ -277,6 +279,7 @@ BUILDERS = {
     "lm_position": _positions,
     "table3_passkey": _table3,
     "table4_booksum": _table4,
+    **retrieval.BUILDERS,
     **diagnostics.BUILDERS,
     **probes.BUILDERS,
     **efficiency.BUILDERS,
@@ -288,6 +291,7 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     ),
     "table3_passkey": _caption3,
     "table4_booksum": _caption4,
+    **retrieval.CAPTIONS,
     **diagnostics.CAPTIONS,
     **probes.CAPTIONS,
     **efficiency.CAPTIONS,

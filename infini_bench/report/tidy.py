@@ -34,6 +34,7 @@ COLUMNS = [
 TABLES = {
     "lm": "table2_lm",
     "passkey": "table3_passkey",
+    "needles": "table3_hard",
     "booksum": "table4_booksum",
     "recall": "diag_recall",
     "mqar": "diag_mqar",
@@ -44,7 +45,7 @@ TABLES = {
 }
 VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
 NAMES = (
-    *("table1_memory", "table2_lm", "lm_position", "table3_passkey", "table4_booksum"),
+    *("table1_memory", "table2_lm", "lm_position", "table3_passkey", "table3_hard", "table4_booksum"),
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
 MODELS = (
@@ -58,7 +59,7 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
-    *("task.segments_after", "task.fillers", "task.pairs"),
+    *("task.segments_after", "task.fillers", "task.pairs", "task.kinds", "task.questions"),
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
     "task.seconds",

@@ -95,7 +95,10 @@ def test_python_dash_m():
         ("eval recall --length 4K", "eval recall counts segments, not tokens: give --segments"),
         ("train task=mqar scale=paper", "Task mqar has no scale=paper: choose one of gpu, laptop, smoke"),
         ("eval lm --length 1K,2K", "one --length"),
-        ("eval reach --length 4K", "--length belongs to eval lm, booksum, passkey, needles, not to eval reach"),
+        (
+            "eval reach --length 4K",
+            "--length belongs to eval lm, booksum, passkey, needles, not to eval reach",
+        ),
         ("eval reach --checkpoint x", "eval reach asks random weights; leave --checkpoint out"),
         ("train task=footprint", "The task footprint trains nothing"),
         ("eval lm", "There is no finished run to evaluate; run `infini-bench train task=lm` first"),

@@ -187,6 +187,34 @@ def evaluate(
 
 
 @app.command()
+def remember(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint or exported folder, or shipped/passkey.")],
+    book: Annotated[Path, typer.Argument(help="A text file.")],
+    out: Annotated[Path, typer.Option(help="The file for the memory.")] = Path("memory.safetensors"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Read a book and keep what the model remembers of it as a file, from which `answer` answers."""
+    from infini_bench.remember import remember as run
+
+    about = run(model, book, out, device)
+    print(f"{int(about['tokens']):,} tokens of {book.name} in {out}, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+@app.command()
+def answer(
+    model: Annotated[str, typer.Argument(help="The model that remembers.")],
+    prompt: Annotated[str, typer.Option(help="What to go on from, after the book.")],
+    state: Annotated[Path, typer.Option(help="A file written by `remember`.")] = Path("memory.safetensors"),
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Answer from a memory file, without the book."""
+    from infini_bench.remember import answer as run
+
+    print(run(model, state, prompt, tokens, device))
+
+
+@app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(help="A plan; `infini-bench ls plans` lists them.")],
     overrides: Overrides = None,

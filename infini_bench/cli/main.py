@@ -154,6 +154,12 @@ def evaluate(
             help="Run folder, checkpoint folder or model name; unset: the shipped model or the latest run."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="A pretrained model itself (hub id, folder, GGUF), with model= attached, untrained."
+        ),
+    ] = None,
     length: Annotated[str | None, typer.Option(help="Input tokens, e.g. 4K,128K,1M (K = 1024).")] = None,
     depths: Annotated[
         str | None,
@@ -179,6 +185,7 @@ def evaluate(
         *_length_override(what, length),
         *_trial_overrides(what, depths, segments, trials),
     ]
+    options += _base_overrides(what, base, checkpoint)
     if checkpoint is not None:
         from infini_bench.cli.bridge import quote
 
@@ -371,6 +378,18 @@ def _length_override(task: str, text: str | None) -> list[str]:
     if len(lengths) > 1:
         raise UserError(f"eval {task} takes one --length; for several add -m {LENGTH_KEYS[task]}={text}.")
     return [f"{LENGTH_KEYS[task]}={lengths[0]}"]
+
+
+def _base_overrides(task: str, base: str | None, checkpoint: str | None) -> list[str]:
+    """Of a pretrained model, which brings its tokenizer; retrieval by it is the paper's zero-shot."""
+    if base is None:
+        return []
+    if checkpoint is not None:
+        raise UserError("--base is a pretrained model, --checkpoint one trained here; give one of them.")
+    from infini_bench.cli.bridge import quote
+
+    protocol = ["task.protocol=zero_shot"] if task in PROMPTED else []
+    return [f"base.model={quote(base)}", f"data.tokenizer={quote(base)}", *protocol]
 
 
 def _trial_overrides(task: str, depths: str | None, segments: str | None, trials: int | None) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import paper
+from infini_bench.report.adapted import language, rooted
 from infini_bench.report.compare import deltas, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import MemoryConfig, RunConfig
@@ -107,17 +108,30 @@ def measurements(records: Iterable[Record]) -> list[Row]:
 
     Oldest first. In VIEWS also what each training was like (`_training`).
     """
-    found = current(records)
+    found = rooted(current(records))
     shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
     shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
     variants = _variants(shown)
-    return [
+    rows = [
         _measurement(record, metric, table, variants[record.id, table])
         for record, table in shown
         for metric in (record.metrics if record.kind == "eval" else _training(record))
         if table not in VIEWS or record.task != "lm" or metric["position"] is None
     ]
+    retrieval = [record for record, table in shown if table == TABLES["passkey"]]
+    return rows + [row for r in retrieval for row in _language(r, found, variants[r.id, TABLES["passkey"]])]
+
+
+def _language(record: Record, found: list[Record], variant: str | None) -> list[Row]:
+    """Bits per byte of an adapted model, before and after, as rows beside its retrieval."""
+    place = {key: record.metrics[0][key] for key in ("dataset", "split", "protocol")}
+    rows = []
+    for source, metric in language(record, found):
+        extra = {"corpus": metric["dataset"], "split": source.config["task"]["split"]}
+        row = _measurement(record, {**metric, **place, "extra": extra}, TABLES["passkey"], variant)
+        rows.append({**row, "records": [record.id, source.id]})
+    return rows
 
 
 def _training(record: Record) -> list[dict[str, Any]]:

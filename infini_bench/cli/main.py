@@ -221,6 +221,24 @@ def answer(
     print(run(model, state, prompt, tokens, device))
 
 
+@app.command("lm-eval")
+def harness(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint or exported folder.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, with commas, e.g. niah_single_1.")],
+    lengths: Annotated[str | None, typer.Option(help="Of RULER's tasks: tokens, e.g. 4K,32K.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task; unset: all.")] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Run tasks of lm-evaluation-harness, each document read once with its memory; prints JSON."""
+    import json
+
+    from infini_bench.harness import run_harness as run
+
+    sizes = [parse_length(length) for length in lengths.split(",")] if lengths else []
+    print(json.dumps(run(model, tasks.split(","), sizes, limit, include, device), indent=1, default=str))
+
+
 @app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(help="A plan; `infini-bench ls plans` lists them.")],

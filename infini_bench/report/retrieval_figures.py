@@ -1,4 +1,4 @@
-"""Figures of retrieval: keys found by depth and length, and how gates open while a model learns to find them."""
+"""Figures of retrieval: keys found by depth and length, and gates while a model learns to find them."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from infini_bench.cli.bridge import compose_run, quote
 from infini_bench.errors import UserError
-from infini_bench.pretrained import is_own, merge_lora
+from infini_bench.pretrained import is_own, looks_local, merge_lora
 from infini_bench.report.records import Record
 from infini_bench.units import suggest
 
-STAGES = ("pretrain", "passkey", "booksum")
+STAGES = ("pretrain", "passkey", "needles", "booksum")
 
 
 def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Record]:
@@ -39,11 +39,6 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
             break
         model = record.train["folder"]
     return records
-
-
-def looks_local(name: str) -> bool:
-    """Whether ``name`` can only be a place on this machine; a hub id has the form OWNER/NAME."""
-    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
 
 
 def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:

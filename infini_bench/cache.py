@@ -5,6 +5,8 @@ Shapes: B batch. Every tensor of a state has B as its first axis; counts are int
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,16 +170,27 @@ class MemoryCache(Cache):
         """Bytes of everything that the state holds, the unfinished segment included."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values() if x.dim())
 
-    def save(self, path: Path) -> None:
-        """One safetensors file."""
-        save_file({name: x.detach().contiguous() for name, x in self.tensors().items()}, path)
+    def save(self, path: Path, about: dict[str, str] | None = None) -> None:
+        """One safetensors file. about: what the file says of itself, see `about`."""
+        save_file({name: x.detach().contiguous() for name, x in self.tensors().items()}, path, about)
+
+    @staticmethod
+    def about(path: Path) -> dict[str, str]:
+        """What was said of a state when it was saved. Raises UserError as `load`."""
+        with _reading(path), safe_open(path, "pt") as file:
+            return file.metadata() or {}
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> MemoryCache:
         """The state of a file written by ``save``. Raises UserError when it is missing or damaged."""
-        try:
-            with safe_open(path, "pt", device=device) as file:
-                names = file.keys()
-                return cls.from_tensors({name: file.get_tensor(name) for name in names})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"The memory state {path} cannot be read: {error}.") from error
+        with _reading(path), safe_open(path, "pt", device=device) as file:
+            names = file.keys()
+            return cls.from_tensors({name: file.get_tensor(name) for name in names})
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The memory state {path} cannot be read: {error}.") from error

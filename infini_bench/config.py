@@ -22,6 +22,7 @@ from infini_bench.schema import (
     LMConfig,
     MemoryConfig,
     MQARConfig,
+    NeedlesConfig,
     PasskeyConfig,
     ReachConfig,
     RecallConfig,
@@ -33,6 +34,7 @@ from infini_bench.units import format_length, parse_depth, parse_length, suggest
 TASKS: dict[str, type[TaskConfig]] = {
     "lm": LMConfig,
     "passkey": PasskeyConfig,
+    "needles": NeedlesConfig,
     "booksum": BooksumConfig,
     "recall": RecallConfig,
     "mqar": MQARConfig,
@@ -68,10 +70,12 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"memory.layers={cfg.memory.layers}: the last of the {last + 1} layers is {last}.")
     if isinstance(cfg.task, MQARConfig):
         _check_pairs(cfg.task)
-    if isinstance(cfg.task, PasskeyConfig | EfficiencyConfig):
+    if isinstance(cfg.task, PasskeyConfig | NeedlesConfig | EfficiencyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
-    if isinstance(cfg.task, PasskeyConfig):
+    if isinstance(cfg.task, PasskeyConfig | NeedlesConfig):
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
+    if isinstance(cfg.task, NeedlesConfig):
+        _check_needles(cfg.task)
     return cfg
 
 
@@ -218,9 +222,16 @@ _RULES: dict[str, Rule] = {
     "task.lengths": (bool, "at least one length"),
     "task.depths": (bool, "at least one depth"),
     "task.lm_weight": _NOT_NEGATIVE,
+    "task.own_segment": _SHARE,
     "task.symbols": (lambda value: value >= 2, "2 or more"),
     "task.fillers": _some_of(schema.FILLERS),
     "task.train_fillers": _some_of(schema.FILLERS),
+    "task.kinds": _some_of(schema.NEEDLES),
+    "task.train_kinds": _some_of(schema.NEEDLES),
+    "task.questions": _some_of(schema.QUESTIONS),
+    "task.train_questions": _some_of(schema.QUESTIONS),
+    "task.values": (lambda value: value >= 2, "2 or more"),
+    "task.distractors": (lambda value: 1 <= value <= 100, "between 1 and 100"),
     "task.segments_after": _rising(0, "numbers of segments"),
     "task.pairs": _rising(1, "numbers of pairs"),
     "task.train_pairs": _rising(1, "numbers of pairs"),
@@ -312,6 +323,11 @@ def _check_pairs(task: MQARConfig) -> None:
         raise UserError(
             f"task.vocabulary={task.vocabulary} has {task.vocabulary // 2} keys: too few for {most} pairs."
         )
+
+
+def _check_needles(task: NeedlesConfig) -> None:
+    if named := [depth for depth in task.depths if depth.startswith("end")]:
+        raise UserError(f"The depth {named[0]} belongs to task=passkey; give start, middle or percent.")
 
 
 def _check_sources(cfg: RunConfig) -> None:

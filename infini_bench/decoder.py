@@ -1,7 +1,7 @@
 """The one decoder of every memory: Hugging Face's Llama, whose attention layers carry the memory's state.
 
-Registered with the Auto classes, so that ``from_pretrained`` and ``generate`` work once this module, or
-``infini_bench.models``, is imported.
+Registered with the Auto classes, so that ``from_pretrained`` and ``generate`` work once ``infini_bench`` is
+imported (`infini_bench.registry`).
 
 Shapes: B batch, T tokens, V vocabulary, L layers, H heads, G KV heads, D head size.
 """
@@ -35,6 +35,7 @@ from infini_bench.errors import UserError
 from infini_bench.memory import Memory, build_memory, build_tokens
 from infini_bench.memory.tokens import TokenMemory, ZeroLinear
 from infini_bench.recurrent import AssociativeLayer, SegmentRun
+from infini_bench.registry import MODEL_TYPE
 from infini_bench.schema import MemoryConfig
 
 IMPLEMENTATION = "infini_bench"
@@ -63,7 +64,7 @@ class MemoryLlamaConfig(LlamaConfig):
     qkv_bias: queries, keys and values have biases, the output has none (Qwen2).
     """
 
-    model_type = "infini_llama"
+    model_type = MODEL_TYPE
 
     def __init__(self, memory: dict[str, Any] | None = None, qkv_bias: bool = False, **kwargs: Any):
         self.memory = asdict(MemoryConfig(**(memory or {})))
@@ -331,6 +332,6 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
 
 
-AutoConfig.register("infini_llama", MemoryLlamaConfig)
+AutoConfig.register(MODEL_TYPE, MemoryLlamaConfig, exist_ok=True)  # in the place of the stand-in
 AutoModel.register(MemoryLlamaConfig, MemoryLlamaModel)
 AutoModelForCausalLM.register(MemoryLlamaConfig, MemoryLlamaForCausalLM)

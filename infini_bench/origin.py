@@ -80,6 +80,23 @@ def untrained(cfg: RunConfig) -> tuple[None, str]:
     return None, f"{cfg.model} with random weights"
 
 
+def attached(cfg: RunConfig) -> tuple[None, str]:
+    """As `find_origin`, for a pretrained model to which nobody has trained the memory yet."""
+    from infini_bench.pretrained import is_own, looks_local
+
+    name = str(cfg.base.model)
+    if is_own(name):
+        raise UserError(f"{name} is a run; evaluate it with --checkpoint, not as a base.")
+    if looks_local(name) and not Path(name).exists():
+        raise UserError(f"{name} is no folder or file; give a hub id, a folder or a .gguf file.")
+    return None, f"{cfg.base.model} with {cfg.model} attached and nothing trained"
+
+
+def bare_base(cfg: RunConfig) -> bool:
+    """Whether a pretrained model is to be evaluated, not a checkpoint of ours."""
+    return cfg.base.model is not None and cfg.checkpoint is None and not cfg.task.untrained
+
+
 def checkpoint_name(path: Path) -> str:
     """How a record calls a checkpoint; `find_origin` finds it again, a shipped model's also elsewhere."""
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else str(path)

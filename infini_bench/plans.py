@@ -7,6 +7,7 @@ tables: [diag_recall]                          # printed at the end
 grid: {memory.features: [elu1, relu2]}         # every combination of these ...
 variants: {name: [memory.gate_split=2]}        # ... with each of these; both may be left out
 overrides: []                                  # for every job; may be left out
+beside: {gpu: {name: [model=infini_delta]}}    # jobs of their own at one scale; may be left out
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Plan:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     variants: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
+    beside: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def settings(self) -> Iterator[tuple[str, list[str]]]:
         """Each variant's name (empty if there is one only) and its overrides."""

@@ -81,6 +81,11 @@ def is_own(name: str) -> bool:
     return any((Path(name) / part).exists() for part in ("checkpoints", "checksums.json"))
 
 
+def looks_local(name: str) -> bool:
+    """Whether ``name`` can only be a place on this machine; a hub id has the form OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+
+
 def decoder_of(name: str, start: DecoderConfig) -> DecoderConfig:
     """The architecture of a base, for the record; what only a fresh start uses is ``start``'s."""
     if is_own(name):

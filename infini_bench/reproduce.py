@@ -121,10 +121,19 @@ def plan(
     from infini_bench.cli.bridge import compose_run
 
     plan = read_plan(what)
-    places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
+    places = [f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}"]
+    asked = [
+        (task, model, variant, [f"model={model}", f"task={task}", *places, *own, *words])
+        for (task, own), model, (variant, words) in product(plan.tasks.items(), models, plan.settings())
+    ]
+    (task, *_) = plan.tasks
+    for name, words in plan.beside.get(scale, {}).items():
+        model = next(word.removeprefix("model=") for word in words if word.startswith("model="))
+        if model in models:
+            asked.append((task, model, name, [*words, f"task={task}", *places]))
     jobs = []
-    for (task, own), model, (variant, words) in product(plan.tasks.items(), models, plan.settings()):
-        words = [f"model={model}", f"task={task}", *places, *own, *words, *overrides]
+    for task, model, variant, words in asked:
+        words = [*words, *overrides]
         cfg = compose_run(words)
         for seed in seeds:
             name = " ".join([task, model, *([variant] if variant else []), f"seed {seed}"])

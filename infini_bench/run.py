@@ -19,6 +19,8 @@ from infini_bench.device import computing, peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
 from infini_bench.origin import (
+    attached,
+    bare_base,
     checkpoint_name,
     continued_run,
     evaluated_config,
@@ -47,6 +49,7 @@ def run_train(
     status is ``interrupted``; an exception is recorded as ``failed`` and raised again.
     """
     from infini_bench.train import train
+    from infini_bench.train.log import curve
 
     if cfg.task.untrained:
         name = cfg.task.name
@@ -55,10 +58,7 @@ def run_train(
         cfg, folder, lineage = continued_run(cfg, given)
         record = new_record("train", cfg, command, lineage)
     else:
-        if cfg.base.model is not None:
-            from infini_bench.pretrained import decoder_of
-
-            cfg = replace(cfg, decoder=decoder_of(cfg.base.model, cfg.decoder))
+        cfg = on_base(cfg) if cfg.base.model is not None else cfg
         record = new_record("train", cfg, command)
         folder = Path(cfg.runs) / record.id
     record.train = {"folder": str(folder)}
@@ -77,6 +77,7 @@ def run_train(
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
         keys = ["steps", "seconds", *losses, *sizes, "segmentwise"]
         record.train |= {key: getattr(result, key) for key in keys}
+        record.train["curve"] = curve(folder / "metrics.jsonl")
     if progress is None:
         show_training(record, folder)
     return record
@@ -88,9 +89,13 @@ def run_eval(
     """Evaluate ``cfg.checkpoint`` (unset: the shipped model or the latest finished run) on ``cfg``'s task.
 
     Model, memory, decoder and tokenizer are the checkpoint's; an untrained task has none and takes all from
-    ``cfg``. Otherwise as `run_train`.
+    ``cfg``, and so does ``cfg.base`` without a checkpoint. Otherwise as `run_train`.
     """
-    path, words = untrained(cfg) if cfg.task.untrained else find_origin(cfg, given_model(cfg, given))
+    if bare_base(cfg):
+        path, words = attached(cfg)
+        cfg = on_base(cfg)
+    else:
+        path, words = untrained(cfg) if cfg.task.untrained else find_origin(cfg, given_model(cfg, given))
     if progress is None:
         say(f"evaluating {words}")
     if path is None:
@@ -113,11 +118,20 @@ def run_eval(
     return record
 
 
+def on_base(cfg: RunConfig) -> RunConfig:
+    """``cfg`` with the architecture of its pretrained model."""
+    from infini_bench.pretrained import decoder_of
+
+    assert cfg.base.model is not None
+    return replace(cfg, decoder=decoder_of(cfg.base.model, cfg.decoder))
+
+
 def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progress) -> None:
     """Fill ``record`` with what ``cfg``'s task finds out about the model of checkpoint ``path``.
 
-    path None: about what the task builds with random weights.
+    path None: about what the task builds with random weights, or ``cfg.base`` with a new memory.
     """
+    from infini_bench.pretrained import adapted_model
     from infini_bench.tasks import build_task
     from infini_bench.train import load_checkpoint_model
 
@@ -132,7 +146,10 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     task: Any = build_task(cfg, tokenizer)
-    model = task.build(device) if model is None else model
+    if model is None:
+        base = cfg.base.model is not None
+        model = adapted_model(cfg.base, cfg.memory) if base else task.build(device)
+        model.to(device)
     record.task_version = task.version
     record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     with computing(device, cfg.precision):

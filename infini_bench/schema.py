@@ -28,6 +28,8 @@ PRECISIONS = ("auto", "float32", "bf16")
 SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
+NEEDLES = ("number", "uuid", "multikey", "multivalue")
+QUESTIONS = ("after", "before")
 LEVELS = ("model", "operator")
 MODES = ("forward", "train", "decode")
 FORMS = ("eager", "compiled", "triton")
@@ -148,6 +150,7 @@ class PasskeyConfig(TaskConfig):
     name: str = "passkey"
     digits: int = 5
     segments: int = 4  # training length, in segments of the model
+    own_segment: float = 0.0  # training: share of rows with the needle in the question's own segment
     lm_weight: float = 0.1  # of the haystack's own loss beside the answer's
     lengths: list[str] = field(default_factory=lambda: ["4K"])
     depths: list[str] = field(default_factory=lambda: ["start", "middle", "end_outside"])
@@ -156,6 +159,31 @@ class PasskeyConfig(TaskConfig):
     chunk: int = 8192
     controls: bool = True  # memory off
     protocol: str = "curriculum"  # the name of the training protocol in the table
+
+
+@dataclass
+class NeedlesConfig(TaskConfig):
+    name: str = "needles"
+    digits: int = 10  # of a number
+    distractors: int = 3  # multikey: needles of other keys
+    values: int = 4  # multivalue: needles of one key
+    segments: int = 16  # training length, in segments of the model
+    own_segment: float = 0.2  # training: share of rows with the needle in the question's own segment
+    lm_weight: float = 0.1  # of the text's own loss beside the answer's
+    train_kinds: list[str] = field(default_factory=lambda: [*NEEDLES])
+    train_fillers: list[str] = field(default_factory=lambda: ["text"])
+    train_questions: list[str] = field(default_factory=lambda: [*QUESTIONS])
+    kinds: list[str] = field(default_factory=lambda: [*NEEDLES])  # evaluated; the others with the first
+    fillers: list[str] = field(default_factory=lambda: ["text", "constant"])
+    questions: list[str] = field(default_factory=lambda: [*QUESTIONS])
+    split: str = "test"  # whose documents are the text
+    lengths: list[str] = field(default_factory=lambda: ["4K"])
+    depths: list[str] = field(default_factory=lambda: ["start", "25", "middle", "75", "100"])
+    trials: int = 10  # of each condition, length and depth
+    batch: int = 10  # trials run side by side
+    chunk: int = 8192
+    controls: bool = True  # memory off
+    protocol: str = "curriculum"
 
 
 @dataclass

@@ -14,6 +14,8 @@ from infini_bench.units import format_length
 
 KEYS = ("dataset", "split", "length", "position", "metric", "n")
 FILE_WIDTH = 120  # characters, where the output is no terminal
+SHADES = "·░▒▓█"  # of the keys that were asked for, found: none, ..., all
+PICTURED = ("passkey", "needles")
 
 
 def say(text: str) -> None:
@@ -67,6 +69,8 @@ def show_metrics(record: Record) -> None:
     console = Console()
     console.width = console.width if console.is_terminal else FILE_WIDTH
     console.print(table)
+    if record.task in PICTURED:
+        show_picture(record)
 
 
 def _value(row: dict[str, Any]) -> str:
@@ -76,3 +80,33 @@ def _value(row: dict[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_picture(record: Record) -> None:
+    """Keys found of keys asked, depth by length, a picture for each condition but the controls."""
+    rows = [row for row in record.metrics if row["metric"] == "exact_match" and row["value"] is not None]
+    rows = [row for row in rows if "memory_off" not in str(row["condition"])]
+    console = Console()
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        cells = {(row["position"], row["length"]): row for row in rows if row["condition"] == condition}
+        depths, lengths = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+        found = sum(map(_hits, cells.values()))
+        title = f"{condition}: {found} of {sum(row['n'] for row in cells.values())} found"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+        table.add_column("depth", no_wrap=True)
+        for length in lengths:
+            table.add_column(format_length(length), no_wrap=True)
+        for depth in depths:
+            shown = [cells.get((depth, length)) for length in lengths]
+            table.add_row(depth, *("" if row is None else _shade(row) for row in shown))
+        console.print(table)
+
+
+def _hits(row: dict[str, Any]) -> int:
+    return round(row["value"] / 100 * row["n"])
+
+
+def _shade(row: dict[str, Any]) -> str:
+    """A bar as dark as the share of keys found, and the counts."""
+    bar = SHADES[int(row["value"] / 100 * (len(SHADES) - 1))] * 4
+    return f"{bar} {_hits(row)}/{row['n']}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TASKS = {  # module -> class
     "lm": "LM",
     "passkey": "Passkey",
+    "needles": "NeedlesTask",
     "booksum": "Booksum",
     "recall": "Recall",
     "mqar": "MQAR",

@@ -112,10 +112,14 @@ class Haystack:
         return int(cycles * len(self.cycle) + self.ends[rest])
 
     @cached_property
+    def bare(self) -> int:
+        """Tokens of a prompt without filler."""
+        return len(self.prompt("1" * self.digits, 0, 0))
+
+    @cached_property
     def shortest(self) -> int:
         """Tokens of a prompt without filler, and its answer."""
-        prompt = self.prompt("1" * self.digits, 0, 0)
-        return len(prompt) + len(prompt.answer)
+        return self.bare + len(self.prompt("1" * self.digits, 0, 0).answer)
 
     def sentences(self, length: int) -> int:
         """Filler sentences that fit when prompt and answer may take ``length`` tokens."""
@@ -126,6 +130,15 @@ class Haystack:
             )
         cycles, rest = divmod(room, len(self.cycle))
         return cycles * len(FILLER) + int(np.searchsorted(self.ends, rest, side="right")) - 1
+
+    def earliest(self, sentences: int, segment: int) -> int:
+        """The fewest filler sentences with which the needle starts in the segment in which the prompt ends.
+
+        More than ``sentences`` where the needle, directly before the question, would start before it.
+        """
+        border = (self.bare + self.filler_tokens(sentences) - 1) // segment * segment
+        cycles, rest = divmod(max(border - len(self.head), 0), len(self.cycle))
+        return cycles * len(FILLER) + int(np.searchsorted(self.ends, rest))
 
     def place(self, depth: str, sentences: int, segment: int) -> int:
         """Filler sentences in front of the needle at a depth, as tasks/passkey.py defines it."""

@@ -12,6 +12,10 @@ question starts. Segments are the model's, counted from the prompt's start.
 * ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %
   (11 % for the first digit).
 
+Training: the needle's depth is uniform over the filler, except in a share ``own_segment`` of the rows: there
+it starts in the segment in which the prompt ends, at a uniform place in front of the question. Without such a
+share one row in S of S segments shows this, and a model may never learn to look there.
+
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
 the prompt's last segment is read; left out for models without a memory that could be switched off.
@@ -76,8 +80,9 @@ class Passkey(Task):
     def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
         """Prompt and answer in exactly ``segments`` segments of inputs, padded behind the answer.
 
-        The needle's depth is uniform; so is the number of filler sentences among those with which the answer
-        ends in the last segment. Loss: mean over answer tokens + ``lm_weight`` x the mean over the others.
+        The number of filler sentences is uniform among those with which the answer ends in the last segment,
+        and with which the needle fits there where it has to be.
+        Loss: mean over answer tokens + ``lm_weight`` x the mean over the others.
         """
         segment = self.cfg.memory.segment
         length = (segments or self.task.segments) * segment + 1
@@ -98,8 +103,14 @@ class Passkey(Task):
         most = self.haystack.sentences(length)
         shorter = length - segment  # prompts up to this length end before the last segment
         least = self.haystack.sentences(shorter) + 1 if shorter >= self.haystack.shortest else 0
-        sentences = int(rng.integers(min(least, most), most + 1))
-        prompt = self.haystack.prompt(self.haystack.key(rng), int(rng.integers(0, sentences + 1)), sentences)
+        counts, earliest, share = range(min(least, most), most + 1), 0, self.task.own_segment
+        if share and rng.random() < share:  # share 0 draws nothing: its rows are those of old runs
+            sentences = int(rng.choice(self._near(counts, segment)))
+            earliest = self.haystack.earliest(sentences, segment)
+        else:
+            sentences = int(rng.integers(counts.start, counts.stop))
+        key = self.haystack.key(rng)
+        prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences)
         end = len(prompt) + len(prompt.answer)
         tokens = np.full(length, self.tokenizer.eos_id, np.int64)
         tokens[:end] = np.concatenate([prompt.tokens(), prompt.answer])
@@ -107,6 +118,17 @@ class Passkey(Task):
         rest[: len(prompt) - 1] = 1
         answer[len(prompt) - 1 : end - 1] = 1
         return tokens, answer, rest
+
+    def _near(self, counts: range, segment: int) -> list[int]:
+        """Numbers of filler sentences with which the needle can stand in the segment of the prompt's end."""
+        fitting = [count for count in counts if self.haystack.earliest(count, segment) <= count]
+        if not fitting:
+            needed = self.haystack.bare - len(self.haystack.head)
+            raise UserError(
+                f"Set task.own_segment=0, or memory.segment to more than {needed}: both together take "
+                f"{needed} tokens and never stand in one segment of {segment}."
+            )
+        return fitting
 
     # Evaluation --------------------------------------------------------------------------------------------
 

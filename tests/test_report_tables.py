@@ -115,9 +115,12 @@ def folder(tmp_path):
 
 def test_report_writes_every_format(folder):
     paths = write_report(folder / "records", folder / "out", FORMATS)
-    assert not (folder / "figures").exists()  # none of these tables has one
+    assert [path.name for path in (folder / "figures").iterdir()] == ["table3_passkey.svg"]
     assert sorted(p.name for p in paths) == sorted(
-        [*(f"{name}.{suffix}" for name in NAMES for suffix in ("csv", "md", "tex")), "report.html"]
+        [
+            *(f"{name}.{suffix}" for name in NAMES for suffix in ("csv", "md", "tex")),
+            *("report.html", "table3_passkey.svg"),
+        ]
     )
     markdown = (folder / "out" / "table2_lm.md").read_text()
     assert "| model | seeds |" in markdown and "| :-- | --: |" in markdown

@@ -8,12 +8,12 @@ from infini_bench.tasks import build_task
 from infini_bench.train import load_checkpoint_model
 
 
-def test_the_shipped_model_finds_keys_31_segments_back_and_only_through_its_memory():
+def test_the_shipped_model_finds_keys_255_segments_back_and_only_through_its_memory():
     path, words = find_origin(RunConfig(task=PasskeyConfig()), None)
     assert "shipped" in words
     cfg = trained_config(path)
     cfg = replace(
-        cfg, task=replace(cfg.task, lengths=["4K"], depths=["start", "end_outside"], trials=4, batch=4)
+        cfg, task=replace(cfg.task, lengths=["32K"], depths=["start", "end_outside"], trials=5, batch=5)
     )
     model, tokenizer, _ = load_checkpoint_model(path)
     assert sum(p.numel() for p in model.parameters()) == 475_912

@@ -1,5 +1,6 @@
 """Passkey: prompts obey the length and depth rules, and the evaluation sees exactly what a model can do."""
 
+import zlib
 from contextlib import contextmanager
 
 import numpy as np
@@ -225,6 +226,43 @@ def test_training_batches(make):
         depths.add(text.index("Remember") // 60)
         ends.add(at[-1])
     assert len(keys) > 30 and len(depths) > 4 and len(ends) > 4 and min(keys) >= "10"
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4, 16])
+def test_a_share_of_the_rows_has_needle_and_question_in_one_segment(make, segments):
+    n, rows = 96, 400
+
+    def near(share):
+        batch = make(segment=n, own_segment=share).batch(0, rows, segments=segments)
+        found = []
+        for row, mask in zip(batch.tokens.numpy(), batch.task_weights.numpy(), strict=True):
+            end = np.flatnonzero(mask)[0] + 1  # of the prompt
+            text = task.tokenizer.decode(row[:end])
+            head = task.tokenizer.encode(text[: text.index(" The pass key is")])
+            assert (end - 1) // n == segments - 1
+            found.append((len(head) // n == (end - 1) // n, end - len(head)))
+        return found
+
+    task = make()
+    hits, distances = zip(*near(0.25), strict=True)
+    by_chance = np.mean([hit for hit, _ in near(0.0)])
+    expected = 0.25 + 0.75 * by_chance
+    assert abs(np.mean(hits) - expected) < 4 * (expected * (1 - expected) / rows) ** 0.5 + 1e-9
+    assert by_chance > 0.99 if segments == 1 else by_chance < 1 / segments
+    close = {d for hit, d in zip(hits, distances, strict=True) if hit}
+    assert min(close) < 40 and max(close) > 60  # from directly before the question to the segment's start
+
+
+def test_share_zero_leaves_every_row_as_it_was_and_what_cannot_fit_is_told(make):
+    task = make(own_segment=0.0)
+    rng = np.random.default_rng([0, zlib.crc32(b"train"), 7])
+    most = task.haystack.sentences(4 * SEGMENT + 1)
+    least = task.haystack.sentences(3 * SEGMENT + 1) + 1
+    sentences = int(rng.integers(least, most + 1))
+    prompt = task.haystack.prompt(task.haystack.key(rng), int(rng.integers(0, sentences + 1)), sentences)
+    assert np.array_equal(task.batch(7, 1).tokens[0, : len(prompt)].numpy(), prompt.tokens())
+    with pytest.raises(UserError, match=r"task\.own_segment=0, or memory\.segment to more than 3\d"):
+        make(own_segment=1.0, segment=16).batch(0, 1, segments=8)
 
 
 def test_batches_are_a_function_of_the_cursor(make):

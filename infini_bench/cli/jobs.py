@@ -59,13 +59,12 @@ class Job:
         return run_train(self.cfg, given=self.given, command=[PROGRAM, "train", *self.overrides])
 
     def _eval(self) -> Record:
-        from infini_bench.origin import find_origin, trained_config
+        from infini_bench.origin import bare_base, find_origin, trained_config
         from infini_bench.run import run_eval
 
         cfg = self.cfg
-        if (
-            "scale" not in self.given and not cfg.task.untrained
-        ):  # the recipe of the checkpoint's scale fits it best
+        trained = not (cfg.task.untrained or bare_base(cfg))
+        if "scale" not in self.given and trained:  # the recipe of the checkpoint's scale fits it best
             path, _ = find_origin(cfg, cfg.model if "model" in self.given else None)
             cfg = self.recompose([f"scale={trained_config(path).scale}"])
         task = cfg.task.name

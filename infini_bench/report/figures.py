@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from infini_bench.report import efficiency_figure, probe_figures
+from infini_bench.report import efficiency_figure, probe_figures, retrieval_figures
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
 
@@ -38,13 +38,18 @@ SHEET = ("scale", "device", "dataset")
 
 def svg(name: str, rows: list[Row]) -> str | None:
     """The figure of a table, None if it has none or nothing to show."""
-    if name not in FIGURES or not rows:
-        return None
+    return drawn(lambda: FIGURES[name](rows)) if name in FIGURES and rows else None
+
+
+def drawn(draw: Callable[[], Figure | None]) -> str | None:
+    """The SVG of the figure that ``draw`` makes in our style; None if it makes none."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
         for key, value in STYLE.items():
             matplotlib.rcParams[key] = value  # type: ignore[index]
-        figure = FIGURES[name](rows)
+        figure = draw()
+        if figure is None:
+            return None
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
@@ -289,4 +294,5 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     "diag_local": variants,
     **probe_figures.FIGURES,
     **efficiency_figure.FIGURES,
+    **retrieval_figures.FIGURES,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import diagnostics, efficiency, paper, probes
+from infini_bench.report import adapted, diagnostics, efficiency, paper, probes, retrieval
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -31,6 +31,7 @@ TITLES = {
     "lm_position": "Table 2 by position: loss along the document",
     "table3_passkey": "Table 3: passkey retrieval",
     "table4_booksum": "Table 4: book summaries",
+    **retrieval.TITLES,
     **diagnostics.TITLES,
     **probes.TITLES,
     **efficiency.TITLES,
@@ -39,6 +40,7 @@ LINES = {  # what the rows of a line share beside model and variant; a control b
     **dict.fromkeys(NAMES, ("protocol",)),
     "lm_position": ("condition",),
     **dict.fromkeys(VIEWS, ()),
+    **retrieval.LINES,
     **diagnostics.LINES,
     **probes.LINES,
     **efficiency.LINES,
@@ -181,14 +183,20 @@ def _positions(rows: list[Row]) -> list[Column]:
 
 
 def _table3(rows: list[Row]) -> list[Column]:
-    lengths = sorted({row["length"] for row in rows})
-    places = _places(rows)
+    keys = [row for row in rows if row["length"] is not None]
+    lengths, places = sorted({row["length"] for row in keys}), _places(keys)
+    bits = [row["condition"] for row in rows if row["metric"] == adapted.METRIC]
     return [
         MODEL,
         SEEDS,
         Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
         Column("trained at", lambda line: format_length(_trained_length(line[0]["config"]))),
         *(Column(_header(rows, length), _passkey(length, places)) for length in lengths),
+        *(
+            Column(f"bits/byte, {place}", measured(adapted.METRIC, 3, condition=place))
+            for place in adapted.PLACES
+            if place in bits
+        ),
         *BUDGET,
         _paper("32K … 1M, token accuracy after fine-tuning", _printed_passkey),
     ]
@@ -232,12 +240,23 @@ def _printed_passkey(model: str) -> str:
 
 
 def _caption3(rows: list[Row]) -> str:
+    keys = [row for row in rows if row["length"] is not None]
     task, trials = rows[0]["config"]["task"], {row["n"] for row in rows if row["metric"] == "exact_match"}
     counts = str(min(trials)) if len(trials) == 1 else f"{min(trials)} to {max(trials)}"
     return (
-        f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(rows))}, {counts} trials "
+        f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(keys))}, {counts} trials "
         "a number (all seeds together); in brackets 95 % Wilson intervals, wider where seeds disagree; "
-        "off: the same with memory off. * = not longer than trained."
+        f"off: the same with memory off. * = not longer than trained.{_caption_bits(rows)}"
+    )
+
+
+def _caption_bits(rows: list[Row]) -> str:
+    found = {f"{r['extra']['corpus']} ({r['extra']['split']})" for r in rows if r["metric"] == adapted.METRIC}
+    if not found:
+        return ""
+    return (
+        f" Bits/byte of {', '.join(sorted(found))}: before, of the pretrained model with attention inside "
+        "the same segments; after, of the model that is asked for keys."
     )
 
 
@@ -277,6 +296,7 @@ BUILDERS = {
     "lm_position": _positions,
     "table3_passkey": _table3,
     "table4_booksum": _table4,
+    **retrieval.BUILDERS,
     **diagnostics.BUILDERS,
     **probes.BUILDERS,
     **efficiency.BUILDERS,
@@ -288,6 +308,7 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     ),
     "table3_passkey": _caption3,
     "table4_booksum": _caption4,
+    **retrieval.CAPTIONS,
     **diagnostics.CAPTIONS,
     **probes.CAPTIONS,
     **efficiency.CAPTIONS,

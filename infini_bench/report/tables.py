@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
-from infini_bench.report import paper, render
-from infini_bench.report.figures import svg
+from infini_bench.report import paper, render, retrieval_figures
+from infini_bench.report.figures import drawn, svg
 from infini_bench.report.layouts import sheets
-from infini_bench.report.records import Record, read_records
+from infini_bench.report.records import Record, current, read_records
 from infini_bench.report.tidy import COLUMNS, NAMES, tidy
 from infini_bench.units import suggest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+TRAINING = "table3_training"  # the figure of losses and gates while models learn to retrieve
 FILE_WIDTH = 140  # columns, where the output is no terminal
 FORMATS = {"csv": ".csv", "md": ".md", "latex": ".tex", "html": ".html"}
 PRINTED = ("table2_lm", "table3_passkey", "table4_booksum")
@@ -35,7 +36,8 @@ def write_report(
 
     csv (tidy), md and latex give one file a table, ``<out>/<name>.<suffix>``; html gives one page,
     ``<out>/report.html``, or ``out`` itself if that ends in ``.html``. Tables with a figure and something to
-    show in it give ``<figures>/<name>.svg``; figures unset = the folder ``figures`` beside ``out``.
+    show in it give ``<figures>/<name>.svg``, and trainings ``table3_training.svg``; figures unset = the
+    folder ``figures`` beside ``out``.
     Raises UserError for an unknown format, a missing folder or a broken record.
     """
     formats = list(formats)
@@ -56,8 +58,9 @@ def write_report(
     page = Path(out).suffix == ".html" and list(files) == ["report.html"]  # a file was named, not a folder
     written = {Path(out) if page else Path(out) / name: text for name, text in files.items()}
     folder = Path(figures) if figures else Path(out).parent / "figures"
-    drawn = {name: svg(name, [row for row in rows if row["table"] == name]) for name in NAMES}
-    written |= {folder / f"{name}.svg": text for name, text in drawn.items() if text is not None}
+    pictures = {name: svg(name, [row for row in rows if row["table"] == name]) for name in NAMES}
+    pictures[TRAINING] = drawn(lambda: retrieval_figures.training(current(found)))
+    written |= {folder / f"{name}.svg": text for name, text in pictures.items() if text is not None}
     for path, text in written.items():
         atomic_write(path, text)
     return list(written)

@@ -20,6 +20,7 @@ from typing import Any
 from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import paper
+from infini_bench.report.adapted import language, rooted
 from infini_bench.report.compare import deltas, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import MemoryConfig, RunConfig
@@ -34,6 +35,7 @@ COLUMNS = [
 TABLES = {
     "lm": "table2_lm",
     "passkey": "table3_passkey",
+    "needles": "table3_hard",
     "booksum": "table4_booksum",
     "recall": "diag_recall",
     "mqar": "diag_mqar",
@@ -44,7 +46,7 @@ TABLES = {
 }
 VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
 NAMES = (
-    *("table1_memory", "table2_lm", "lm_position", "table3_passkey", "table4_booksum"),
+    *("table1_memory", "table2_lm", "lm_position", "table3_passkey", "table3_hard", "table4_booksum"),
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
 MODELS = (
@@ -58,7 +60,7 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
-    *("task.segments_after", "task.fillers", "task.pairs"),
+    *("task.segments_after", "task.fillers", "task.pairs", "task.kinds", "task.questions"),
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
     "task.seconds",
@@ -106,17 +108,30 @@ def measurements(records: Iterable[Record]) -> list[Row]:
 
     Oldest first. In VIEWS also what each training was like (`_training`).
     """
-    found = current(records)
+    found = rooted(current(records))
     shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
     shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
     variants = _variants(shown)
-    return [
+    rows = [
         _measurement(record, metric, table, variants[record.id, table])
         for record, table in shown
         for metric in (record.metrics if record.kind == "eval" else _training(record))
         if table not in VIEWS or record.task != "lm" or metric["position"] is None
     ]
+    retrieval = [record for record, table in shown if table == TABLES["passkey"]]
+    return rows + [row for r in retrieval for row in _language(r, found, variants[r.id, TABLES["passkey"]])]
+
+
+def _language(record: Record, found: list[Record], variant: str | None) -> list[Row]:
+    """Bits per byte of an adapted model, before and after, as rows beside its retrieval."""
+    place = {key: record.metrics[0][key] for key in ("dataset", "split", "protocol")}
+    rows = []
+    for source, metric in language(record, found):
+        extra = {"corpus": metric["dataset"], "split": source.config["task"]["split"]}
+        row = _measurement(record, {**metric, **place, "extra": extra}, TABLES["passkey"], variant)
+        rows.append({**row, "records": [record.id, source.id]})
+    return rows
 
 
 def _training(record: Record) -> list[dict[str, Any]]:

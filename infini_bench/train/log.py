@@ -37,6 +37,22 @@ class MetricsLog:
         self._file.close()
 
 
+def curve(path: Path, most: int = 100) -> list[dict]:
+    """At most ``most`` lines of a log, evenly spread, the last among them: what a record keeps of a training.
+
+    Keys: step, tokens, task_loss (nats), level (segments) and gates (mean, min, max by layer; None without).
+    """
+    lines = read_log(path)
+    places = sorted({round(i * (len(lines) - 1) / max(most - 1, 1)) for i in range(most)} if lines else ())
+    return [_point(lines[place]) for place in places]
+
+
+def _point(line: dict) -> dict:
+    gates = line.get("gates")
+    short = gates and {name: [round(gate, 4) for gate in values] for name, values in gates.items()}
+    return {**{key: line[key] for key in ("step", "tokens", "task_loss", "level")}, "gates": short}
+
+
 def read_log(path: Path) -> list[dict]:
     """Lines of a log, without a last one that a crash cut off. Raises UserError for any other broken line."""
     if not path.exists():

@@ -1,0 +1,74 @@
+"""What adaptation did to a language model: bits per byte before and after, for the rows of retrieval tables.
+
+Found among the records: before = a language-model evaluation of the base itself, with local attention in the
+same segments (``infini-bench eval lm --base BASE model=local_block``); after = one of the very run whose
+retrieval is shown. Both on a validation split, of the same corpus and as much of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from infini_bench.report.records import Record
+
+METRIC = "bits_per_byte"
+SPLIT = "validation"
+PLACES = ("before", "after")
+
+
+def rooted(records: list[Record]) -> list[Record]:
+    """The same records; one that goes on from another run names the pretrained model, not that run.
+
+    Else seeds, each of which has its own chain of stages, would never share a line of a table.
+    """
+    trainings = {r.id: r for r in records if r.kind == "train"}
+    return [_rooted(r, trainings) for r in records]
+
+
+def _rooted(record: Record, trainings: dict[str, Record]) -> Record:
+    base = record.config.get("base") or {}
+    model = base.get("model")
+    while model is not None and Path(model).name in trainings:
+        model = (trainings[Path(model).name].config.get("base") or {}).get("model")
+    if model == base.get("model"):
+        return record
+    data = {**record.config["data"], "tokenizer": model}  # the stages pass it on
+    return replace(record, config={**record.config, "base": {**base, "model": model}, "data": data})
+
+
+def language(record: Record, records: list[Record]) -> list[tuple[Record, dict[str, Any]]]:
+    """(Evaluation, metric row) of bits per byte before and after, ``condition`` saying which; newest ones.
+
+    records: all, as `rooted` gives them.
+    """
+    base, run = (record.config.get("base") or {}).get("model"), record.train.get("id")
+    if base is None:
+        return []
+    texts = [r for r in records if (r.kind, r.status, r.task) == ("eval", "done", "lm")]
+    texts = [r for r in texts if r.config["task"]["split"] == SPLIT]
+    before = {_corpus(r): r for r in texts if _local(r, base, record.config["memory"]["segment"])}
+    after = {_corpus(r): r for r in texts if run is not None and r.train.get("id") == run}
+    shared = [corpus for corpus in before if corpus in after] or [*before, *after]
+    if not shared:
+        return []
+    pairs = zip(PLACES, (before.get(shared[-1]), after.get(shared[-1])), strict=True)
+    return [(r, {**_row(r), "condition": place}) for place, r in pairs if r is not None]
+
+
+def _local(record: Record, base: str, segment: int) -> bool:
+    """Whether this is the base itself, with attention inside segments only."""
+    config = record.config
+    own = (config.get("base") or {}).get("model") == base and "id" not in record.train
+    return own and (config["memory"]["kind"], config["memory"]["segment"]) == ("block", segment)
+
+
+def _corpus(record: Record) -> tuple:
+    task = record.config["task"]
+    limits = (task.get("max_documents"), task.get("max_tokens"))
+    return (record.data_fingerprint, *limits)
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return next(row for row in record.metrics if (row["metric"], row["condition"]) == (METRIC, None))

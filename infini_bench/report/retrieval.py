@@ -1,0 +1,103 @@
+"""Layouts of retrieval: needles in book text by length, and RULER's effective length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from infini_bench.metrics.intervals import wilson
+from infini_bench.report.cells import ABSENT, BUDGET, MODEL, SEEDS, Column, Line, Row, fact, grouped
+from infini_bench.report.diagnostics import trained_segments
+from infini_bench.units import K, format_length
+
+TITLES = {"table3_hard": "Table 3, harder: needles in text"}
+LINES = {"table3_hard": ("condition", "protocol")}
+SHARE = (
+    0.85  # of the score at the base length that an effective length keeps (RULER: about 0.856 for Llama 2)
+)
+BASE = 4 * K  # tokens
+LEAST = 50.0  # percent: who finds fewer at the base length has no effective length
+
+
+def score(line: Line, length: int) -> tuple[float, float, float, int] | None:
+    """Exact match over all depths at a length: percent, its Wilson interval, trials; None if not measured."""
+    rows = [
+        r for r in line if r["metric"] == "exact_match" and r["length"] == length and r["value"] is not None
+    ]
+    if not rows:
+        return None
+    n = sum(row["n"] for row in rows)
+    hits = sum(row["value"] / 100 * row["n"] for row in rows)
+    low, high = wilson(hits, n)
+    return 100 * hits / n, 100 * low, 100 * high, n
+
+
+def effective_length(line: Line) -> int | None:
+    """The longest length up to which every score is at least SHARE of that at `base`; None without one."""
+    start = score(line, base(line))
+    if start is None or start[0] < LEAST:
+        return None
+    longest = base(line)
+    for length in sorted({row["length"] for row in line if row["length"] > longest}):
+        found = score(line, length)
+        if found is None or found[0] < SHARE * start[0]:
+            break
+        longest = length
+    return longest
+
+
+def base(line: Line) -> int:
+    """4K, or the shortest length of a line that was not asked there."""
+    lengths = {row["length"] for row in line}
+    return BASE if BASE in lengths else min(lengths)
+
+
+def _hard(rows: list[Row]) -> list[Column]:
+    lengths = sorted({row["length"] for row in rows})
+    return [
+        MODEL,
+        SEEDS,
+        Column("needles", lambda line: str(line[0]["condition"])),
+        Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
+        Column("trained at", _trained),
+        *(Column(format_length(length), _cell(length)) for length in lengths),
+        Column("effective length", _effective),
+        Column("memory floats", fact("state_floats"), wide=True),
+        *BUDGET,
+    ]
+
+
+def _trained(line: Line) -> str:
+    """A model that nobody trained on needles was trained at no length of them."""
+    if line[0]["train_tokens"] is None:
+        return ABSENT
+    return format_length(trained_segments(line[0]["config"]) * line[0]["config"]["memory"]["segment"])
+
+
+def _cell(length: int) -> Callable[[Line], str]:
+    def cell(line: Line) -> str:
+        found = score(line, length)
+        return ABSENT if found is None else f"{found[0]:.0f}\n[{found[1]:.0f}-{found[2]:.0f}]"
+
+    return cell
+
+
+def _effective(line: Line) -> str:
+    if "memory_off" in line[0]["condition"]:
+        return ABSENT
+    found = effective_length(line)
+    return "none" if found is None else format_length(found)
+
+
+def _caption(rows: list[Row]) -> str:
+    task = rows[0]["config"]["task"]
+    bases = {format_length(base(line)) for line in grouped(rows, ("model", "variant", *LINES["table3_hard"]))}
+    return (
+        f"Exact match in % over the depths {'/'.join(task['depths'])} together, with 95 % Wilson intervals; "
+        f"{task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
+        "another split than training's. Effective length: the longest up to which every score is at least "
+        f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there."
+    )
+
+
+BUILDERS = {"table3_hard": _hard}
+CAPTIONS = {"table3_hard": _caption}

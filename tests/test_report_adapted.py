@@ -1,0 +1,122 @@
+"""Bits per byte of a pretrained model as it is, beside what adaptation made of them."""
+
+import math
+
+import pytest
+import torch
+from report_fakes import CONFIG, lm, passkey, record, sheet_text
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from infini_bench.cli.main import app
+from infini_bench.data import Tokenizer, build_tokenizer, load_documents
+from infini_bench.data.tokenizers import PretrainedTokenizer
+from infini_bench.report.records import read_records
+from infini_bench.schema import DataConfig
+
+BASE = "bases/smol.gguf"
+BLOCK = {"memory": {"kind": "block", "segment": 32}}
+
+
+def language(run=None, bits=2.0, base=BASE, split="validation", **changes):
+    """An evaluation on text of the run ``run``, or of the base itself."""
+    nats = bits * 100 * math.log(2)
+    memory = {} if run else BLOCK
+    config = {**memory, "task": {"name": "lm", "split": split}, "base": {"model": base}}
+    name = "infini_linear" if run else "local_block"
+    found = lm(name, nats=(nats, nats), config=config, data_fingerprint="books", **changes)
+    found.train = {"id": run, "tokens": 5} if run else {}
+    return found
+
+
+def chain(seed=0, after=2.125):
+    """Two stages of training from the base, the last one asked for keys and for text."""
+    first, second = f"first{seed}", f"second{seed}"
+    stages = [
+        record(kind="train", id=first, seed=seed, config={"base": {"model": BASE}}),
+        record(kind="train", id=second, seed=seed, config={"base": {"model": f"runs/{first}"}}),
+    ]
+    keys = passkey(seed=seed, config={"base": {"model": f"runs/{first}"}}, id=f"keys{seed}")
+    keys.train = {"id": second, "tokens": 5, "seed": seed}
+    text = language(second, after, f"runs/{first}", seed=seed, id=f"text{seed}")
+    return [*stages, keys, text]
+
+
+def test_bits_per_byte_before_and_after_stand_in_the_row_of_the_keys():
+    records = [*chain(), *chain(1, 2.375), language(bits=2.0, id="base")]
+    records.append(language(bits=9.0, id="other", base="bases/other.gguf"))
+    records.append(language(bits=8.0, id="test", split="test"))
+    titles, sheet = sheet_text(records, "table3_passkey")
+    row = dict(zip(titles, sheet.rows[0], strict=True))
+    assert row["bits/byte, before"].startswith("2.000") and row["bits/byte, after"].startswith("2.250")
+    assert row["512*"].startswith("100/100/100") and row["seeds"] == "2"
+    assert {"base", "text0", "text1", "keys0", "keys1"} <= set(sheet.records)
+    assert "Bits/byte of embedded (validation): before, of the pretrained" in sheet.caption
+
+
+def test_models_from_scratch_have_no_such_columns_and_a_zero_shot_has_no_after():
+    titles, _ = sheet_text([passkey(), language(bits=2.0)], "table3_passkey")
+    assert not [title for title in titles if "bits/byte" in title]
+    zero = passkey(config={"base": {"model": BASE}})
+    zero.train = {}
+    titles, sheet = sheet_text([zero, language(bits=2.0)], "table3_passkey")
+    assert [title for title in titles if "bits/byte" in title] == ["bits/byte, before"]
+    assert sheet.rows[0][titles.index("bits/byte, before")].startswith("2.000")
+
+
+def test_another_segment_or_corpus_is_no_before():
+    other = language(bits=2.0)
+    other.config["memory"]["segment"] = 64
+    longer = language(bits=2.0)
+    longer.data_fingerprint = "more books"
+    for records in ([*chain(), other], [*chain(), longer]):
+        titles, sheet = sheet_text(records, "table3_passkey")
+        shown = {title: cell for title, cell in zip(titles, sheet.rows[0], strict=True) if "bits" in title}
+        assert len(shown) == 1
+    assert CONFIG["memory"]["segment"] == 32
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.3, **sizes)).save_pretrained("base")
+    ours = build_tokenizer(DataConfig(vocab_size=280), lambda: ["a book about a key"] * 9)
+    backend = ours._backend  # type: ignore[attr-defined]
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>").save_pretrained("base")
+    return tmp_path / "base"
+
+
+def test_a_base_is_evaluated_as_it_is(folder):
+    small = ["data.max_documents=1", "task.max_tokens=300", "task.split=validation", "device=cpu"]
+    words = ["eval", "lm", "--base", "base", "model=local_block", "memory.segment=64", *small]
+    run = CliRunner().invoke(app, words)
+    assert run.exit_code == 0, run.output
+    (found,) = read_records("results/records")
+    assert (found.config["base"]["model"], found.config["decoder"]["dim"], found.train) == ("base", 32, {})
+    row = next(r for r in found.metrics if r["metric"] == "bits_per_token")
+    (document,) = load_documents(DataConfig(max_documents=1), "validation")
+    tokenizer: Tokenizer = PretrainedTokenizer(PreTrainedTokenizerFast.from_pretrained("base"), "base")
+    ids = torch.from_numpy(tokenizer.encode(document.text)[:300]).long()
+    stock = AutoModelForCausalLM.from_pretrained("base").eval()
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, 299, 64):
+            part = ids[start : start + 64]
+            targets = ids[start + 1 : start + 65]
+            logits = stock(part[None]).logits[0, : len(targets)]
+            nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    assert row["value"] == pytest.approx(nats / math.log(2) / 299, rel=1e-5)
+
+
+def test_zero_shot_keys_and_what_is_no_base(folder):
+    words = ["--length", "512", "--trials", "1", "memory.segment=64", "task.digits=1", "device=cpu"]
+    run = CliRunner().invoke(app, ["eval", "passkey", "--base", "base", *words])
+    assert run.exit_code == 0, run.output
+    (found,) = read_records("results/records")
+    assert {row["protocol"] for row in found.metrics} == {"zero_shot"} and "0 of 3 found" in run.output
+    run = CliRunner().invoke(app, ["eval", "lm", "--base", "base", "--checkpoint", "x"])
+    assert run.exit_code == 2 and "give one of them" in run.stderr
+    run = CliRunner().invoke(app, ["eval", "lm", "--base", "nowhere/x.gguf"])
+    assert run.exit_code == 2 and "is no folder or file" in run.stderr

@@ -1,0 +1,110 @@
+"""Needles' table with effective lengths, heat maps, and the curves of trainings."""
+
+import json
+import re
+
+import pytest
+from report_fakes import passkey, record, row, sheet_text
+
+from infini_bench.report.figures import drawn, svg
+from infini_bench.report.retrieval import effective_length, score
+from infini_bench.report.retrieval_figures import training
+from infini_bench.report.tidy import tidy
+from infini_bench.train.log import curve
+
+K = 1024
+
+
+def needles(model="infini_linear", scores=((4, 100), (32, 90), (64, 80), (128, 95)), seed=0, **changes):
+    """Exact match at lengths of K tokens, the same at two depths but for 10 points; off is always 0."""
+    metrics = []
+    for length, value in scores:
+        for depth, shift in (("start", -5), ("100", 5)):
+            columns = {
+                "length": length * K,
+                "position": depth,
+                "n": 100,
+                "protocol": "curriculum",
+                "split": "test",
+            }
+            for condition, hit in (("number", min(value + shift, 100)), ("number, memory_off", 0)):
+                metrics.append(row("exact_match", hit, {"segments": 3}, condition=condition, **columns))
+    task = {
+        "name": "needles",
+        "digits": 10,
+        "distractors": 3,
+        "values": 4,
+        "segments": 16,
+        "depths": ["0", "100"],
+    }
+    return record(model, seed, metrics, config={"task": task, "trainer.curriculum": [1, 64]}, **changes)
+
+
+def line_of(found, condition="number"):
+    return [row for row in tidy([found]) if row["condition"] == condition]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (((4, 95), (32, 90), (64, 70), (128, 95)), 32 * K),  # 95 at 128K does not make 70 at 64K good
+        (((4, 80), (32, 70), (64, 68), (128, 69)), 128 * K),  # at least 85 % of 80
+        (((4, 80), (32, 67)), 4 * K),
+        (((4, 49), (32, 49)), None),  # too few found at 4K for a share of it to say anything
+        (((8, 90), (32, 88)), 32 * K),  # not asked at 4K: the shortest length is the base
+        (((2, 30), (4, 90), (32, 88)), 32 * K),
+    ],
+)
+def test_effective_length(scores, expected):
+    assert effective_length(line_of(needles(scores=scores))) == expected
+
+
+def test_depths_are_pooled_with_the_interval_of_all_trials():
+    value, low, high, n = score(line_of(needles(scores=((4, 90),))), 4 * K)
+    assert (
+        (value, n) == (90, 200)
+        and low == pytest.approx(85.06, abs=0.02)
+        and high == pytest.approx(93.43, abs=0.02)
+    )
+
+
+def test_the_table_has_a_line_for_each_condition():
+    titles, sheet = sheet_text(
+        [needles(), needles(seed=1), needles("rmt", ((4, 30), (128, 10)))], "table3_hard"
+    )
+    rows = {(cells[0], cells[2]): dict(zip(titles, cells, strict=True)) for cells in sheet.rows}
+    first = rows["infini_linear", "number"]
+    assert first["seeds"] == "2" and first["trained at"] == "2K" and first["64K"].startswith("80\n[")
+    assert first["effective length"] == "32K" and rows["rmt", "number"]["effective length"] == "none"
+    assert rows["rmt", "number"]["64K"] == "—"
+    assert rows["infini_linear", "number, memory_off"]["effective length"] == "—"
+    assert "10-digit numbers, 4 keys, 4 values" in sheet.caption and "85% of that at 4K" in sheet.caption
+
+
+def test_heat_maps_show_every_depth_and_length_but_no_control():
+    for name, found in (("table3_passkey", passkey(on=35.0)), ("table3_hard", needles())):
+        picture = svg(name, [row for row in tidy([found]) if row["table"] == name])
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+        assert "start" in texts and "4K" in texts and not [text for text in texts if "memory_off" in text]
+        assert texts.count("35" if name == "table3_passkey" else "75") == (
+            6 if name == "table3_passkey" else 1
+        )
+
+
+def test_a_records_curve_shows_loss_and_gates(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    gates = {name: [shift, shift + 0.1] for name, shift in (("min", 0.1), ("mean", 0.2), ("max", 0.3))}
+    lines = [
+        {"step": i, "tokens": 10 * i, "task_loss": 5 / i, "level": 1 + i // 300, "gates": gates, "lr": 1}
+        for i in range(1, 501)
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = curve(log)
+    assert len(kept) == 100 and (kept[0]["step"], kept[-1]["step"]) == (1, 500)
+    assert set(kept[0]) == {"step", "tokens", "task_loss", "level", "gates"}
+    assert curve(tmp_path / "none.jsonl") == []
+    run = record(kind="train", config={"task": {"name": "passkey"}}, train={"curve": kept, "folder": "x"})
+    other = record(kind="train", config={"task": {"name": "lm"}}, train={"curve": kept, "folder": "x"})
+    picture = drawn(lambda: training([run, other]))
+    assert picture is not None and picture.count("answer loss, nats") == 1 and "layer 1" in picture
+    assert drawn(lambda: training([other])) is None

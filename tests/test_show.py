@@ -1,0 +1,20 @@
+"""What a run prints when it is over."""
+
+from report_fakes import passkey, row
+
+from infini_bench.show import show_metrics
+
+
+def test_a_picture_says_k_of_n_by_depth_and_length(capsys):
+    record = passkey(on=100.0, off=0.0, lengths=(4096, 1 << 20))
+    record.metrics.append(
+        row("exact_match", 55.0, length=1 << 20, position="end", condition="constant", n=20)
+    )
+    show_metrics(record)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (title,) = [line for line in lines if line[-1:] == ["found"]]
+    assert title == ["constant:", "131", "of", "140", "found"]
+    picture = lines[lines.index(title) + 1 :]
+    assert picture[0] == ["depth", "4K", "1M"]
+    assert picture[1] == ["start", "████", "20/20", "████", "20/20"]
+    assert picture[4] == ["end", "▒▒▒▒", "11/20"]

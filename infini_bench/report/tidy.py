@@ -48,7 +48,7 @@ NAMES = (
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
 MODELS = (
-    *("transformer_xl", "memorizing", "compressive", "rmt", "armt", "autocompressor", "sink"),
+    *("transformer_xl", "memorizing", "retrieval", "compressive", "rmt", "armt", "autocompressor", "sink"),
     *("local_block", "local_sliding", "local_sparse", "local_kernel", "full"),
     *("infini_linear", "infini_delta", "infini_delta_corrected", "infini_delta_token"),
     *("infini_linear_xl", "infini_delta_xl"),

@@ -1,8 +1,8 @@
 """A pretrained decoder as the base of a memory: where it comes from, what of it is trained, what is saved.
 
 Llama, Mistral and Qwen2 compute the same decoder, up to biases on the query, key and value projections; their
-weights have the same names. So each becomes a `MemoryLlamaForCausalLM`, without a fork of its code. A BART or LED
-becomes a `Summarizer`.
+weights have the same names. So each becomes a `MemoryLlamaForCausalLM`, without a fork of its code. A BART or
+LED becomes a `Summarizer`.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def told(name: str) -> Iterator[None]:
 def adapted_model(base: BaseConfig, memory: MemoryConfig, separator: Sequence[int] | None = None) -> Any:
     """``base.model`` with ``memory``; frozen and with LoRA as ``base`` says. LoRA starts as no change.
 
-    separator: between a book and its summary; None = the task has none, and no encoder-decoder can learn it. A run or checkpoint folder of infini-bench is a base too, for the next stage; its memory must be this one.
+    A run or checkpoint folder of infini-bench is a base too, for the next stage; its memory must be this one.
+    separator: between a book and its summary; None = the task has none, and no encoder-decoder can learn it.
     """
     assert base.model is not None
     if is_own(base.model):
         from infini_bench.train.checkpoint import load_checkpoint_model
 
+        model: Any
         model, _, trained = load_checkpoint_model(Path(base.model))
         if trained.memory != memory:
             raise UserError(f"{base.model} was trained with another memory; leave memory.* as it was there.")

@@ -1,15 +1,15 @@
-"""BART and LED under the protocol of the decoders: a book is fed in any pieces, its summary written token by token.
+"""BART and LED under the protocol of the decoders: a book is fed in any pieces, its summary token by token.
 
 What a decoder reads as one stream, book, separator, summary, is here the encoder's input (the book) and the
-decoder's (the summary): `losses` finds the border by the separator, `step` by being asked for logits. So tasks,
-training loop, checkpoints and records are those of every other model.
+decoder's (the summary): `losses` finds the border by the separator, `step` by being asked for logits. So
+tasks, training loop, checkpoints and records are those of every other model.
 
 * ``memory.kind=block``: the stock model; it sees the book's first ``memory.segment`` tokens, its window.
 * ``memory.kind=retrieval``: Unlimiformer with ``memory.neighbours`` states a head; it sees the whole book in
   evaluation, and is trained as the stock model (see `infini_bench.unlimiformer`).
 
-The input is ``<s> book </s>``; the decoder starts with its start token and ``<s>``, and ends with ``</s>``. Of
-LED the first token has global attention.
+The input is ``<s> book </s>``; the decoder starts with its start token and ``<s>``, and ends with ``</s>``.
+Of LED the first token has global attention.
 
 Shapes: B batch, T tokens of a call, S encoder states, V vocabulary, L decoder layers.
 """
@@ -41,8 +41,12 @@ PARTS = (("self_k", "self_v"), ("cross_k", "cross_v"))
 
 
 class Summarizer(nn.Module):
-    """A BART or LED, with or without Unlimiformer. State: one layer a decoder layer; ``ids`` (B, T) while the
-    book is read; then ``states`` (B, S, d) and each layer's keys and values."""
+    """A BART or LED, with or without Unlimiformer.
+
+    State, a `MemoryCache` with a layer for each of the decoder's: while books are read ``ids`` (B, T), of
+    which each row's last ``length`` count; then ``states`` (B, S, d), ``live`` (B, S) bool, and each layer's
+    keys and values.
+    """
 
     segmentwise = False
 
@@ -50,10 +54,13 @@ class Summarizer(nn.Module):
         """Raises UserError for another architecture, and for a memory that it cannot have."""
         super().__init__()
         if not isinstance(model, FAMILIES):
-            raise UserError(f"The only encoder-decoders here are BART and LED; this is {type(model).__name__}.")
+            raise UserError(
+                f"The only encoder-decoders here are BART and LED; this is {type(model).__name__}."
+            )
         if memory.kind not in KINDS:
             raise UserError(
-                f"An encoder-decoder takes model=local_block or model=retrieval, not memory.kind={memory.kind}."
+                "An encoder-decoder takes model=local_block or model=retrieval, not "
+                f"memory.kind={memory.kind}."
             )
         if not 4 <= memory.segment <= longest_input(model.config):
             raise UserError(
@@ -120,17 +127,20 @@ class Summarizer(nn.Module):
         ids: book, separator, summary; targets: the same one token on; after its end, both are padding. There
         is no state after them. Raises UserError for a call that is a part of a row.
         """
+        if state is not None:
+            raise UserError(
+                "An encoder-decoder takes a book's beginning and its summary in one call: set "
+                "trainer.checkpoint_segments=null, and leave training on whole books to decoders."
+            )
         tokens = torch.cat([ids, targets[:, -1:]], 1)
         begins = [self.border(row) for row in ids]
-        books = [self.book(row[None, :begin])[0] for row, begin in zip(ids, begins, strict=True)]
+        books, mask = self.padded([row[:begin] for row, begin in zip(ids, begins, strict=True)])
         answers = [self.answer(row[begin:]) for row, begin in zip(tokens, begins, strict=True)]
         inputs = [torch.cat([self.start(1)[0], answer[:-1]]) for answer in answers]
-        padding = self.config.eos_token_id
-        mask = pad_sequence([torch.ones_like(book) for book in books], batch_first=True)
         logits = self.model(
-            input_ids=pad_sequence(books, batch_first=True, padding_value=padding),
+            input_ids=books,
             attention_mask=mask,
-            decoder_input_ids=pad_sequence(inputs, batch_first=True, padding_value=padding),
+            decoder_input_ids=pad_sequence(inputs, batch_first=True, padding_value=self.config.pad_token_id),
             use_cache=False,
             **self.marks(mask),
         ).logits[:, 1:]
@@ -146,7 +156,8 @@ class Summarizer(nn.Module):
         found = (ids_T.unfold(0, len(separator), 1) == separator).all(1).nonzero()
         if not len(found):
             raise UserError(
-                "An encoder-decoder is trained on task=booksum, a row a call; set trainer.checkpoint_segments=null."
+                "A row has no summary: an encoder-decoder is trained on task=booksum, a row a call; set "
+                "trainer.checkpoint_segments=null."
             )
         return int(found[0]) + len(separator)
 
@@ -172,49 +183,71 @@ class Summarizer(nn.Module):
             return {}
         return {"global_attention_mask": F.one_hot(torch.zeros_like(mask_BT[:, 0]), mask_BT.shape[1])}
 
-    def book(self, ids_BT: Tensor) -> Tensor:
-        """The encoder's input for a book and its separator, or the part of this that is its end."""
-        begin = 0 if self.enabled else (ids_BT.shape[1] - 1) // self.segment * self.segment
-        lengths = range(min(len(self.separator), ids_BT.shape[1]), -1, -1)
-        tails = [torch.tensor(self.separator[len(self.separator) - n :], device=ids_BT.device) for n in lengths]
-        cut = next(len(x) for x in tails if bool((ids_BT[:, ids_BT.shape[1] - len(x) :] == x).all()))
-        text = ids_BT[:, begin : ids_BT.shape[1] - cut]
+    def padded(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The encoder's input for rows (T,) of books with their separators, and its mask: (B, T) int64."""
+        books = [self.book(row) for row in rows]
+        mask = pad_sequence([torch.ones_like(book) for book in books], batch_first=True)
+        return pad_sequence(books, batch_first=True, padding_value=self.config.pad_token_id), mask
+
+    def book(self, ids_T: Tensor) -> Tensor:
+        """The encoder's input for a book and its separator, or as much of this as there is."""
+        most = min(len(self.separator), len(ids_T))
+        separator = ids_T.new_tensor(self.separator)
+        end = next(
+            n
+            for n in range(most, -1, -1)
+            if torch.equal(ids_T[len(ids_T) - n :], separator[len(separator) - n :])
+        )
+        text = ids_T[: len(ids_T) - end]
+        if not self.enabled:
+            text = text[max(len(text) - 1, 0) // self.segment * self.segment :]
         if self.training or not self.has_memory:
-            text = text[:, : self.segment - 2]
-        ends = [ids_BT.new_full((len(ids_BT), 1), n) for n in (self.config.bos_token_id, self.config.eos_token_id)]
-        return torch.cat([ends[0], text, ends[1]], 1)
+            text = text[: self.segment - 2]
+        first, last = (ids_T.new_tensor([n]) for n in (self.config.bos_token_id, self.config.eos_token_id))
+        return torch.cat([first, text, last])
 
     # Reading and writing -----------------------------------------------------------------------------------
 
     def step(
-        self, ids: Tensor, state: MemoryCache | None = None, keep: str = "all"
+        self, ids: Tensor, state: MemoryCache | None = None, keep: str = "all", mask: Tensor | None = None
     ) -> tuple[Tensor | None, MemoryCache]:
         """Feed tokens (B, T). Those of a book give no logits, so it is read with keep ``none``.
 
         The first call with keep ``last`` ends it: the book is encoded, and the logits (B, 1, V) are those of
         the summary's first token. Later calls feed the summary: ``all`` (B, T, V), ``last`` or ``none``.
+        mask: (B, T) bool, False = padding at the left of a book's part; None = no padding.
         """
-        if state is not None and "states" in (state.layers[0].state or {}):
+        held = {} if state is None else state.layers[0].state or {}
+        if state is not None and "states" in held:
             return self.write(ids, state, keep)
-        before = None if state is None else state.layers[0].state
-        read = ids if before is None else torch.cat([before["ids"], ids], 1)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        rows = [row[own] for row, own in zip(ids, real, strict=True)]
+        if held:
+            ends = torch.as_tensor(held["length"]).expand(len(ids)).tolist()
+            known = [row[len(row) - n :] for row, n in zip(held["ids"], ends, strict=True)]
+            rows = [torch.cat(parts) for parts in zip(known, rows, strict=True)]
+        begun = MemoryCache.empty(self.config.decoder_layers)
         if keep == "none":
-            layers = self.config.decoder_layers
-            first = MemoryLayer({"ids": read, "seen": read.shape[1]})
-            return None, MemoryCache([first, *MemoryCache.empty(layers - 1).layers])
+            lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+            even = bool((lengths == lengths[0]).all())
+            tokens = pad_sequence(rows, batch_first=True, padding_side="left")
+            begun.layers[0].state = {
+                "ids": tokens,
+                "length": int(lengths[0]) if even else lengths,
+                "seen": tokens.shape[1],
+            }
+            return None, begun
         if keep == "all":
             raise ValueError("an encoder-decoder has no logits inside a book: ask with keep='last'")
-        book = self.book(read)
-        mask = torch.ones_like(book)
-        states = self.model.get_encoder()(book, attention_mask=mask, **self.marks(mask))[0]
-        begun = MemoryCache.empty(self.config.decoder_layers)
-        begun.layers[0].state = {"states": states, "seen": 0}
+        books, live = self.padded(rows)
+        states = self.model.get_encoder()(books, attention_mask=live, **self.marks(live))[0]
+        begun.layers[0].state = {"states": states, "live": live.bool(), "seen": 0}
         return self.write(self.start(len(ids)), begun, "last")
 
     def write(self, ids: Tensor, state: MemoryCache, keep: str) -> tuple[Tensor | None, MemoryCache]:
         """The decoder over tokens (B, T) of a summary."""
         held = [layer.state or {} for layer in state.layers]
-        seen, states = held[0]["seen"] + ids.shape[1], held[0]["states"]
+        seen, states, live = held[0]["seen"] + ids.shape[1], held[0]["states"], held[0]["live"]
         if seen > self.longest_summary:
             raise UserError(
                 f"The decoder has {self.longest_summary} positions; set task.max_new_tokens to at most "
@@ -222,16 +255,22 @@ class Summarizer(nn.Module):
             )
         caches = [DynamicCache(), DynamicCache()]
         for cache, (k, v) in zip(caches, PARTS, strict=True):
-            for number, layer in enumerate(held):
-                if k in layer:
-                    cache.update(layer[k], layer[v], number)
+            for number, kept in enumerate(held):
+                if k in kept:
+                    cache.update(kept[k], kept[v], number)
         past = EncoderDecoderCache(*caches)
         out = self.model(
-            encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids, past_key_values=past, use_cache=True
+            encoder_outputs=BaseModelOutput(states),
+            attention_mask=live.long(),
+            decoder_input_ids=ids,
+            past_key_values=past,
+            use_cache=True,
         )
-        after: list[dict[str, Any]] = [{"states": states, "seen": seen}, *({} for _ in held[1:])]
+        begun = {"states": states, "live": live, "seen": seen}
+        after: list[dict[str, Any]] = [begun, *({} for _ in held[1:])]
         for cache, (k, v) in zip(caches, PARTS, strict=True):
-            for layer, own in zip(cache.layers, after, strict=False):  # with retrieval there is no cross-cache
+            stock: list[Any] = cache.layers  # none of the cross-attentions with retrieval
+            for layer, own in zip(stock, after, strict=False):
                 own |= {k: layer.keys, v: layer.values}
         logits = {"all": out.logits, "last": out.logits[:, -1:], "none": None}[keep]
         return None if logits is None else logits.float(), MemoryCache([MemoryLayer(own) for own in after])

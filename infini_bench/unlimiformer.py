@@ -1,9 +1,9 @@
-"""Unlimiformer (arXiv 2305.01625) around the encoder-decoders of transformers: BART and LED, which PRIMERA is.
+"""Unlimiformer (arXiv 2305.01625) around the encoder-decoders of transformers: BART, and LED as PRIMERA is.
 
 The input is encoded in chunks of the encoder's window that overlap by half; of each the middle half is kept,
 of the first also its beginning and of the last also its end. Every cross-attention head then sees the ``k``
-states with the largest scores. Since q . (W_k e + b_k) = (W_k^T q) . e + q . b_k, and the last term is the same
-for all states e, one index of the states themselves serves all layers and heads; since weights sum to 1,
+states with the largest scores. Since q . (W_k e + b_k) = (W_k^T q) . e + q . b_k, and the last term is the
+same for all states e, one index of the states themselves serves all layers and heads; since weights sum to 1,
 values are projected after they are averaged: sum_j p_j (W_v e_j + b_v) = W_v (sum_j p_j e_j) + b_v.
 
 With k at least the number of states this is full cross-attention, exactly. Weights, names and ``generate()``
@@ -39,8 +39,8 @@ FLOATS = 2**27  # scores or gathered states that exist at once: 512 MiB in float
 def unlimiformer(model: Any, k: int, window: int | None = None, index: str = "auto", batch: int = 8) -> Any:
     """``model``, changed in place: encodes inputs of any length, and each head retrieves ``k`` states.
 
-    window: tokens of a chunk, a multiple of 4; unset = the encoder's longest input. index: as ``memory.index``.
-    batch: chunks encoded side by side. Raises UserError for another architecture or a window that does not fit.
+    window: tokens of a chunk, a multiple of 4; unset = the encoder's longest input. index: ``memory.index``.
+    batch: chunks encoded side by side. Raises UserError for another architecture or window.
     """
     if not isinstance(model, FAMILIES):
         known = ", ".join(family.__name__ for family in FAMILIES)
@@ -70,7 +70,7 @@ def remade(module: nn.Module, mixin: type, **attributes: Any) -> None:
 
 
 def chunks(tokens: int, window: int) -> list[tuple[int, int, int]]:
-    """(begin, first, end) of each chunk: it holds ``window`` tokens from ``begin``; kept are first ... end - 1."""
+    """(begin, first, end) of each chunk: ``window`` tokens from ``begin``; kept are first ... end - 1."""
     if tokens <= window:
         return [(0, 0, tokens)]
     begins = [*range(0, tokens - window, window // 2), tokens - window]
@@ -86,7 +86,7 @@ class ChunkedEncoder:
     training: bool
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """input_ids, attention_mask (B, T) -> states (B, T, d); zeros at padding. Outputs of layers are not given.
+        """input_ids, attention_mask (B, T) -> states (B, T, d); zeros at padding. No single layer's outputs.
 
         In training mode, as the encoder always was.
         """
@@ -94,7 +94,7 @@ class ChunkedEncoder:
             return super().forward(input_ids, attention_mask, **kwargs)  # type: ignore[misc]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         marks = kwargs.get("global_attention_mask") if isinstance(self, LEDEncoder) else None
-        states = None
+        states: Any = None
         for row, real in enumerate(mask.bool()):
             found = self.encode(input_ids[row, real], None if marks is None else marks[row, real])
             if states is None:
@@ -124,7 +124,7 @@ class ChunkedEncoder:
 
 
 class RetrievalAttention:
-    """A cross-attention whose heads see the best K states each. Its module has BART's or LED's projections."""
+    """A cross-attention whose heads see the best K states each; projections are the module's own."""
 
     index: StateIndex
     training: bool
@@ -200,7 +200,7 @@ class StateIndex:
         return place.masked_fill(top == -torch.inf, -1)
 
     def by_faiss(self, query_BHQd: Tensor, states_BSd: Tensor, live_BS: Tensor | None) -> Tensor:
-        """`search` in one flat index a row, of its live states; kept for as long as the states are the same."""
+        """`search` in one flat index a row, of its live states; kept while the states are the same."""
         if self.built[0]() is not states_BSd:
             self.built = weakref.ref(states_BSd), self.build(states_BSd, live_BS)
         found = []

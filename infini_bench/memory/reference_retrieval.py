@@ -32,7 +32,7 @@ def retrieval(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, n: int, neighbours: i
 
 
 def cross(attention, x_Td: Tensor, states_Sd: Tensor, k: int) -> Tensor:
-    """Cross-attention of one row in which each head and query sees the ``k`` states with the best keys: (T, d).
+    """Cross-attention of one row; each head and query sees the ``k`` states with the best keys: (T, d).
 
     attention: a module with q_proj, k_proj, v_proj, out_proj, num_heads and head_dim, as BART's and LED's.
     """
@@ -44,6 +44,8 @@ def cross(attention, x_Td: Tensor, states_Sd: Tensor, k: int) -> Tensor:
         for h in range(heads):
             part = slice(h * size, h * size + size)
             ranked = sorted(range(len(keys)), key=lambda j: -(q[part] @ keys[j, part]).item())[:k]
-            row.append(softmax_read(q[part], [keys[j, part] for j in ranked], [values[j, part] for j in ranked]))
+            row.append(
+                softmax_read(q[part], [keys[j, part] for j in ranked], [values[j, part] for j in ranked])
+            )
         out.append(attention.out_proj(torch.cat(row)))
     return torch.stack(out)

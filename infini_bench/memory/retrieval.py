@@ -12,11 +12,11 @@ are clipped at 2N.
 
 Nothing is learned and nothing is compressed: a pretrained decoder takes it without training, and trained on
 documents of at most 2N tokens it computes what a model with a window of two segments does. Gradients flow
-through what was chosen, not through the choice. The search is exact and reads every key for every query: time grows
-with the square of the document, and the state by (dk + dv) G floats a token.
+through what was chosen, not through the choice. The search is exact and reads every key for every query: time
+grows with the square of the document, and the state by (dk + dv) G floats a token.
 
-Shapes: B batch, S segments, N segment length, Q queries, K keys of a segment, P keys before a segment, C older
-keys, W keys of the window, H heads, G KV heads, R = H / G, D head size.
+Shapes: B batch, S segments, N segment length, Q queries, K keys of a segment, P keys before a segment, C of
+them before the window, W keys of the window, H heads, G KV heads, R = H / G, D head size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from infini_bench.memory.base import Memory, Rope, State, rotate
-from infini_bench.memory.blocks import Blocks, Count
+from infini_bench.memory.blocks import Blocks
 from infini_bench.memory.knn import keep
 from infini_bench.schema import MemoryConfig
 
@@ -35,8 +35,8 @@ SCORES = 2**27  # that exist at once without gradients: 512 MiB in float32
 class RetrievalMemory(Memory):
     """A window of one cached segment and the own one, and the best of all older keys.
 
-    State: ``mem_k``, ``mem_v`` (B, P, G, D), raw, of all finished segments, newest last; ``stored``: how many of
-    them are live in each row.
+    State: ``mem_k``, ``mem_v`` (B, P, G, D), raw, of all finished segments, newest last; ``stored``: how many
+    of them are live in each row.
     """
 
     previous = 1
@@ -109,12 +109,16 @@ class RetrievalMemory(Memory):
         seen_BQW: Tensor,
         dead_BC: Tensor,
     ) -> Tensor:
-        """One softmax over the window and the best of the rest. Queries (B, Q, H, D), keys (B, W or C, G, D)."""
+        """One softmax over the window and the best of the rest: (B, Q, H, D).
+
+        Queries (B, Q, H, D); keys and values (B, W or C, G, D), ``values`` of the C before those of the W.
+        """
         wide = torch.promote_types(near_q.dtype, torch.float32)
         with torch.autocast(near_q.device.type, enabled=False):
             q = [x.to(wide).unflatten(2, (self.kv_heads, -1)) / self.head_dim**0.5 for x in (near_q, far_q)]
             near, far = (
-                torch.einsum("bqgrd,bkgd->bgrqk", x, k.to(wide)) for x, k in zip(q, (near_k, far_k), strict=True)
+                torch.einsum("bqgrd,bkgd->bgrqk", x, k.to(wide))
+                for x, k in zip(q, (near_k, far_k), strict=True)
             )
             near = near.masked_fill(~seen_BQW[:, None, None], -torch.inf)
             far = far.masked_fill(dead_BC[:, None, None, None], -torch.inf)
@@ -123,7 +127,7 @@ class RetrievalMemory(Memory):
                 chosen = torch.zeros_like(far, dtype=torch.bool).scatter_(-1, best, True)
                 far = far.masked_fill(~chosen, -torch.inf)
             weights = torch.softmax(torch.cat([far, near], -1), -1).split([far.shape[-1], near.shape[-1]], -1)
-            out = sum(
+            old, new = (
                 torch.einsum("bgrqk,bkgd->bqgrd", p, v.to(wide)) for p, v in zip(weights, values, strict=True)
             )
-            return out.flatten(2, 3).to(near_q.dtype)
+            return (old + new).flatten(2, 3).to(near_q.dtype)

@@ -176,7 +176,7 @@ class StateIndex:
         rows = torch.arange(batch, device=states_BSd.device)[:, None]
         reads = []
         for query in query_BHQd.split(step, 2):
-            place = self.search(query.detach(), states_BSd.detach(), live_BS)
+            place = self.search(query, states_BSd, live_BS)
             picked = states_BSd[rows, place.clamp_min(0).flatten(1)].unflatten(1, place.shape[1:])
             scores = torch.einsum("bhqd,bhqkd->bhqk", query, picked).masked_fill(place < 0, -torch.inf)
             reads.append(torch.einsum("bhqk,bhqkd->bhqd", scores.softmax(-1), picked))
@@ -189,6 +189,7 @@ class StateIndex:
             scores = scores.masked_fill(~live_BS[:, None, None], -torch.inf)
         return torch.einsum("bhqs,bsd->bhqd", scores.softmax(-1), states_BSd)
 
+    @torch.no_grad()
     def search(self, query_BHQd: Tensor, states_BSd: Tensor, live_BS: Tensor | None) -> Tensor:
         """Places of the best k live states, -1 where fewer are live: (B, H, Q, K) int64."""
         if searcher(self.index, states_BSd.device.type) == "faiss":
@@ -205,7 +206,7 @@ class StateIndex:
             self.built = weakref.ref(states_BSd), self.build(states_BSd, live_BS)
         found = []
         for query, (index, names) in zip(query_BHQd, self.built[1], strict=True):
-            flat = query.flatten(0, 1).float().contiguous().numpy()
+            flat = query.detach().flatten(0, 1).float().contiguous().numpy()
             place = torch.from_numpy(index.search(flat, self.k)[1])
             found.append(torch.where(place < 0, place, names[place.clamp_min(0)]))
         return torch.stack(found).view(*query_BHQd.shape[:3], self.k)
@@ -219,6 +220,6 @@ class StateIndex:
         for row, states in enumerate(states_BSd):
             names = torch.arange(len(states)) if live_BS is None else live_BS[row].nonzero()[:, 0]
             index = faiss.IndexFlatIP(states.shape[1])
-            index.add(states[names].float().contiguous().numpy())
+            index.add(states[names].detach().float().contiguous().numpy())
             built.append((index, names))
         return built

@@ -1,4 +1,4 @@
-"""Unlimiformer around small random BARTs and LEDs: exact where k covers the input, and against a slow reference."""
+"""Unlimiformer around small random BARTs and LEDs: exact with a k that covers all, else a slow reference."""
 
 import copy
 from functools import cache

@@ -254,7 +254,7 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     def state_floats(self, batch: int = 1) -> int:
         """Floats that cross a segment boundary, all layers (Table 1, with H replaced by G).
 
-        Of ``full`` and ``autocompressor``, whose states grow: floats that each segment adds.
+        Of ``full``, ``retrieval`` and ``autocompressor``, whose states grow: floats that each segment adds.
         """
         return batch * sum(memory.state_floats() for memory in self.memories)
 

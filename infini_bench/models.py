@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+)
 
 from infini_bench.decoder import MemoryLlamaConfig, MemoryLlamaForCausalLM
 from infini_bench.errors import UserError
@@ -104,11 +110,13 @@ def load_model(folder: Path) -> MemoryLlamaForCausalLM:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"No model can be read from {folder}: {error}.") from error
-    if settings.get("model_type") != MemoryLlamaConfig.model_type:
+    own = settings.get("infini_bench")  # a `Summarizer`'s
+    if own is None and settings.get("model_type") != MemoryLlamaConfig.model_type:
         found = settings.get("model_type", "nothing")
         raise UserError(f"{folder} holds a model of type '{found}', not one of infini-bench's.")
+    kind: Any = MemoryLlamaForCausalLM if own is None else AutoModelForSeq2SeqLM
     try:
-        loaded: Any = MemoryLlamaForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except UserError:  # the memory is code that the user has not named
@@ -121,4 +129,8 @@ def load_model(folder: Path) -> MemoryLlamaForCausalLM:
         raise UserError(
             f"The model in {folder} is damaged: weight {sorted(wrong)[0]} does not fit its config."
         )
-    return model
+    if own is None:
+        return model
+    from infini_bench.summarizer import Summarizer
+
+    return Summarizer(model, MemoryConfig(**own["memory"]), own["separator"])  # type: ignore[return-value]

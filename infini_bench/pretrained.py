@@ -1,14 +1,15 @@
 """A pretrained decoder as the base of a memory: where it comes from, what of it is trained, what is saved.
 
 Llama, Mistral and Qwen2 compute the same decoder, up to biases on the query, key and value projections; their
-weights have the same names. So each becomes a `MemoryLlamaForCausalLM`, without a fork of its code.
+weights have the same names. So each becomes a `MemoryLlamaForCausalLM`, without a fork of its code. A BART or
+LED becomes a `Summarizer`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,28 +53,57 @@ def told(name: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f'The model "{name}" cannot be loaded ({reason}); give a hub id, a folder or a .gguf file of a '
-            "Llama, Mistral or Qwen2."
+            "Llama, Mistral or Qwen2, or a BART or LED."
         ) from error
 
 
-def adapted_model(base: BaseConfig, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
+def adapted_model(base: BaseConfig, memory: MemoryConfig, separator: Sequence[int] | None = None) -> Any:
     """``base.model`` with ``memory``; frozen and with LoRA as ``base`` says. LoRA starts as no change.
 
     A run or checkpoint folder of infini-bench is a base too, for the next stage; its memory must be this one.
+    separator: between a book and its summary; None = the task has none, and no encoder-decoder can learn it.
     """
     assert base.model is not None
     if is_own(base.model):
         from infini_bench.train.checkpoint import load_checkpoint_model
 
+        model: Any
         model, _, trained = load_checkpoint_model(Path(base.model))
         if trained.memory != memory:
             raise UserError(f"{base.model} was trained with another memory; leave memory.* as it was there.")
         merge_lora(model)
+    elif is_encoder_decoder(hub_config(base.model)):
+        model = summarizer(base, memory, separator)
     else:
         model = attach_memory(load_pretrained(base.model), memory)
     if base.freeze or base.lora:
         freeze(model, base.lora)
     return model
+
+
+def summarizer(base: BaseConfig, memory: MemoryConfig, separator: Sequence[int] | None) -> nn.Module:
+    """The encoder-decoder ``base.model``, all of it trained. Raises UserError for what it cannot do."""
+    from infini_bench.summarizer import read_weights
+
+    assert base.model is not None
+    if separator is None:
+        raise UserError(f'"{base.model}" is an encoder-decoder, which writes summaries: set task=booksum.')
+    if base.freeze or base.lora:
+        raise UserError("An encoder-decoder is trained whole; leave base.freeze and base.lora out.")
+    with told(base.model):
+        return read_weights(base.model, memory, separator)
+
+
+def hub_config(name: str) -> Any:
+    """The stock configuration of a hub id, a folder or a GGUF file."""
+    gguf = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
+    with told(name):
+        return AutoConfig.from_pretrained(str(Path(name).parent) if gguf else name, **gguf)
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a stock configuration is of a model that encodes its input."""
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_own(name: str) -> bool:
@@ -90,9 +120,10 @@ def decoder_of(name: str, start: DecoderConfig) -> DecoderConfig:
     """The architecture of a base, for the record; what only a fresh start uses is ``start``'s."""
     if is_own(name):
         return trained_config(Path(name)).decoder
-    gguf = {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
-    with told(name):
-        c = AutoConfig.from_pretrained(str(Path(name).parent) if gguf else name, **gguf)
+    c = hub_config(name)
+    if is_encoder_decoder(c):
+        shape = {"layers": c.decoder_layers, "heads": c.decoder_attention_heads, "ffn": c.decoder_ffn_dim}
+        return DecoderConfig(dim=c.d_model, tie_embeddings=True, init_std=start.init_std, **shape)
     heads = c.num_attention_heads
     return DecoderConfig(
         layers=c.num_hidden_layers,

@@ -11,7 +11,7 @@ from typing import Any
 SPLITS = ("train", "validation", "test")
 MEMORY_KINDS = (
     *("compressive", "xl", "block", "sliding", "full", "knn", "compressed", "sink", "sparse", "kernel"),
-    *("rmt", "armt", "autocompressor"),
+    *("retrieval", "rmt", "armt", "autocompressor"),
 )
 LOCALS = ("block", "sliding", "xl", "sparse", "kernel")
 UPDATES = ("linear", "delta", "delta_corrected", "delta_token")
@@ -42,7 +42,8 @@ class MemoryConfig:
 
     kind: ``compressive`` (Infini-attention), ``xl`` (one cached segment), ``block`` (nothing),
     ``sliding`` (the last ``window`` tokens), ``full`` (everything), ``knn`` (Memorizing Transformers),
-    ``compressed`` (Compressive Transformer), ``sink`` (the first ``sinks`` tokens and the last ``window``);
+    ``compressed`` (Compressive Transformer), ``sink`` (the first ``sinks`` tokens and the last ``window``),
+    ``retrieval`` (two segments, and the best ``neighbours`` of all older keys; of BART or LED, Unlimiformer);
     inside the own segment only: ``sparse``, ``kernel`` (linear attention);
     a whole model's memory in tokens: ``rmt``, ``armt`` or ``autocompressor``;
     or a subclass of ``Memory`` outside this package, as FILE.py:CLASS or MODULE:CLASS.
@@ -67,7 +68,7 @@ class MemoryConfig:
     rate: int = 4  # compressed: tokens a slot; divides N
     compression: str = "conv"  # compressed: conv (learns by reconstructing attention) | mean | max
     entries: int = 65536  # knn: keys and values stored, oldest first out
-    neighbours: int = 32  # knn: of them that a query attends to
+    neighbours: int = 32  # knn: of them that a query attends to; retrieval: of all older keys
     index: str = "auto"  # knn: who finds them: torch | faiss (CPU) | auto (faiss if it is there, on the CPU)
     layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
     tokens: int = 16  # rmt, armt, autocompressor: memory tokens m that a segment writes

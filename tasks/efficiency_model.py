@@ -208,6 +208,8 @@ class Subject:
         span = tokens if memory.kind == "full" else span
         seen = span if mode != "decode" else (2 * tokens if memory.kind == "full" else 0)
         yield 2.0 * new * seen * body.heads * size
+        if memory.kind == "retrieval":  # scores of all older keys
+            yield (2.0 if mode == "decode" else 1.0) * new * tokens * body.heads * size
         if memory.kind == "compressive":
             groups = body.kv_heads or body.heads
             writes = 0 if mode == "decode" else groups * (1 if memory.update == "linear" else 2)

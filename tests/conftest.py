@@ -28,6 +28,7 @@ MEMORIES = {
     "local_sliding": {"kind": "sliding"},
     "full": {"kind": "full"},
     "memorizing": {"kind": "knn", "entries": 20, "neighbours": 5},
+    "retrieval": {"kind": "retrieval", "neighbours": 5},
     "infini_linear_xl": {"kind": "compressive", "update": "linear", "local": "xl"},
     "infini_delta_xl": {"kind": "compressive", "update": "delta", "local": "xl"},
     "compressive": {"kind": "compressed", "rate": 2, "compressed": 5},

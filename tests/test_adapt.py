@@ -16,10 +16,12 @@ from transformers import (
 )
 
 from infini_bench import adapt
+from infini_bench.cli.bridge import compose_run
 from infini_bench.data.tokenizers import build_tokenizer
 from infini_bench.errors import UserError
 from infini_bench.models import load_model
 from infini_bench.pretrained import adapted_model, changes, freeze, merge_lora, save_changes
+from infini_bench.run import run_eval, run_train
 from infini_bench.schema import BaseConfig, DataConfig, MemoryConfig
 from infini_bench.train import load_checkpoint_model
 
@@ -145,3 +147,28 @@ def test_what_cannot_be_loaded_is_told(tmp_path, base):
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         f"model.layers.{i}.self_attn.memory.memory_gate" for i in range(2)
     ]
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("control", ["1k", "1k_sliding", "1k_unlimiformer", "full"])
+def test_the_controls_of_table_4_run_from_their_configurations(base, control, tmp_path):
+    """With the sizes of a small model; nothing else is another."""
+    sizes = {"1k": 256, "1k_sliding": 32, "1k_unlimiformer": 16, "full": 32}
+    small = [
+        f"memory.segment={sizes[control]}", "task.train_input_tokens=64", "task.train_summary_tokens=40",
+        f"task.input_tokens={300 if 'unlim' in control else 64}", "task.max_new_tokens=8", "task.max_books=2",
+        "data=embedded", "data.source=embedded", "data.path=null", "data.max_documents=3", "trainer.steps=2",
+        "trainer.warmup=1", "trainer.validate_rows=1", "device=cpu",
+    ]  # fmt: skip
+    if "sliding" in control:
+        small.append("memory.window=32")
+    places = [f"{name}={tmp_path / name}" for name in ("runs", "records", "data.cache_dir")]
+    words = [f"experiment=table4_smollm2_{control}", f"base.model={base}", *small, *places]
+    trained = run_train(compose_run(words), command=[])
+    assert (trained.status, trained.config["model"]) == ("done", f"smollm2_{control}")
+    asked = compose_run(["task=booksum", f"checkpoint={trained.train['folder']}", *places])
+    found = run_eval(asked, given=set(), command=[])
+    (overall,) = [r for r in found.metrics if (r["metric"], r["condition"]) == ("overall", "pairwise")]
+    assert overall["value"] is not None and overall["length"] == (300 if "unlim" in control else 64)
+    off = any(r["condition"] == "memory_off" for r in found.metrics)
+    assert off == (control in ("1k_sliding", "1k_unlimiformer"))  # what leaves a window can be switched off

@@ -7,7 +7,7 @@ from infini_transformer_pytorch.infini_transformer import FastweightMemory, Memo
 
 from infini_bench import schema
 from infini_bench.errors import UserError
-from infini_bench.memory import KINDS, TOKENS, build_memory, reference
+from infini_bench.memory import KINDS, TOKENS, build_memory, reference, reference_retrieval
 from infini_bench.memory.features import FEATURES
 from infini_bench.models import build_model
 from infini_bench.schema import DecoderConfig, MemoryConfig, TrainerConfig
@@ -56,6 +56,8 @@ def slow_row(mem, kind, q, k, v):
     if kind == "knn":
         settings = (mem.memory_gate, mem.memory_scale, n, cfg.entries, cfg.neighbours)
         return reference.knn(q, k, v, *settings)
+    if kind == "retrieval":
+        return reference_retrieval.retrieval(q, k, v, n, cfg.neighbours)
     if kind == "compressed":
         conv = getattr(mem, "memory_conv", None)
         return reference.compressed(q, k, v, n, mem.slots, cfg.rate, cfg.compression, conv)[0]

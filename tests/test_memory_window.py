@@ -219,6 +219,28 @@ def test_memory_off_leaves_the_own_segment_alone(decoder, path):
     assert all(module.enabled for module in model.modules() if hasattr(module, "enabled"))
 
 
+# --- retrieval over all older keys ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("neighbours", "scores"), [(3, 40), (1000, 2**27), (1000, 1)])
+def test_few_or_all_older_keys_are_retrieved_however_few_scores_fit_at_once(neighbours, scores, monkeypatch):
+    monkeypatch.setattr("infini_bench.memory.retrieval.SCORES", scores)
+    mem = make(kind="retrieval", neighbours=neighbours)
+    compare(mem, 5 * 6 + 2, 1e-12)
+    q, k, v = (x.detach() for x in qkv(5 * 6 + 2))
+    with torch.no_grad():
+        out, state, _ = feed(mem, q, k, v, [13, 1, 18])
+        assert (out - slow(mem, q, k, v)).abs().max() < 1e-12
+    assert torch.equal(state["mem_k"], k[:, :30]) and torch.equal(state["mem_v"], v[:, :30])
+
+
+def test_retrieval_is_a_window_of_two_segments_while_nothing_is_older():
+    mem, xl = make(kind="retrieval", neighbours=1), make(kind="xl")
+    parts = [x.detach() for x in qkv(2 * 6)]
+    out = mem(*parts, rope_table(mem.span))[0]
+    assert (out - xl(*parts, rope_table(xl.span))[0]).abs().max() < 1e-12
+
+
 # --- attached to a pretrained model, and the search of neighbours ---------------------------------------
 
 

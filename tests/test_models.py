@@ -137,6 +137,7 @@ def test_state_size_is_the_formula(model):
         "block": 0,
         "full": 4 * 2 * size * groups * N * layers,
         "knn": 2 * size * groups * (N * layers + 20),
+        "retrieval": 4 * 2 * size * groups * N * layers,
         "rmt": 3 * 32,  # what is carried; Table 1 counts m d l 2
         "armt": 6 * 4 * (32 + 1) * layers,
         "autocompressor": 4 * 3 * 32,
@@ -146,7 +147,7 @@ def test_state_size_is_the_formula(model):
         "kernel": 0,
     }[kind]
     assert state.floats() == 3 * table1
-    if kind in ("full", "autocompressor"):
+    if kind in ("full", "retrieval", "autocompressor"):
         assert model.state_floats(3) == state.floats() / 4  # of each of the four segments
     else:
         assert model.state_floats(3) == state.floats() == model.step(ids, state)[1].floats()

@@ -81,6 +81,21 @@ def test_table4_layout():
     assert line["summary tokens"] == "70"
 
 
+def test_table4_has_the_papers_baselines_whether_they_were_run_or_not():
+    own, ran = booksum(), booksum("bart")
+    for record in (own, ran):
+        for row in record.metrics:
+            row["dataset"] = "booksum_local"
+    titles, sheet = sheet_text([own, ran], "table4_booksum")
+    lines = {row[0]: dict(zip(titles, row, strict=True)) for row in sheet.rows}
+    rest = ["bart_unlimiformer", "primera", "primera_unlimiformer"]
+    assert list(lines)[-3:] == [f"{name}\n(not run)" for name in rest] and len(lines) == 5
+    assert lines["bart"]["overall"] == "16.9" and lines["bart"][titles[-1]] == "36.4 / 7.6 / 15.3 / 16.2"
+    primera = lines["primera\n(not run)"]
+    assert primera["overall"] == "—" and primera[titles[-1]] == "38.6 / 7.2 / 15.6 / 16.3"
+    assert "Not run" in sheet.caption and len(sheet_text([booksum()], "table4_booksum")[1].rows) == 1
+
+
 @pytest.mark.parametrize("name", ["table2_lm", "lm_position", "table3_passkey", "table4_booksum"])
 def test_smoke_says_so(name):
     config = {"scale": "smoke"}

@@ -64,7 +64,7 @@ def test_what_is_counted_is_what_the_memory_says(memory):
     model = task.build(CPU)
     rows = task.evaluate(model)
     first, last = pick(rows, "state_floats")
-    if memory.kind in ("full", "autocompressor"):
+    if memory.kind in ("full", "retrieval", "autocompressor"):
         assert (first, last) == (model.state_floats(), 4 * model.state_floats())
     else:
         assert last == model.state_floats()

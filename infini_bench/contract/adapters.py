@@ -74,6 +74,7 @@ def own(memory: MemoryConfig, target: str, settings: Values, sizes: dict[str, in
     small = {
         "segment": OWN_SEGMENT,
         **({"entries": 3 * OWN_SEGMENT, "neighbours": 4} if memory.kind == "knn" else {}),
+        **({"neighbours": 4} if memory.kind == "retrieval" else {}),
     }
     unknown = [key for key in {**settings, **sizes} if not hasattr(memory, key)]
     if unknown:

@@ -34,7 +34,7 @@ class OwnModel(Subject):
         self.vocab, self.segment, self.chunk = 64, self.model.segment, 2048
         self.has_memory = self.model.has_memory
         self.differentiable = all(part.differentiable for part in parts)
-        self.bounded = memory.kind not in ("full", "autocompressor")
+        self.bounded = memory.kind not in ("full", "autocompressor", "retrieval")
 
     def forward(self, x: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
         logits, after = self.model.step(x, state)

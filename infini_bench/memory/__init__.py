@@ -11,6 +11,7 @@ from infini_bench.memory.compressive import CompressiveMemory
 from infini_bench.memory.full import FullMemory
 from infini_bench.memory.knn import KnnMemory
 from infini_bench.memory.local import KernelMemory, SparseMemory
+from infini_bench.memory.retrieval import RetrievalMemory
 from infini_bench.memory.tokens import AssociativeTokens, AutoCompressor, RecurrentTokens, TokenMemory
 from infini_bench.memory.window import SinkMemory, WindowMemory
 from infini_bench.schema import (
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Memory]] = {
     "sliding": WindowMemory,
     "full": FullMemory,
     "knn": KnnMemory,
+    "retrieval": RetrievalMemory,
     "compressed": CompressedMemory,
     "sink": SinkMemory,
     "sparse": SparseMemory,
@@ -120,6 +122,7 @@ __all__ = [
     "KernelMemory",
     "KnnMemory",
     "Memory",
+    "RetrievalMemory",
     "SinkMemory",
     "SparseMemory",
     "State",

@@ -78,7 +78,8 @@ class KnnMemory(WindowMemory):
         local, cache = super().segments(b, carry, rope)
         own = [x.detach().flatten(1, 2) for x in (b.k_BSKGD, b.v_BSKGD)]
         k, v = (torch.cat([carry[name], x], 1) for name, x in zip(("mem_k", "mem_v"), own, strict=True))
-        state = {**cache, **self.keep(k, v, carry["mem_k"].shape[1], carry["stored"], b.full)}
+        kept = keep(k, v, carry["mem_k"].shape[1], carry["stored"], b.full, self.segment, self.cfg.entries)
+        state = {**cache, **kept}
         if not self.enabled:
             return local, state
         with torch.autocast(local.device.type, enabled=False):
@@ -110,18 +111,31 @@ class KnnMemory(WindowMemory):
         picked = values.gather(2, index).unflatten(2, place.shape[2:])
         return torch.einsum("bgrqe,bgrqed->bqgrd", weights, picked).flatten(2, 3), live > 0
 
-    def keep(self, k_BPGD: Tensor, v_BPGD: Tensor, before: int, stored: Count, full: Count) -> State:
-        """The newest ``entries`` of the completed segments; rows that differ are aligned at the end."""
-        live = (torch.as_tensor(stored) + torch.as_tensor(full) * self.segment).clamp(max=self.cfg.entries)
-        end = before + full * self.segment
-        if isinstance(end, int) and isinstance(stored, int):
-            part = slice(max(end - self.cfg.entries, 0), end)
-            return {"mem_k": k_BPGD[:, part].clone(), "mem_v": v_BPGD[:, part].clone(), "stored": int(live)}
-        ends = torch.as_tensor(end, device=k_BPGD.device).expand(k_BPGD.shape[0])
-        size = min(int(ends.max()), self.cfg.entries)
-        index = (ends[:, None] - size + torch.arange(size, device=ends.device)).clamp_min(0)[..., None, None]
-        index = index.expand(-1, -1, *k_BPGD.shape[2:])
-        return {"mem_k": k_BPGD.gather(1, index), "mem_v": v_BPGD.gather(1, index), "stored": live}
+
+def keep(
+    k_BPGD: Tensor,
+    v_BPGD: Tensor,
+    before: int,
+    stored: Count,
+    full: Count,
+    segment: int,
+    entries: int | None = None,
+) -> State:
+    """The newest ``entries`` (None = all) of the completed segments; rows that differ are aligned at the end.
+
+    before: of the P entries, those stored before the call. stored: how many of these are live in each row.
+    """
+    most = k_BPGD.shape[1] if entries is None else entries
+    live = (torch.as_tensor(stored) + torch.as_tensor(full) * segment).clamp(max=most)
+    end = before + full * segment
+    if isinstance(end, int) and isinstance(stored, int):
+        part = slice(max(end - most, 0), end)
+        return {"mem_k": k_BPGD[:, part].clone(), "mem_v": v_BPGD[:, part].clone(), "stored": int(live)}
+    ends = torch.as_tensor(end, device=k_BPGD.device).expand(k_BPGD.shape[0])
+    size = min(int(ends.max()), most)
+    index = (ends[:, None] - size + torch.arange(size, device=ends.device)).clamp_min(0)[..., None, None]
+    index = index.expand(-1, -1, *k_BPGD.shape[2:])
+    return {"mem_k": k_BPGD.gather(1, index), "mem_v": v_BPGD.gather(1, index), "stored": live}
 
 
 def by_torch(q_BQGRD: Tensor, k_BCGD: Tensor, live_B: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,10 @@ SMOKE = "Trained for seconds: this scale proves the pipeline only."
 INTERVALS = "In brackets 95 % intervals: over documents with one seed, over seeds (Student) with several."
 DELTA = "delta_bits_per_byte"
 NEEDLE = "constant"  # the paper's kind
+NOT_RUN = (
+    " Not run: the weights could not be had, or were not asked for; such a row has the paper's value alone "
+    "(`infini-bench train experiment=table4_MODEL` fine-tunes one)."
+)
 SHEET = ("scale", "device", "dataset", "split")  # what the rows of a sheet share; views have no split
 OF_SCALE = ("table2_lm", "lm_position", "table4_booksum")
 
@@ -81,15 +85,36 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
 def _sheet(name: str, rows: list[Row], failures: list[str]) -> Sheet:
     lines = grouped(rows, ("model", "variant", *LINES[name]))
     columns = BUILDERS[name](rows)
+    own = [[column.cell(line) for column in columns] for line in lines]
+    if name == "table4_booksum" and rows:
+        own += _printed_only(rows, columns)
     return Sheet(
         table=name,
         title=_title(name, rows),
         columns=columns,
-        rows=[[column.cell(line) for column in columns] for line in lines],
+        rows=own,
         caption=_caption(name, rows),
         failures=failures,
         records=sorted({record for row in rows for record in row["records"]}),
     )
+
+
+def _not_run(rows: list[Row]) -> list[str]:
+    """Of a sheet on BookSum, the paper's pretrained baselines without own numbers."""
+    if not rows[0]["dataset"].startswith("booksum"):
+        return []
+    return [model for model in paper.BASELINES4 if all(row["model"] != model for row in rows)]
+
+
+def _printed_only(rows: list[Row], columns: list[Column]) -> list[list[str]]:
+    """Rows of these baselines: the paper's value, and no own one."""
+
+    def cell(column: Column, model: str) -> str:
+        if column is MODEL:
+            return f"{model}\n(not run)"
+        return column.cell([{"model": model}]) if column.title.startswith(paper.HEADER) else ABSENT
+
+    return [[cell(column, model) for column in columns] for model in _not_run(rows)]
 
 
 def _title(name: str, rows: list[Row]) -> str:
@@ -288,7 +313,7 @@ def _caption4(rows: list[Row]) -> str:
     return (
         "ROUGE F1 x 100, mean over each book's references (best of them: in the CSV); overall = geometric "
         f"mean of R-1, R-2 and R-L. Memory off and other memory (another book's state): overall. {INTERVALS}"
-    )
+    ) + (NOT_RUN if _not_run(rows) else "")
 
 
 BUILDERS = {

@@ -50,10 +50,13 @@ NAMES = (
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
 MODELS = (
-    *("transformer_xl", "memorizing", "compressive", "rmt", "armt", "autocompressor", "sink"),
+    *("transformer_xl", "memorizing", "retrieval", "compressive", "rmt", "armt", "autocompressor", "sink"),
     *("local_block", "local_sliding", "local_sparse", "local_kernel", "full"),
     *("infini_linear", "infini_delta", "infini_delta_corrected", "infini_delta_token"),
     *("infini_linear_xl", "infini_delta_xl"),
+    *("bart", "bart_unlimiformer", "primera", "primera_unlimiformer"),
+    *("smollm2_1k", "smollm2_1k_sliding", "smollm2_1k_unlimiformer"),
+    *("smollm2_4k", "smollm2_4k_sliding", "smollm2_4k_unlimiformer", "smollm2_full"),
 )
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")

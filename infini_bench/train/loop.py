@@ -115,7 +115,7 @@ class Trainer:
         words = self.task.tokenizer.vocab_size
         if self.cfg.base.model is None:
             return build_model(self.cfg.decoder, self.cfg.memory, words)
-        model = adapted_model(self.cfg.base, self.cfg.memory)
+        model = adapted_model(self.cfg.base, self.cfg.memory, getattr(self.task, "separator", None))
         if words > model.config.vocab_size:
             raise UserError(
                 f"The tokenizer has {words} tokens, {self.cfg.base.model} only {model.config.vocab_size}; "
@@ -241,7 +241,7 @@ class Trainer:
 
     def result(self, interrupted: bool) -> TrainResult:
         parameters = sum(p.numel() for p in self.model.parameters())
-        embedding = self.model.model.embed_tokens.weight.numel()
+        embeddings: Any = self.model.get_input_embeddings()
         count, total, largest = self.state.grad_norms
         return TrainResult(
             folder=self.folder,
@@ -254,7 +254,7 @@ class Trainer:
             grad_norm_mean=total / count if count else None,
             grad_norm_max=largest if count else None,
             parameters=parameters,
-            non_embedding_parameters=parameters - embedding,
+            non_embedding_parameters=parameters - embeddings.weight.numel(),
             trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             segmentwise=self.model.segmentwise,
             memory_parameters=sum(p.numel() for name, p in self.model.named_parameters() if is_added(name)),

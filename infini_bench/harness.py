@@ -66,12 +66,11 @@ class MemoryLM(LM):
         ids, border = self._ids(context + continuation), self._ids(context).shape[1]
         with torch.no_grad():
             inputs = torch.from_numpy(ids[:, border - 1 : -1].astype(np.int64)).to(self.model.device)
-            logits = self.model.step(inputs, self._state(ids[:, : border - 1]))[0]
+            logits, _ = self.model.step(inputs, self._state(ids[:, : border - 1]))
         assert logits is not None
-        logits = logits[0]
         targets = torch.from_numpy(ids[0, border:].astype(np.int64)).to(logits.device)
-        nats = logits.log_softmax(-1).gather(-1, targets[:, None]).double().sum()
-        return float(nats), bool((logits.argmax(-1) == targets).all())
+        nats = logits[0].log_softmax(-1).gather(-1, targets[:, None]).double().sum()
+        return float(nats), bool((logits[0].argmax(-1) == targets).all())
 
     def _state(self, ids: np.ndarray) -> MemoryCache | None:
         """The state after a context; of the last one it is kept, as choices of a question share it."""

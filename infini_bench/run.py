@@ -147,8 +147,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     torch.manual_seed(cfg.seed)
     task: Any = build_task(cfg, tokenizer)
     if model is None:
-        base = cfg.base.model is not None
-        model = adapted_model(cfg.base, cfg.memory) if base else task.build(device)
+        model = adapted_model(cfg.base, cfg.memory) if cfg.base.model is not None else task.build(device)
         model.to(device)
     record.task_version = task.version
     record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()

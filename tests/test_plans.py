@@ -74,3 +74,16 @@ def test_all_models_means_every_file(tmp_path, monkeypatch):
     assert read_plan("p").models == ["a", "b"]
     with pytest.raises(UserError, match=r'There is no "q" to reproduce; choose one of p\.'):
         read_plan("q")
+
+
+def test_table3_trains_the_model_that_ships_on_a_gpu_beside_the_others(tmp_path):
+    chosen = ["infini_linear", "infini_delta"]
+    jobs = {scale: plan("table3", scale, tmp_path, [0], chosen) for scale in ("laptop", "gpu")}
+    assert [job.name for job in jobs["laptop"]] == [f"passkey {name} seed 0" for name in chosen]
+    *_, last = jobs["gpu"]
+    assert len(jobs["gpu"]) == 3 and last.name == "passkey infini_delta the model that ships seed 0"
+    cfg = last.cfg
+    assert (cfg.decoder.layers, cfg.decoder.dim, cfg.memory.features) == (2, 128, "relu2")
+    assert (cfg.task.own_segment, cfg.task.trials) == (0.2, 80) and "end" in cfg.task.depths
+    assert "experiment=passkey_small" in last.settings and cfg.runs == str(tmp_path / "runs")
+    assert len(plan("table3", "gpu", tmp_path, [0], ["infini_linear"])) == 1

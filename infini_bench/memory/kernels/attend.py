@@ -151,7 +151,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, raw: Tensor, gate: Tensor, M: Tensor, z: Tensor,
     done: int, features: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs (B, S, N, H, D); and A_dot likewise and its log-sum-exp (B, S, H, N) if ``keep``, or nothing."""
+    """Outputs (B, S, N, H, D); with ``keep`` A_dot and its log-sum-exp (B, S, H, N) too, else nothing."""
     batch, segments, n, heads, size = q.shape
     t = shape("attend", size, q.dtype)
     q, k, v, raw = dense(q), dense(k), dense(v), dense(raw)

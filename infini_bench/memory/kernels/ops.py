@@ -12,7 +12,8 @@ reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N20
     write, backward, Linear                dM -> T; k v T -> dk dv                4 + 3 X
     write, backward, Delta                 + A dM -> T; T M -> B; k B; B          5 + 9 X
 Linear forward therefore adds at least 5.5 passes, 0.34 ms, at D128 and 6 passes, 0.38 ms, at D64, to floors
-of 1.11 and 0.51 ms; a matrix product is 34 (D128) or 17 (D64) GFLOP, 0.06 and 0.03 ms at 600 TFLOP/s.
+of 0.96 and 0.49 ms; with ``attend`` 3.5 and 4 passes, 0.22 and 0.25 ms, but to an attention of our own. A
+matrix product is 34 (D128) or 17 (D64) GFLOP, 0.06 and 0.03 ms at 600 TFLOP/s.
 
 Shapes as in compressive.py; P = S + 1 slots: the memory before each written segment and after the last one.
 """

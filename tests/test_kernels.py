@@ -6,6 +6,7 @@ import torch
 
 from infini_bench.errors import UserError
 from infini_bench.memory import build_memory, reference
+from infini_bench.memory.kernels import backend as rule
 from infini_bench.memory.kernels.backend import choose
 from infini_bench.schema import MemoryConfig
 
@@ -150,21 +151,24 @@ def test_bfloat16_products_keep_what_both_halves_hold():
     assert distance(new_M, ideal[1]) < 2**-14 and distance(new_z, ideal[2]) < 2**-14
 
 
-def document(backend, update, tokens):
+def document(backend, update, tokens, **settings):
     dtype, size = DTYPES[0], 64 if GPU else D
-    mem = build_memory(MemoryConfig(segment=N, update=update, backend=backend), H, G, size).to(DEVICE)
+    cfg = MemoryConfig(segment=N, update=update, backend=backend, **settings)
+    mem = build_memory(cfg, H, G, size).to(DEVICE)
     with torch.no_grad():
         mem.memory_gate.copy_(torch.linspace(-1, 1, H))
     torch.manual_seed(1)
     heads = [(1, tokens, H, size), (1, tokens, G, size), (1, tokens, G, size)]
     q, k, v = (torch.randn(s).to(DEVICE, dtype).requires_grad_() for s in heads)
-    angle = torch.arange(N)[:, None] * 10000.0 ** (-torch.arange(size // 2) / (size // 2))
+    angle = torch.arange(mem.span)[:, None] * 10000.0 ** (-torch.arange(size // 2) / (size // 2))
     rope = [torch.cat([f(angle)] * 2, -1)[None].to(DEVICE, dtype) for f in (torch.cos, torch.sin)]
     return mem, (q, k, v), rope
 
 
+@pytest.mark.parametrize("longest", [0, N], ids=["two kernels", "one kernel"])
 @pytest.mark.parametrize("update", ["linear", "delta"])
-def test_a_document_cut_into_calls_equals_the_token_by_token_reference(update):
+def test_a_document_cut_into_calls_equals_the_token_by_token_reference(update, longest, monkeypatch):
+    monkeypatch.setattr(rule, "LONGEST", (longest, longest))
     mem, (q, k, v), rope = document("triton", update, 3 * N + 7)
     outs, state, at = [], None, 0
     for call in (N // 2, 1, 2 * N, 3 * N + 7):
@@ -173,9 +177,10 @@ def test_a_document_cut_into_calls_equals_the_token_by_token_reference(update):
         outs.append(out)
         at = part.stop
     out = torch.cat(outs, 1)
-    settings = (mem.memory_gate.double().cpu(), N, update)
-    rows = [reference.compressive(*(x[r].double().cpu() for x in (q, k, v)), *settings) for r in range(1)]
-    expected, M, z = (torch.stack(x) for x in zip(*rows, strict=True))
+    row = [x[0].double().cpu() for x in (q, k, v)]
+    gate = {"memory_gate": mem.memory_gate.double().cpu()}
+    local = reference.window(*row, N, "block")
+    expected, M, z = (x[None] for x in reference.compressive(*row, mem.cfg, gate, local))
     near = 2e-2 if GPU else 2e-6
     assert distance(out.cpu(), expected) < near
     assert distance(state["M"].cpu(), M) < near and distance(state["z"].cpu(), z) < near
@@ -191,7 +196,11 @@ def test_memory_switched_off_leaves_the_local_attention_and_still_writes():
     (on, qkv, rope), (off, _, _) = document("triton", "linear", 2 * N), document("triton", "linear", 1)
     off.enabled = False
     (a, kept), (b, written) = on(*qkv, rope), off(*qkv, rope)
-    assert torch.equal(a[:, :N], b[:, :N]) and not torch.equal(a[:, N:], b[:, N:])
+    assert (
+        distance(a[:, :N], b[:, :N].double())
+        < (1e-2 if GPU else 1e-6)
+        < distance(a[:, N:], b[:, N:].double())
+    )
     assert torch.equal(kept["M"], written["M"]) and kept["M"].abs().sum() > 0
 
 

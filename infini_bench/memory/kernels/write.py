@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_bench.memory.kernels.pieces import EPS, dot, dot3, halves, load, number, sigma, strides
+from infini_bench.memory.kernels.pieces import (
+    EPS,
+    described,
+    dot,
+    dot3,
+    fetch,
+    halves,
+    number,
+    sigma,
+    strides,
+)
 from infini_bench.memory.kernels.tuning import shape
 
 
@@ -18,33 +28,49 @@ from infini_bench.memory.kernels.tuning import shape
 def sums_kernel(
     k, v, M, z, N, G, P,
     kb, ks, kn: tl.constexpr, kh, vb, vs, vn: tl.constexpr, vh,
-    D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
+    WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, TWIN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """U_s = sigma(K)^T V (D, D) and sum_t sigma(K_t) (D,) of segment s into slot s + 1 of M and z."""
-    s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    k += b * kb + s * ks + g * kh
-    v += b * vb + s * vs + g * vh
-    U = tl.zeros([D, D], tl.float32)
-    total = tl.zeros([D, 16], tl.float32)  # 16 equal columns: the narrowest product there is
+    """U_s = sigma(K)^T V (D, D) and sum_t sigma(K_t) (D,) of segment s into slot s + 1 of M and z: F rows."""
+    s, first = (tl.program_id(0) // (D // F)).to(tl.int64), tl.program_id(0) % (D // F) * F
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    n, d, c = tl.arange(0, ROWS)[:, None], tl.arange(0, D), first + tl.arange(0, F)
+    if not TMA:
+        k += b * kb + s * ks + g * kh
+        v += b * vb + s * vs + g * vh
+    U = tl.zeros([F, D], tl.float32)
+    total = tl.zeros([F, 16], tl.float32)  # 16 equal columns: the narrowest product there is
     ones = tl.full([ROWS, 16], 1.0, tl.float32).to(WORK)
+    if TWIN:
+        U_low, total_low = tl.zeros([F, D], tl.float32), tl.zeros([F, 16], tl.float32)
     for start in tl.range(0, N, ROWS, num_stages=STAGES):
-        x = load(k + start * kn, n * kn + d[None, :], start + n, N, EVEN).to(tl.float32)
-        y = load(v + start * vn, n * vn + d[None, :], start + n, N, EVEN)
-        f = sigma(x, FEATURES)
+        rows = start + n
+        x = fetch(k, start * kn + n * kn + c[None, :], rows, N, EVEN, b, s, start, g, first, F, TMA)
+        y = fetch(v, start * vn + n * vn + d[None, :], rows, N, EVEN, b, s, start, g, 0, D, TMA)
+        f = sigma(x.to(tl.float32), FEATURES)
         if not EVEN:
-            f = tl.where(start + n < N, f, 0.0)
+            f = tl.where(rows < N, f, 0.0)
         f_high, f_low = halves(f, WORK)
+        f_high, f_low = tl.trans(f_high), tl.trans(f_low)
         if NATIVE:
             y_high, y_low = halves(y.to(tl.float32), WORK)
         else:
             y_high, y_low = y, y
-        U = dot3(tl.trans(f_high), tl.trans(f_low), y_high, y_low, U, LOW > 0, NATIVE, WORK)
-        total = dot3(tl.trans(f_high), tl.trans(f_low), ones, ones, total, LOW > 0, False, WORK)
+        if TWIN:
+            U_low = dot3(f_low, f_high, y_high, y_low, U_low, False, False, WORK)
+            total_low = dot(f_low, ones, total_low, WORK)
+            U = dot3(f_high, f_low, y_high, y_low, U, False, NATIVE, WORK)
+            total = dot(f_high, ones, total, WORK)
+        else:
+            U = dot3(f_high, f_low, y_high, y_low, U, LOW > 0, NATIVE, WORK)
+            total = dot3(f_high, f_low, ones, ones, total, LOW > 0, False, WORK)
+    if TWIN:
+        U += U_low
+        total += total_low
     slot = (b * P + s + 1) * G + g
-    tl.store(M + slot * D * D + d[:, None] * D + d[None, :], U)
-    tl.store(z + slot * D + d, tl.sum(total, 1) / 16)
+    tl.store(M + slot * D * D + c[:, None] * D + d[None, :], U)
+    tl.store(z + slot * D + c, tl.sum(total, 1) / 16)
 
 
 @triton.jit
@@ -52,34 +78,44 @@ def overlap_kernel(
     k, z, A, N, G, P, plane,
     kb, ks, kn: tl.constexpr, kh,
     D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+    WORK: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, TWIN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """A_s = sum_t sigma(K_t) sigma(K_t)^T / (sigma(K_t) z_{s-1}) (D, D), symmetric; 0 where nothing is known.
 
-    With x_t = sigma(K_t) / sqrt(norm_t) it is X^T X, so one product of unlike halves serves for both.
+    With x_t = sigma(K_t) / sqrt(norm_t) it is X^T X, so one product of unlike halves serves for both: A is
+    the symmetric part of high^T high + 2 high^T low.
     """
     s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    k += b * kb + s * ks + g * kh
+    if not TMA:
+        k += b * kb + s * ks + g * kh
     known = tl.load(z + ((b * P + s) * G + g) * D + d)[None, :]
-    like = tl.zeros([D, D], tl.float32)
-    unlike = tl.zeros([D, D], tl.float32)
+    half = tl.zeros([D, D], tl.float32)
+    if TWIN:
+        unlike = tl.zeros([D, D], tl.float32)
     for start in tl.range(0, N, ROWS, num_stages=STAGES):
-        x = load(k + start * kn, n * kn + d[None, :], start + n, N, EVEN).to(tl.float32)
-        f = sigma(x, FEATURES)
+        rows = start + n
+        x = fetch(k, start * kn + n * kn + d[None, :], rows, N, EVEN, b, s, start, g, 0, D, TMA)
+        f = sigma(x.to(tl.float32), FEATURES)
         norm = tl.sum(f * known, 1)[:, None]
         keep = norm > EPS
         if not EVEN:
-            keep = keep & (start + n < N)
+            keep = keep & (rows < N)
         f = f * tl.where(keep, tl.rsqrt(tl.where(keep, norm, 1.0)), 0.0)
         high, low = halves(f, WORK)
-        like = dot(tl.trans(high), high, like, WORK)
-        if LOW > 0:
+        if TWIN:
             unlike = dot(tl.trans(high), low, unlike, WORK)
+        elif LOW > 0:
+            twice = (2 * (f - high.to(tl.float32))).to(WORK)
+            half = dot(tl.trans(high), twice, half, WORK)
+        half = dot(tl.trans(high), high, half, WORK)
+    if TWIN:
+        half += 2 * unlike
     if LOW > 0:
-        like += unlike + tl.trans(unlike)
+        half = (half + tl.trans(half)) * 0.5
     A += ((b * (P - 1) + s) * G + g) * D * D + d[:, None] * D + d[None, :]
-    high, low = halves(like, WORK)
+    high, low = halves(half, WORK)
     tl.store(A, high)
     if SPLIT:
         tl.store(A + plane, low)
@@ -89,10 +125,13 @@ def sums(k: Tensor, v: Tensor, M: Tensor, z: Tensor, features: str) -> None:
     """Fills slots 1.. of M (B, P, G, D, D) and z (B, P, G, D) with what segments 0..P-2 of k and v add."""
     batch, _, n, groups, size = k.shape
     t, slots = shape("sums", size, k.dtype), M.shape[1]
-    sums_kernel[(slots - 1, batch * groups)](
-        k, v, M, z, n, groups, slots, *strides(k, v),
-        D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, LOW=t.low, STAGES=t.stages,
-        num_warps=t.warps, maxnreg=t.regs, **number(k),
+    some = max(size // t.parts, 16)
+    blocks = [*(described(t.rows, some, k) or ()), *(described(t.rows, size, v) or ())] if t.tma else []
+    sums_kernel[((slots - 1) * (size // some), batch * groups)](
+        *(blocks if len(blocks) == 2 else (k, v)), M, z, n, groups, slots, *strides(k, v),
+        D=size, F=some, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, LOW=t.low,
+        TWIN=t.twin and t.low > 0, STAGES=t.stages, TMA=len(blocks) == 2, num_warps=t.warps, maxnreg=t.regs,
+        **number(k),
     )  # fmt: skip
 
 
@@ -108,10 +147,11 @@ def overlap(k: Tensor, z: Tensor, features: str) -> Tensor:
     normaliser before each segment, z (B, P, G, D)."""
     batch, _, n, groups, size = k.shape
     t, slots = shape("overlap", size, k.dtype), z.shape[1]
-    A = taken_like(k, slots - 1)
+    A, blocks = taken_like(k, slots - 1), described(t.rows, size, k) if t.tma else None
     overlap_kernel[(slots - 1, batch * groups)](
-        k, z, A, n, groups, slots, A[0].numel(), *strides(k),
+        *(blocks or (k,)), z, A, n, groups, slots, A[0].numel(), *strides(k),
         D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"],
-        SPLIT=len(A) > 1, LOW=t.low, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
+        SPLIT=len(A) > 1, LOW=t.low, TWIN=t.twin and t.low > 0, STAGES=t.stages, TMA=blocks is not None,
+        num_warps=t.warps, maxnreg=t.regs,
     )  # fmt: skip
     return A

@@ -139,8 +139,11 @@ class LMConfig(TaskConfig):
     split: str = "test"
     max_documents: int | None = None  # of the evaluated split
     max_tokens: int | None = None  # of each evaluated document, from its start
+    joined: bool = False  # read all documents as one stream; max_tokens is then its length
     chunk: int = 8192  # tokens fed a call when streaming
+    batch: int = 16  # documents whose memories are exchanged side by side
     controls: bool = True  # memory off, and another document's memory
+    memory: dict[str, Any] = field(default_factory=dict)  # memory settings that only the evaluation has
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infini_bench.config import to_dict
+from infini_bench.config import evaluated_memory, to_dict
 from infini_bench.device import peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
@@ -118,6 +118,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
 
     path None: about what the task builds with random weights.
     """
+    from infini_bench.models import with_memory
     from infini_bench.tasks import build_task
     from infini_bench.train import load_checkpoint_model
 
@@ -126,7 +127,8 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     tokenizer = None
     if path is not None:
         model, tokenizer, _ = load_checkpoint_model(path)
-        model.to(device)
+        memory = evaluated_memory(cfg)
+        model = (model if memory == cfg.memory else with_memory(model, memory)).to(device)
         record.tokenizer_fingerprint = tokenizer.fingerprint
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
@@ -199,7 +201,7 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
     folder = Path(cfg.records)
     with writing(folder):  # before hours of work, not after
         folder.mkdir(parents=True, exist_ok=True)
-    record.error = "the process ended without a word"  # what stays if it is killed
+    record.error = records.KILLED  # what stays if it is killed
     records.write_record(folder, record)
     record.error = None
     device, began = torch_device(cfg.device), time.perf_counter()

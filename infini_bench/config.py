@@ -21,7 +21,6 @@ from infini_bench.schema import (
     FootprintConfig,
     LMConfig,
     MemoryConfig,
-    MemoryConfig,
     MQARConfig,
     PasskeyConfig,
     ReachConfig,
@@ -84,7 +83,9 @@ def evaluated_memory(cfg: RunConfig) -> MemoryConfig:
     Raises UserError for what is no setting of a memory, or of the wrong type.
     """
     changes = getattr(cfg.task, "memory", {})
-    unknown = [key for key in changes if key not in {field.name for field in dataclasses.fields(MemoryConfig)}]
+    unknown = [
+        key for key in changes if key not in {field.name for field in dataclasses.fields(MemoryConfig)}
+    ]
     if unknown:
         raise unknown_setting(f"memory.{unknown[0]}", known_keys(cfg.task.name))
     memory = _build(MemoryConfig, {**dataclasses.asdict(cfg.memory), **changes}, "task.memory.", {})

@@ -168,7 +168,7 @@ def _seeds(asked: Sequence[int] | None, own: list[int] | None, planned: list[int
 
 
 def _filled(words: list[str], data: Path | None) -> list[str]:
-    """Overrides with the folder of ``--data`` in its place. Raises UserError if it is needed and not there."""
+    """Overrides with the folder of ``--data`` in them. Raises UserError if it is needed and not given."""
     from infini_bench.cli.bridge import quote
 
     if data is None and any(DATA in word for word in words):

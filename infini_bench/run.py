@@ -75,7 +75,7 @@ def run_train(
         record.state_floats = result.state_floats
         losses = ["final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
-        keys = ["steps", "seconds", *losses, *sizes, "segmentwise"]
+        keys = ["steps", "seconds", *losses, *sizes, "segmentwise", "gates"]
         record.train |= {key: getattr(result, key) for key in keys}
     if progress is None:
         show_training(record, folder)
@@ -128,7 +128,8 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     if path is not None:
         model, tokenizer, _ = load_checkpoint_model(path)
         memory = evaluated_memory(cfg)
-        model = (model if memory == cfg.memory else with_memory(model, memory)).to(device)
+        model = model if memory == cfg.memory else with_memory(model, memory)
+        model.to(device)
         record.tokenizer_fingerprint = tokenizer.fingerprint
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)

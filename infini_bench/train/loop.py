@@ -23,11 +23,13 @@ from infini_bench.tasks import build_task
 from infini_bench.train.checkpoint import Checkpoints, find_checkpoint
 from infini_bench.train.curriculum import Curriculum
 from infini_bench.train.device import build_accelerator
-from infini_bench.train.log import MetricsLog
+from infini_bench.train.log import MetricsLog, read_log
 from infini_bench.train.optim import load_state_tensors, state_tensors
 from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import Resumed, TrainState, check_same_run, read_checkpoint, run_of
 from infini_bench.train.step import Stepper, StepStats
+
+GATE_STEPS = 12  # whose gates a run's record keeps
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class TrainResult:
     data_fingerprint: str
     tokenizer_fingerprint: str
     interrupted: bool
+    gates: list[dict[str, Any]]  # of logged steps: {"step", "gates": sigmoid(beta) (layers, H)}
 
 
 def train(cfg: RunConfig, folder: Path, progress: Progress | NullProgress | None = None) -> TrainResult:
@@ -217,7 +220,7 @@ class Trainer:
             line["validation_loss"] = validation
         gates = self.model.gates()
         if gates is not None:
-            parts = {"mean": gates.mean(1), "min": gates.amin(1), "max": gates.amax(1)}
+            parts = {"mean": gates.mean(1), "min": gates.amin(1), "max": gates.amax(1), "all": gates}
             line["gates"] = {name: value.tolist() for name, value in parts.items()}
         return line
 
@@ -264,9 +267,21 @@ class Trainer:
             data_fingerprint=self.task.fingerprint,
             tokenizer_fingerprint=self.task.tokenizer.fingerprint,
             interrupted=interrupted,
+            gates=gate_history(self.folder / "metrics.jsonl") if self.log else [],
         )
 
     def say(self, text: str) -> None:
         """Tells the user something, once however many processes there are."""
         if self.accelerator.is_main_process:
             print(text, file=sys.stderr)
+
+
+def gate_history(log: Path) -> list[dict[str, Any]]:
+    """Gates of at most `GATE_STEPS` logged steps, evenly spread and with the first and the last."""
+    lines = [line for line in read_log(log) if "all" in line.get("gates", {})]
+    count = min(len(lines), GATE_STEPS)
+    chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
+    return [
+        {"step": line["step"], "gates": [[round(g, 4) for g in layer] for layer in line["gates"]["all"]]}
+        for line in chosen
+    ]

@@ -157,6 +157,7 @@ def test_report_writes_every_format(folder):
     assert sorted(p.name for p in paths) == sorted(
         [
             *(f"{name}.{suffix}" for name in NAMES for suffix in ("csv", "md", "tex")),
+            *(f"claims.{suffix}" for suffix in ("csv", "md", "tex")),
             *("report.html", "lm_position.svg"),
         ]
     )

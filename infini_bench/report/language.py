@@ -20,7 +20,7 @@ from infini_bench.report.cells import (
     printed,
     setting,
 )
-from infini_bench.report.compare import REFERENCES
+from infini_bench.report.compare import REFERENCES, SHORTER
 
 TITLES = {
     "table2_lm": "Table 2: language modelling",
@@ -38,7 +38,7 @@ def _table2(rows: list[Row]) -> list[Column]:
         row = paper.TABLE2.get(model)
         return f"{row['pg19']:.2f} / {row['arxiv_math']:.2f}" if row else ABSENT
 
-    against = [name for name in REFERENCES if any(row["condition"] == name for row in rows)]
+    against = [name for name in (*REFERENCES, SHORTER) if any(row["condition"] == name for row in rows)]
     return [
         MODEL,
         SEEDS,

@@ -20,7 +20,7 @@ from typing import Any
 from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper
-from infini_bench.report.compare import compressions, deltas, mean_interval
+from infini_bench.report.compare import compressions, deltas, longer, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import MemoryConfig, RunConfig
 
@@ -98,7 +98,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     for row in measured:  # oldest first, so a newer measurement of the same seed replaces an older one
         cells[tuple(row[key] for key in CELL)][row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
-    rows += [_summed_up(group, values) for group, values in deltas(measured)]
+    rows += [_summed_up(group, values) for group, values in (*deltas(measured), *longer(measured))]
     rows += compressions(rows)
     for row in rows:
         row["paper_value"] = paper.value(row["table"], row)

@@ -267,6 +267,7 @@ _RULES: dict[str, Rule] = {
     ),
     "trainer.optimizer": _one_of(schema.OPTIMIZERS),
     "trainer.precision": _one_of(schema.PRECISIONS),
+    "trainer.parallel": _one_of(schema.PARALLELS),
     "trainer.warmup": _NOT_NEGATIVE,
     "trainer.min_lr": _SHARE,
     "trainer.weight_decay": _NOT_NEGATIVE,

@@ -107,9 +107,9 @@ def start_parameters(model: MemoryLlamaForCausalLM, embeddings: Tensor) -> None:
         nn.init.normal_(model.model.recurrence.vectors.weight, std=embeddings.float().std().item())
 
 
-def save_model(model: MemoryLlamaForCausalLM, folder: Path) -> None:
-    """A Hugging Face folder: config.json and safetensors."""
-    model.save_pretrained(folder)
+def save_model(model: MemoryLlamaForCausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """A Hugging Face folder: config.json and safetensors. weights: unset = the model's own."""
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def load_model(folder: Path) -> MemoryLlamaForCausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -27,7 +28,7 @@ from infini_bench.origin import (
     trained_config,
     untrained,
 )
-from infini_bench.progress import Progress
+from infini_bench.progress import NullProgress, Progress
 from infini_bench.report import records
 from infini_bench.report.records import Record
 from infini_bench.schema import RunConfig
@@ -60,12 +61,13 @@ def run_train(
 
             cfg = replace(cfg, decoder=decoder_of(cfg.base.model, cfg.decoder))
         record = new_record("train", cfg, command)
+        record.id = agreed(record.id, cfg)
         folder = Path(cfg.runs) / record.id
     record.train = {"folder": str(folder)}
     if done := already_done(record, cfg, progress):
         return done
     quiet()
-    with recorded(record, cfg), progress or Progress() as shown:
+    with recorded(record, cfg), progress or (Progress() if leads() else NullProgress()) as shown:
         result = train(cfg, folder, shown)
         record.status = "interrupted" if result.interrupted else "done"
         record.task_version = result.task_version
@@ -77,7 +79,7 @@ def run_train(
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
         keys = ["steps", "seconds", *losses, *sizes, "segmentwise", "gates"]
         record.train |= {key: getattr(result, key) for key in keys}
-    if progress is None:
+    if progress is None and leads():
         show_training(record, folder)
     return record
 
@@ -152,6 +154,25 @@ def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
     return {"id": run, "config_hash": digest, "seed": trained.seed, **corpus, **counts}
 
 
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def leads() -> bool:
+    """Whether this is the only process, or the one of several that speaks and writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def agreed(name: str, cfg: RunConfig) -> str:
+    """The leading process's ``name``, in every process of ``torchrun`` or ``accelerate launch``."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return name
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=torch_device(cfg.device).type == "cpu")
+    return broadcast_object_list([name])[0]
+
+
 # --- records --------------------------------------------------------------------------------------------
 
 
@@ -203,7 +224,8 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
     with writing(folder):  # before hours of work, not after
         folder.mkdir(parents=True, exist_ok=True)
     record.error = records.KILLED  # what stays if it is killed
-    records.write_record(folder, record)
+    if leads():
+        records.write_record(folder, record)
     record.error = None
     device, began = torch_device(cfg.device), time.perf_counter()
     reset_peak(device)
@@ -221,4 +243,5 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
         inner = [row["value"] for row in record.metrics if row["metric"] == "peak_bytes"]  # counted anew
         record.seconds = time.perf_counter() - began
         record.peak_bytes = max(peak_bytes(device), *inner) if inner else peak_bytes(device)
-        records.write_record(folder, record)
+        if leads():
+            records.write_record(folder, record)

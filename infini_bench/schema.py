@@ -25,6 +25,7 @@ BETWEEN = ("constant", "random")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
+PARALLELS = ("ddp", "fsdp")
 SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
@@ -279,6 +280,7 @@ class TrainerConfig:
     precision: str = "auto"  # auto (bf16 on GPU, float32 on CPU) | float32 | bf16
     checkpoint_segments: int | None = None  # recompute activations every so many segments; unset = keep all
     compile: bool = False
+    parallel: str = "ddp"  # several processes: ddp (each has the whole model) | fsdp (each has a share)
     # Numbers of segments, in rising order; empty = the task's length. At a shorter level a micro-batch has
     # batch * longest // level sequences, so that a step keeps its tokens.
     curriculum: list[int] = field(default_factory=list)

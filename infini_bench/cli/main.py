@@ -91,11 +91,24 @@ def train(
     multirun: Multirun = False,
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count parameters, estimate memory and time a GPU, and stop.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="--dry-run: GPUs, a process each.")] = 1,
+    tflops: Annotated[float, typer.Option(min=1, help="--dry-run: bf16 peak of a GPU.")] = 989,
 ) -> None:
     """Train a model; without overrides infini_linear on the embedded text, sized for two CPU cores.
 
     resume=RUN_FOLDER continues a run exactly where it was; a sweep started again skips what is done.
     """
+    if dry_run:
+        from infini_bench.cli.bridge import compose_run, expand, search_path
+        from infini_bench.estimate import report
+
+        words = [*search_path(config_dir), *(overrides or [])]
+        for job in expand(words) if multirun else [words]:
+            print(report(compose_run(job), processes, tflops))
+        return
     _launch("train", overrides or [], multirun, cfg, config_dir)
 
 

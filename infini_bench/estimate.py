@@ -126,7 +126,7 @@ def report(cfg: RunConfig, processes: int = 1, tflops: float = TFLOPS) -> str:
             f"time: about {_time(e.seconds)} on {gpus}, {e.flops:.2e} FLOPs",
             f"assumed: {t.parallel} on {gpus} of {tflops:g} TFLOP/s, {100 * UTILISATION:.0f} % of them "
             f"reached; bf16 with float32 weights; activations of {kept}{again}, {FFN} bytes a feed-forward "
-            f"unit, {WIDTH} a width unit and {MEMORY} more with a memory, a token and layer, as in recorded runs; "
-            "neither loading nor communication nor evaluation counted",
+            f"unit, {WIDTH} a width unit and {MEMORY} more with a memory, a token and layer, as in recorded "
+            "runs; neither loading nor communication nor evaluation counted",
         ]
     )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from infini_bench.models import MemoryLlamaForCausalLM
 from infini_bench.schema import RunConfig
@@ -115,6 +116,8 @@ class Stepper:
             with self.accelerator.autocast():
                 total += n * self.loss(*self.on_device(batch))[0].item()
         self.loss.train()
+        if isinstance(self.loss, FSDPModule):
+            self.loss.reshard()  # what no backward pass follows stays gathered, and hides the trained share
         return total / rows
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -236,6 +236,27 @@ def reproduce(
 
 
 @app.command()
+def rebuild(
+    what: Annotated[str, typer.Argument(metavar="SET", help="books or math.")],
+    out: Annotated[Path, typer.Option(help="Folder for train, validation and test.jsonl.xz.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be read and written; no network.")
+    ] = False,
+) -> None:
+    """Make a set to compare with the recorded ones from the hub: PG19's books by number, arXiv mathematics.
+
+    Then data=books_local data.path=OUT reads it (math_local for mathematics).
+    """
+    from infini_bench.data.rebuild import read_rebuild
+    from infini_bench.data.rebuild import rebuild as run
+
+    made = read_rebuild(what)
+    print(made.plan(out))
+    for path in [] if dry_run else run(made, out):
+        print(f"done: {path}")
+
+
+@app.command()
 def check(
     module: Annotated[str, typer.Argument(help="A model, FILE.py:NAME, MODULE:NAME, or a known package.")],
     arg: Annotated[

@@ -56,7 +56,7 @@ MODELS = (
 # Table 2: the paper's rows in its order, then what they are judged by, then the other rivals.
 TABLE2 = (
     *("transformer_xl", "memorizing", "rmt", "infini_linear", "infini_delta"),
-    *("local_block", "local_sliding", "full"),
+    *("local_block", "local_sliding", "full", "infini_linear_xl", "infini_delta_xl"),
 )
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")

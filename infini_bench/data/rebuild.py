@@ -2,7 +2,7 @@
 
 A file of ``conf/rebuild/`` says which: documents by number (``splits``), or from the first on until a split
 has so many bytes of text (``bytes``). Rows are streamed, nothing but the chosen documents is kept, and each
-split is one file, ``train|validation|test.jsonl.xz``, as ``data=books_local`` and ``data=math_local`` read it.
+split is one file, ``train|validation|test.jsonl.xz``, as ``data=books_local`` and ``math_local`` read it.
 """
 
 from __future__ import annotations

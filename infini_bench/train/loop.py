@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ class TrainResult:
     data_fingerprint: str
     tokenizer_fingerprint: str
     interrupted: bool
-    gates: list[dict[str, Any]]  # of logged steps: {"step", "gates": sigmoid(beta) (layers, H)}
+    # of logged steps: {"step", "gates": sigmoid(beta) (layers, H)}; empty without gates
+    gates: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(cfg: RunConfig, folder: Path, progress: Progress | NullProgress | None = None) -> TrainResult:

@@ -70,6 +70,8 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"memory.layers={cfg.memory.layers}: the last of the {last + 1} layers is {last}.")
     if isinstance(cfg.task, MQARConfig):
         _check_pairs(cfg.task)
+    if isinstance(cfg.task, LMConfig):
+        check_memory(evaluated_memory(cfg))
     if isinstance(cfg.task, PasskeyConfig | NeedlesConfig | EfficiencyConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
     if isinstance(cfg.task, PasskeyConfig | NeedlesConfig):
@@ -77,6 +79,23 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     if isinstance(cfg.task, NeedlesConfig):
         _check_needles(cfg.task)
     return cfg
+
+
+def evaluated_memory(cfg: RunConfig) -> MemoryConfig:
+    """The trained memory with what ``task.memory`` changes for the evaluation.
+
+    Raises UserError for what is no setting of a memory, or of the wrong type.
+    """
+    changes = getattr(cfg.task, "memory", {})
+    unknown = [
+        key for key in changes if key not in {field.name for field in dataclasses.fields(MemoryConfig)}
+    ]
+    if unknown:
+        raise unknown_setting(f"memory.{unknown[0]}", known_keys(cfg.task.name))
+    memory = _build(MemoryConfig, {**dataclasses.asdict(cfg.memory), **changes}, "task.memory.", {})
+    for key, value in _leaves(memory):
+        _check(f"memory.{key}", value)
+    return memory
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
@@ -260,6 +279,7 @@ _RULES: dict[str, Rule] = {
     "trainer.optimizer": _one_of(schema.OPTIMIZERS),
     "trainer.precision": _one_of(schema.PRECISIONS),
     "precision": _one_of(schema.PRECISIONS[1:]),
+    "trainer.parallel": _one_of(schema.PARALLELS),
     "trainer.warmup": _NOT_NEGATIVE,
     "trainer.min_lr": _SHARE,
     "trainer.weight_decay": _NOT_NEGATIVE,

@@ -264,7 +264,10 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         With ``gate_input`` it is the gate of a query of zeros.
         """
         gates = [memory.memory_gate for memory in self.memories if hasattr(memory, "memory_gate")]
-        return torch.sigmoid(torch.stack(gates).detach().float()).cpu() if gates else None
+        if not gates:
+            return None
+        values = torch.stack(gates).detach().float()
+        return torch.sigmoid(values.full_tensor() if hasattr(values, "full_tensor") else values).cpu()
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ All are the decoder of `infini_bench.decoder`.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,26 @@ def attach_memory(model: Any, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
     return new
 
 
+def with_memory(model: MemoryLlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
+    """The same weights under other settings of their memory, which must have the same parameters.
+
+    Raises UserError where it has not.
+    """
+    config = copy.deepcopy(model.config)
+    config.memory = asdict(memory)
+    with torch.device("meta"):
+        new = MemoryLlamaForCausalLM(config)
+    new.model.rotary_emb.inner = model.model.rotary_emb.inner
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if shapes != {name: p.shape for name, p in new.named_parameters()}:
+        raise UserError(
+            "task.memory asks for a memory with parameters of its own; change only what needs no training."
+        )
+    new.load_state_dict(model.state_dict(), strict=False, assign=True)
+    new.tie_weights()
+    return new.train(model.training)
+
+
 @torch.no_grad()
 def start_parameters(model: MemoryLlamaForCausalLM, embeddings: Tensor) -> None:
     """Gives every parameter that is still on the meta device, being the memory's, its start."""
@@ -92,9 +113,9 @@ def start_parameters(model: MemoryLlamaForCausalLM, embeddings: Tensor) -> None:
         nn.init.normal_(model.model.recurrence.vectors.weight, std=embeddings.float().std().item())
 
 
-def save_model(model: MemoryLlamaForCausalLM, folder: Path) -> None:
-    """A Hugging Face folder: config.json and safetensors."""
-    model.save_pretrained(folder)
+def save_model(model: MemoryLlamaForCausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """A Hugging Face folder: config.json and safetensors. weights: unset = the model's own."""
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def load_model(folder: Path) -> MemoryLlamaForCausalLM:

@@ -4,17 +4,25 @@
 tasks: {recall: ["task.trials=100"], lm: []}   # with settings of their own
 models: [infini_linear, infini_delta]          # or: all
 tables: [diag_recall]                          # printed at the end
+
+All that follows may be left out:
+
 grid: {memory.features: [elu1, relu2]}         # every combination of these ...
-variants: {name: [memory.gate_split=2]}        # ... with each of these; both may be left out
-overrides: []                                  # for every job; may be left out
-beside: {gpu: {name: [model=infini_delta]}}    # jobs of their own at one scale; may be left out
+variants: {name: [memory.gate_split=2]}        # ... with each of these; or, of some models and seeds only,
+                                               # name: {overrides: [...], models: [...], seeds: [0, 1]}
+overrides: []                                  # for every job
+each: {memorizing: [memory.entries=16384]}     # for the jobs of one model
+seeds: [0, 1, 2]                               # unset = 0
+scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above but tasks
+
+``{data}`` in an override stands for the folder of ``--data``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -26,6 +34,17 @@ from infini_bench.errors import UserError
 from infini_bench.units import suggest
 
 CONF = Path(str(files("infini_bench.conf")))
+DATA = "{data}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tells the jobs of one variant and point of the grid from others. None = the plan's own."""
+
+    name: str  # empty if there is one only
+    overrides: list[str]
+    models: list[str] | None = None
+    seeds: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,16 +56,24 @@ class Plan:
     models: list[str]
     tables: list[str]
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    variants: dict[str, list[str]] = field(default_factory=dict)
+    variants: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    beside: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    each: dict[str, list[str]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    scales: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def settings(self) -> Iterator[tuple[str, list[str]]]:
-        """Each variant's name (empty if there is one only) and its overrides."""
+    def at(self, scale: str) -> Plan:
+        """The plan as it is at a scale."""
+        return replace(self, **self.scales.get(scale, {}))
+
+    def settings(self) -> Iterator[Setting]:
         axes = [[f"{key}={_text(value)}" for value in values] for key, values in self.grid.items()]
-        for name, words in (self.variants or {"": []}).items():
+        for name, given in (self.variants or {"": []}).items():
+            variant = given if isinstance(given, dict) else {"overrides": given}
             for point in product(*axes):
-                yield " ".join([name, *point]).strip(), [*self.overrides, *words, *point]
+                words = [*self.overrides, *variant["overrides"], *point]
+                known = {key: value for key, value in variant.items() if key != "overrides"}
+                yield Setting(" ".join([name, *point]).strip(), words, **known)
 
 
 def plan_names() -> list[str]:
@@ -59,6 +86,8 @@ def read_plan(name: str) -> Plan:
         there = f"choose one of {', '.join(plan_names())}"
         raise UserError(f'There is no "{name}" to reproduce{suggest(name, plan_names())}; {there}.')
     values = yaml.safe_load((CONF / "plan" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if unknown := [key for key in values if key not in {each.name for each in fields(Plan)}]:
+        raise UserError(f'Plan {name} has an entry "{unknown[0]}" that no plan can have.')
     if values["models"] == "all":
         values["models"] = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     return Plan(name, **values)

@@ -6,6 +6,7 @@ does not stop the others.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import traceback
@@ -22,15 +23,16 @@ from infini_bench import first_steps
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.origin import TRAINED
-from infini_bench.plans import read_plan
+from infini_bench.plans import DATA, read_plan
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.report.check import Check, demo_checks
-from infini_bench.report.records import Record, add_plan, config_hash, current, now, read_records
+from infini_bench.report.records import KILLED, Record, add_plan, config_hash, current, now, read_records
 from infini_bench.report.tables import print_tables, write_report
 from infini_bench.report.tidy import tidy
 from infini_bench.schema import RunConfig
 from infini_bench.workers import Board, Relay, cores, run_all
 
+SAVED = "checkpoints/index.json"  # of a run folder that can be gone on with
 WEIGHTS = {"train": 0.8, "eval": 0.2}  # of a job's time
 
 
@@ -60,22 +62,36 @@ def reproduce(
     scale: str = "laptop",
     out: Path | str | None = None,
     jobs: int | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     models: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | NullProgress | None = None,
+    data: Path | None = None,
+    only: str = "",
+    following: int | None = None,
 ) -> int:
     """Run the plan ``what`` (a file of conf/plan/), print its tables and return the exit code.
 
     Records go to ``<out>/records``, run folders to ``<out>/runs``, tables to ``<out>/tables``, figures to
-    ``<out>/figures``; out unset = ``runs/<what>``. models: unset = the plan's.
+    ``<out>/figures``; out unset = ``runs/<what>``. models, seeds: unset = the plan's. data: the folder that
+    the plan calls ``{data}``. only: jobs with all of these words in their names. following: only so many
+    jobs that are missing, in the plan's order.
     jobs: how many run side by side; unset = one a core at small scales, else 1. Exit code
     1: a job failed, or the demo did not show what it must. Raises UserError for what does not exist.
     """
     started = time.monotonic()
     folder = Path(out or default_folder(what))
-    tables, models = read_plan(what).tables, models or read_plan(what).models
-    planned = plan(what, scale, folder, seeds, models, overrides)
+    tables, models = read_plan(what).at(scale).tables, models or read_plan(what).at(scale).models
+    planned = plan(what, scale, folder, seeds, models, overrides, data, only)
+    if following is not None:
+        planned = [each.job for each in standing(planned) if each.state != "done"][:following]
+        if not planned:
+            print(f"Nothing of {what} is missing at scale={scale}.")
+            return 0
+    if not planned:
+        raise UserError(f"There is nothing to do for {what} at scale={scale} with these models and names.")
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data} is no folder.")
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
@@ -113,34 +129,108 @@ def plan(
     what: str,
     scale: str,
     out: Path,
-    seeds: Sequence[int],
-    models: Sequence[str],
+    seeds: Sequence[int] | None,
+    models: Sequence[str] | None,
     overrides: Sequence[str] = (),
+    data: Path | None = None,
+    only: str = "",
 ) -> list[Job]:
-    """The jobs of a plan, checked, in its order of tasks."""
+    """The jobs of a plan, checked: first seeds first, then in the order of tasks, settings and models.
+
+    models, seeds: unset = the plan's; a setting that names its own has the jobs that both allow.
+    """
     from infini_bench.cli.bridge import compose_run
 
-    plan = read_plan(what)
-    places = [f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}"]
-    asked = [
-        (task, model, variant, [f"model={model}", f"task={task}", *places, *own, *words])
-        for (task, own), model, (variant, words) in product(plan.tasks.items(), models, plan.settings())
-    ]
-    (task, *_) = plan.tasks
-    for name, words in plan.beside.get(scale, {}).items():
-        model = next(word.removeprefix("model=") for word in words if word.startswith("model="))
-        if model in models:
-            asked.append((task, model, name, [*words, f"task={task}", *places]))
-    jobs = []
-    for task, model, variant, words in asked:
-        words = [*words, *overrides]
+    plan = read_plan(what).at(scale)
+    places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
+    jobs: list[tuple[int, Job]] = []
+    for (task, own), setting, model in product(plan.tasks.items(), plan.settings(), models or plan.models):
+        if setting.models is not None and model not in setting.models:
+            continue
+        words = [f"model={model}", f"task={task}", *places, *own, *setting.overrides]
+        words = _filled([*words, *plan.each.get(model, []), *overrides], data)
         cfg = compose_run(words)
-        for seed in seeds:
-            name = " ".join([task, model, *([variant] if variant else []), f"seed {seed}"])
-            parts = [task, model, re.sub(r"[^\w.=-]+", "-", variant), f"seed{seed}"]
+        for seed in _seeds(seeds, setting.seeds, plan.seeds):
+            name = " ".join([task, model, *([setting.name] if setting.name else []), f"seed {seed}"])
+            parts = [task, model, re.sub(r"[^\w.=-]+", "-", setting.name), f"seed{seed}"]
             log = out / "logs" / f"{'-'.join(part for part in parts if part)}.txt"
-            jobs.append(Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name))
-    return jobs
+            if not set(only.split()) <= set(name.split()):
+                continue
+            job = Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name)
+            jobs.append((seed if seeds is None else seeds.index(seed), job))
+    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+
+
+def _seeds(asked: Sequence[int] | None, own: list[int] | None, planned: list[int]) -> list[int]:
+    if asked is None:
+        return planned if own is None else own
+    return [seed for seed in asked if own is None or seed in own]
+
+
+def _filled(words: list[str], data: Path | None) -> list[str]:
+    """Overrides with the folder of ``--data`` in them. Raises UserError if it is needed and not given."""
+    from infini_bench.cli.bridge import quote
+
+    if data is None and any(DATA in word for word in words):
+        raise UserError("This plan reads local sets: name the folder that holds them with --data FOLDER.")
+    filled = []
+    for word in words:
+        key, _, value = word.partition("=")
+        filled.append(f"{key}={quote(value.replace(DATA, str(data)))}" if DATA in value else word)
+    return filled
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands by the records. seconds: of its training and evaluation so far, where known."""
+
+    job: Job
+    state: str  # done | trained | interrupted | failed | missing
+    seconds: float
+    records: list[str]
+
+
+def standing(jobs: Sequence[Job]) -> list[Standing]:
+    """The jobs in their order, each with what is recorded of it."""
+    found = current(read_records(jobs[0].cfg.records)) if jobs else []
+    return [_standing(job, found) for job in jobs]
+
+
+def _standing(job: Job, records: list[Record]) -> Standing:
+    own = _planned_records([job], records)
+    training = [r for r in own if r.kind == "train"]
+    evaluation = [r for r in own if r.kind == "eval"]
+    state = "missing"
+    if evaluation and evaluation[-1].status == "done":
+        state = "done"
+    elif training:
+        state = {"done": "trained"}.get(training[-1].status, training[-1].status)
+    elif evaluation:
+        state = evaluation[-1].status
+    return Standing(job, state, sum(r.seconds or 0.0 for r in own), [r.id for r in own])
+
+
+def standing_text(found: list[Standing]) -> str:
+    """Markdown: a line a job, as results/README.md keeps them."""
+    lines = [f"| {each.job.name} | {each.state} | {each.seconds:.0f} |" for each in found]
+    done = sum(each.state == "done" for each in found)
+    head = ["| run | state | seconds |", "| :-- | :-- | --: |"]
+    return "\n".join([*head, *lines, "", f"{done} of {len(found)} runs are done."])
+
+
+def standing_json(found: list[Standing]) -> str:
+    """A JSON line a job: name, state, seconds, records, overrides and log."""
+    rows = [
+        {
+            "job": each.job.name,
+            "state": each.state,
+            "seconds": round(each.seconds, 1),
+            "records": each.records,
+            "settings": each.job.settings,
+        }
+        for each in found
+    ]
+    return "\n".join(json.dumps(row) for row in rows)
 
 
 def run_job(job: Job, board: Any) -> Outcome:
@@ -186,13 +276,14 @@ def _startable(cfg: RunConfig) -> RunConfig:
     """``cfg``, set to go on with its interrupted run, or to run again if a finished run's folder is gone."""
     digest = config_hash(asdict(cfg))
     same = [r for r in current(read_records(cfg.records)) if (r.kind, r.config_hash) == ("train", digest)]
-    if not same or same[0].status == "failed":
+    if not same:
         return cfg
-    folder = same[0].train["folder"]
-    there = Path(folder).is_dir()
-    if same[0].status == "interrupted":
-        return replace(cfg, resume=folder) if there else cfg
-    return cfg if there else replace(cfg, force=True)
+    folder = same[0].train.get("folder", "")
+    there = bool(folder) and Path(folder).is_dir()
+    if same[0].status == "done":
+        return cfg if there else replace(cfg, force=True)
+    killed = same[0].status == "failed" and same[0].error == KILLED and (Path(folder) / SAVED).exists()
+    return replace(cfg, resume=folder) if there and (same[0].status == "interrupted" or killed) else cfg
 
 
 def _planned_records(jobs: list[Job], records: list[Record]) -> list[Record]:

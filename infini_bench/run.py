@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infini_bench.config import to_dict
+from infini_bench.config import evaluated_memory, to_dict
 from infini_bench.device import computing, peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
@@ -29,7 +30,7 @@ from infini_bench.origin import (
     trained_config,
     untrained,
 )
-from infini_bench.progress import Progress
+from infini_bench.progress import NullProgress, Progress
 from infini_bench.report import records
 from infini_bench.report.records import Record
 from infini_bench.schema import RunConfig
@@ -60,12 +61,13 @@ def run_train(
     else:
         cfg = on_base(cfg) if cfg.base.model is not None else cfg
         record = new_record("train", cfg, command)
+        record.id = agreed(record.id, cfg)
         folder = Path(cfg.runs) / record.id
     record.train = {"folder": str(folder)}
     if done := already_done(record, cfg, progress):
         return done
     quiet()
-    with recorded(record, cfg), progress or Progress() as shown:
+    with recorded(record, cfg), progress or (Progress() if leads() else NullProgress()) as shown:
         result = train(cfg, folder, shown)
         record.status = "interrupted" if result.interrupted else "done"
         record.task_version = result.task_version
@@ -75,10 +77,10 @@ def run_train(
         record.state_floats = result.state_floats
         losses = ["final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
-        keys = ["steps", "seconds", *losses, *sizes, "segmentwise"]
+        keys = ["steps", "seconds", *losses, *sizes, "segmentwise", "gates"]
         record.train |= {key: getattr(result, key) for key in keys}
         record.train["curve"] = curve(folder / "metrics.jsonl")
-    if progress is None:
+    if progress is None and leads():
         show_training(record, folder)
     return record
 
@@ -131,6 +133,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
 
     path None: about what the task builds with random weights, or ``cfg.base`` with a new memory.
     """
+    from infini_bench.models import with_memory
     from infini_bench.pretrained import adapted_model
     from infini_bench.tasks import build_task
     from infini_bench.train import load_checkpoint_model
@@ -140,6 +143,8 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     tokenizer = None
     if path is not None:
         model, tokenizer, _ = load_checkpoint_model(path)
+        memory = evaluated_memory(cfg)
+        model = model if memory == cfg.memory else with_memory(model, memory)
         model.to(device)
         record.tokenizer_fingerprint = tokenizer.fingerprint
     random.seed(cfg.seed)
@@ -164,6 +169,25 @@ def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
     digest = records.config_hash(to_dict(trained))
     corpus = {"task": trained.task.name, "data": trained.data.name, "path": trained.data.path}
     return {"id": run, "config_hash": digest, "seed": trained.seed, **corpus, **counts}
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def leads() -> bool:
+    """Whether this is the only process, or the one of several that speaks and writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def agreed(name: str, cfg: RunConfig) -> str:
+    """The leading process's ``name``, in every process of ``torchrun`` or ``accelerate launch``."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return name
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=torch_device(cfg.device).type == "cpu")
+    return broadcast_object_list([name])[0]
 
 
 # --- records --------------------------------------------------------------------------------------------
@@ -216,8 +240,9 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
     folder = Path(cfg.records)
     with writing(folder):  # before hours of work, not after
         folder.mkdir(parents=True, exist_ok=True)
-    record.error = "the process ended without a word"  # what stays if it is killed
-    records.write_record(folder, record)
+    record.error = records.KILLED  # what stays if it is killed
+    if leads():
+        records.write_record(folder, record)
     record.error = None
     device, began = torch_device(cfg.device), time.perf_counter()
     reset_peak(device)
@@ -235,4 +260,5 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
         inner = [row["value"] for row in record.metrics if row["metric"] == "peak_bytes"]  # counted anew
         record.seconds = time.perf_counter() - began
         record.peak_bytes = max(peak_bytes(device), *inner) if inner else peak_bytes(device)
-        records.write_record(folder, record)
+        if leads():
+            records.write_record(folder, record)

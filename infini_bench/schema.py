@@ -25,6 +25,7 @@ BETWEEN = ("constant", "random")
 SOURCES = ("embedded", "local", "hub")
 OPTIMIZERS = ("adamw", "adafactor")
 PRECISIONS = ("auto", "float32", "bf16")
+PARALLELS = ("ddp", "fsdp")
 SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
@@ -142,8 +143,11 @@ class LMConfig(TaskConfig):
     split: str = "test"
     max_documents: int | None = None  # of the evaluated split
     max_tokens: int | None = None  # of each evaluated document, from its start
+    joined: bool = False  # read all documents as one stream; max_tokens is then its length
     chunk: int = 8192  # tokens fed a call when streaming
+    batch: int = 16  # documents whose memories are exchanged side by side
     controls: bool = True  # memory off, and another document's memory
+    memory: dict[str, Any] = field(default_factory=dict)  # memory settings that only the evaluation has
 
 
 @dataclass
@@ -305,6 +309,7 @@ class TrainerConfig:
     precision: str = "auto"  # auto (bf16 on GPU, float32 on CPU) | float32 | bf16
     checkpoint_segments: int | None = None  # recompute activations every so many segments; unset = keep all
     compile: bool = False
+    parallel: str = "ddp"  # several processes: ddp (each has the whole model) | fsdp (each has a share)
     # Numbers of segments, in rising order; empty = the task's length. At a shorter level a micro-batch has
     # batch * longest // level sequences, so that a step keeps its tokens.
     curriculum: list[int] = field(default_factory=list)

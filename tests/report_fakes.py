@@ -13,6 +13,7 @@ CONFIG: dict[str, Any] = {
     "model": "infini_linear",
     "scale": "laptop",
     "seed": 0,
+    "decoder": {"dim": 64, "ffn": None},
     "memory": {"kind": "compressive", "segment": 32},
     "data": {"name": "embedded", "tokenizer": "bpe", "vocab_size": 2048, "cache_dir": ".cache"},
     "task": {"name": "lm"},

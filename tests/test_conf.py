@@ -70,7 +70,7 @@ def test_all_files_are_described_and_reached():
         assert all(text for _, text in list_options(kind)), kind
     folder = ROOT / "conf"
     groups = {path.parent.name for path in folder.rglob("*.yaml")} - {"conf"}
-    assert groups == {"model", "task", "data", "scale", "recipe", "experiment", "plan"}
+    assert groups == {"model", "task", "data", "scale", "recipe", "experiment", "plan", "rebuild"}
     assert {path.stem for path in (folder / "scale").glob("*.yaml")} == set(SCALES)
     recipes = {f"{task}_{scale}" for task, scale in RECIPES}
     assert {path.stem for path in (folder / "recipe").glob("*.yaml")} == recipes

@@ -1,6 +1,7 @@
 """The contract of design and README, for every memory inside a whole model."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
-from infini_bench.models import attach_memory, build_model, load_model, save_model
+from infini_bench.models import attach_memory, build_model, load_model, save_model, with_memory
 from infini_bench.schema import DecoderConfig, MemoryConfig
 
 V, N = 50, 8
@@ -273,3 +274,22 @@ def test_bfloat16_follows_float32(decoder, ids):
         exact = model.step(ids)[0]
     assert (logits - exact).norm() / exact.norm() < 0.03
     assert all(x.dtype == torch.float32 for name, x in state.tensors().items() if name.endswith((".M", ".z")))
+
+
+@torch.no_grad()
+def test_other_settings_of_a_memory_keep_the_weights(decoder, model, ids):
+    settings = MemoryConfig(**model.config.memory)
+    changed = with_memory(model, replace(settings, gradient_depth=3, entries=9, window=7))
+    assert [p.data_ptr() for p in changed.parameters()] == [p.data_ptr() for p in model.parameters()]
+    same = torch.equal(changed.step(ids)[0], model.step(ids)[0])
+    assert same == (settings.kind not in ("knn", "sliding", "sink"))
+    assert settings.entries == model.config.memory["entries"], "the model itself stays as it was"
+
+
+@torch.no_grad()
+def test_a_window_stands_for_full_attention_where_it_reaches(decoder, ids):
+    full = build_model(decoder, MemoryConfig(kind="full", segment=N), V).eval()
+    window = with_memory(full, MemoryConfig(kind="sliding", segment=N, window=64))
+    torch.testing.assert_close(window.step(ids)[0], full.step(ids)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="parameters of its own"):
+        with_memory(full, MemoryConfig(kind="compressive", segment=N))

@@ -1,11 +1,14 @@
 """Plans: files of conf/plan/ become jobs."""
 
 import pytest
+import torch
 
 from infini_bench import plans
 from infini_bench.cli.listing import list_options
+from infini_bench.config import evaluated_memory
 from infini_bench.errors import UserError
-from infini_bench.plans import Plan, plan_names, read_plan
+from infini_bench.models import build_model
+from infini_bench.plans import Plan, Setting, plan_names, read_plan
 from infini_bench.report.tidy import NAMES, TABLES, VIEWS
 from infini_bench.reproduce import plan
 
@@ -29,8 +32,9 @@ def test_views_are_plans():
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
 def test_every_job_composes(name, scale, tmp_path):
     made = read_plan(name)
-    jobs = plan(name, scale, tmp_path, (0,), made.models[:1])
-    assert len(jobs) == len(made.tasks) * len([*made.settings()])
+    jobs = plan(name, scale, tmp_path, (0,), ["infini_linear"], data=tmp_path)
+    settings = [x for x in made.at(scale).settings() if x.models is None or "infini_linear" in x.models]
+    assert len(jobs) == len(made.tasks) * len(settings) > 0
 
 
 def test_settings_are_the_product_of_variants_and_grid():
@@ -43,13 +47,78 @@ def test_settings_are_the_product_of_variants_and_grid():
         variants={"p": ["d=1"], "q": []},
         overrides=["e=2"],
     )
-    assert [*made.settings()] == [
+    assert [(setting.name, setting.overrides) for setting in made.settings()] == [
         ("p a.b=1 c=true", ["e=2", "d=1", "a.b=1", "c=true"]),
         ("p a.b=x c=true", ["e=2", "d=1", "a.b=x", "c=true"]),
         ("q a.b=1 c=true", ["e=2", "a.b=1", "c=true"]),
         ("q a.b=x c=true", ["e=2", "a.b=x", "c=true"]),
     ]
-    assert [*Plan("x", {}, [], []).settings()] == [("", [])]
+    assert [*Plan("x", {}, [], []).settings()] == [Setting("", [])]
+
+
+def table2(tmp_path, **options):
+    return plan("table2", "gpu", tmp_path, None, None, data=tmp_path, **options)
+
+
+def test_table2_is_one_budget_for_every_row(tmp_path):
+    jobs = table2(tmp_path)
+    names = [job.name for job in jobs]
+    assert len(names) == len(set(names)) == 12 * 5 + 2 * 2
+    assert names[0] == "lm transformer_xl books seed 0" and names[12] == "lm transformer_xl math seed 0"
+    books = [job.cfg for job in jobs if " books " in job.name]
+    assert {cfg.seed for cfg in books} == {0, 1, 2}
+    assert {cfg.seed for cfg in (job.cfg for job in jobs) if cfg.data.name == "math"} == {0, 1}
+    for cfg in (job.cfg for job in jobs):
+        tokens = cfg.trainer.batch * cfg.trainer.accumulate * cfg.task.sequence
+        assert tokens == 65536 and cfg.memory.segment == 512 and cfg.data.vocab_size == 16384
+        budget = {"books": 80e6, "math": 36e6}[cfg.data.name]
+        assert tokens * cfg.trainer.steps == pytest.approx(budget, rel=1e-3)
+        assert (cfg.decoder.layers, cfg.decoder.dim, cfg.decoder.heads) == (12, 512, 8)
+        assert (cfg.trainer.lr, cfg.trainer.optimizer, cfg.task.split) == (2e-3, "adamw", "test")
+    (memorizing,) = (cfg for cfg in books if (cfg.model, cfg.seed) == ("memorizing", 0))
+    assert (memorizing.memory.entries, evaluated_memory(memorizing).entries) == (16384, 65536)
+    (full,) = (cfg for cfg in books if (cfg.model, cfg.seed) == ("full", 0))
+    assert (evaluated_memory(full).kind, evaluated_memory(full).window) == ("sliding", full.task.sequence)
+    long = [job.cfg for job in jobs if "long" in job.name]
+    assert {(cfg.model, cfg.task.sequence) for cfg in long} == {
+        ("infini_linear", 32768),
+        ("infini_delta", 32768),
+    }
+
+
+def test_table2_models_have_equal_parameters(tmp_path):
+    sizes = {}
+    for job in table2(tmp_path, only="books seed 0"):
+        with torch.device("meta"):
+            model = build_model(job.cfg.decoder, job.cfg.memory, job.cfg.data.vocab_size)
+        sizes[job.cfg.model] = sum(p.numel() for p in model.parameters()) - 16384 * 512
+    assert len(sizes) == 12 and max(sizes.values()) / min(sizes.values()) < 1.02
+    assert sizes["infini_linear"] == pytest.approx(38e6, rel=0.01)
+
+
+def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):
+    made = Plan(
+        "x",
+        {"lm": []},
+        ["full", "rmt"],
+        [],
+        variants={"a": [], "b": {"overrides": ["data=local", "data.path={data}/it's"], "models": ["rmt"]}},
+        each={"rmt": ["memory.tokens=3"]},
+        seeds=[0, 2],
+        scales={"gpu": {"models": ["rmt"]}},
+    )
+    monkeypatch.setattr("infini_bench.reproduce.read_plan", lambda name: made)
+    with pytest.raises(UserError, match="--data FOLDER"):
+        plan("x", "smoke", tmp_path, None, None)
+    jobs = plan("x", "smoke", tmp_path, None, None, data=tmp_path)
+    assert [job.name for job in jobs] == [
+        *("lm full a seed 0", "lm rmt a seed 0", "lm rmt b seed 0"),
+        *("lm full a seed 2", "lm rmt a seed 2", "lm rmt b seed 2"),
+    ]
+    assert [job.cfg.memory.tokens for job in jobs[:3]] == [16, 3, 3]
+    assert jobs[2].cfg.data.path == f"{tmp_path}/it's"
+    assert {job.cfg.model for job in plan("x", "gpu", tmp_path, (2, 7), None, data=tmp_path)} == {"rmt"}
+    assert len(plan("x", "smoke", tmp_path, None, None, data=tmp_path, only="rmt 2")) == 2
 
 
 def test_jobs_of_a_grid_have_names_and_logs_of_their_own(tmp_path, monkeypatch):
@@ -72,7 +141,10 @@ def test_all_models_means_every_file(tmp_path, monkeypatch):
         (tmp_path / path).write_text("tasks: {lm: []}\nmodels: all\ntables: [table2_lm]\n")
     monkeypatch.setattr(plans, "CONF", tmp_path)
     assert read_plan("p").models == ["a", "b"]
-    with pytest.raises(UserError, match=r'There is no "q" to reproduce; choose one of p\.'):
+    (tmp_path / "plan/r.yaml").write_text("tasks: {}\nmodels: []\ntables: []\nsead: 3\n")
+    with pytest.raises(UserError, match='"sead"'):
+        read_plan("r")
+    with pytest.raises(UserError, match=r'There is no "q" to reproduce; choose one of p'):
         read_plan("q")
 
 

@@ -54,15 +54,53 @@ def test_paper_values_stand_beside_the_same_measurement_only():
 def test_table2_layout():
     titles, sheet = sheet_text([lm(), lm("local_block", nats=(120.0, 310.0))], "table2_lm")
     assert titles == [
-        *("model", "seeds", "memory floats", "segment", "token ppl", "word ppl", "bits/byte", "memory off"),
-        *("other memory", "Δ vs local_block", "params", "train tokens"),
+        *("model", "seeds", "memory floats", "times smaller than memorizing", "segment", "gradient span"),
+        *("read", "token ppl", "word ppl", "bits/byte", "memory off", "other memory", "Δ vs local_block"),
+        *("tokens/s", "GPU seconds", "ffn", "params", "train tokens"),
         "paper (other data, tokenizer, scale): token ppl, PG19 / Arxiv-math",
     ]
-    local, infini = sheet.rows
-    assert infini[:6] == ["infini_linear", "1", "8,448", "32", "20.00\n[19.00, 21.00]", "400.0"]
-    assert infini[9:] == ["-0.216\n[-0.289, -0.144]", "100,000", "2,000,000", "9.65 / 2.24"]
-    assert local[9] == local[8] == "—"
+    infini, local = (dict(zip(titles, row, strict=True)) for row in sheet.rows)
+    assert infini["model"] == "infini_linear" and infini["token ppl"] == "20.00\n[19.00, 21.00]"
+    assert infini["Δ vs local_block"] == "-0.216\n[-0.289, -0.144]"
+    assert sheet.rows[0][-3:] == ["100,000", "2,000,000", "9.65 / 2.24"] and infini["ffn"] == "256"
+    assert local["Δ vs local_block"] == local["other memory"] == local["GPU seconds"] == "—"
     assert "not the architecture" in sheet.caption and "unigram model needs 8.50 bits" in sheet.caption
+
+
+@pytest.mark.parametrize(
+    ("memory", "task", "span"),
+    [
+        ({"kind": "xl"}, {}, "512"),
+        ({"kind": "compressive"}, {}, "16,384"),
+        ({"kind": "compressive", "gradient_depth": 4}, {}, "2,048"),
+        ({"kind": "rmt", "gradient_depth": 99}, {}, "16,384"),
+        ({"kind": "sliding"}, {}, "1,024"),
+        ({"kind": "full", "gradient_depth": 2}, {"memory": {"kind": "sliding"}}, "16,384"),
+    ],
+)
+def test_gradient_span_is_printed(memory, task, span):
+    config = {
+        "memory": {"segment": 512, **memory},
+        "task": {"name": "lm", "sequence": 16384, **task},
+    }
+    titles, sheet = sheet_text([lm(config=config)], "table2_lm")
+    assert sheet.rows[0][titles.index("gradient span")] == span
+
+
+def test_sizes_times_and_the_state_to_save():
+    machine = {"device": "GPU X", "train": {"tokens": 5, "seconds": 60.0}}
+    runs = [
+        lm("memorizing", state_floats=73_400_320, **machine),
+        lm(state_floats=399_360, **machine),
+        lm("local_block", state_floats=0, **machine),
+    ]
+    titles, sheet = sheet_text(runs, "table2_lm")
+    rows = {row[0]: dict(zip(titles, row, strict=True)) for row in sheet.rows}
+    assert [*rows] == ["memorizing", "infini_linear", "local_block"]
+    ratios = [row["times smaller than memorizing"] for row in rows.values()]
+    assert ratios == ["1.0", "183.8", "—"]
+    assert rows["infini_linear"]["GPU seconds"] == "62"  # 60 of training, 2 of reading
+    assert rows["infini_linear"]["Δ vs memorizing"].startswith("+0.000")
 
 
 def test_table3_layout_has_on_and_off_beside_each_other():
@@ -130,11 +168,15 @@ def folder(tmp_path):
 
 def test_report_writes_every_format(folder):
     paths = write_report(folder / "records", folder / "out", FORMATS)
-    assert [path.name for path in (folder / "figures").iterdir()] == ["table3_passkey.svg"]
+    assert sorted(path.name for path in (folder / "figures").iterdir()) == [
+        "lm_position.svg",
+        "table3_passkey.svg",
+    ]
     assert sorted(p.name for p in paths) == sorted(
         [
             *(f"{name}.{suffix}" for name in NAMES for suffix in ("csv", "md", "tex")),
-            *("report.html", "table3_passkey.svg"),
+            *(f"claims.{suffix}" for suffix in ("csv", "md", "tex")),
+            *("report.html", "lm_position.svg", "table3_passkey.svg"),
         ]
     )
     markdown = (folder / "out" / "table2_lm.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, replace
 from functools import cache
@@ -15,7 +16,7 @@ from infini_bench import reproduce as module
 from infini_bench.cli import bridge
 from infini_bench.errors import UserError
 from infini_bench.progress import NullProgress
-from infini_bench.report.records import config_hash, find_done, read_records, write_record
+from infini_bench.report.records import KILLED, config_hash, find_done, read_records, write_record
 from infini_bench.reproduce import plan, reproduce
 from infini_bench.schema import RunConfig
 
@@ -195,6 +196,46 @@ def test_an_interrupted_training_goes_on(tmp_path, calls):
     write_record(tmp_path / "records", cut)
     reproduce("table2", scale="smoke", out=tmp_path, jobs=1, models=("full",), progress=NullProgress())
     assert calls.resumed == ["full"] and calls.trained == []
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, calls):
+    job = plan("table2", "smoke", tmp_path, (0,), ("full",))[0]
+    digest, folder = config_hash(asdict(job.cfg)), tmp_path / "runs" / "cut"
+    folder.mkdir(parents=True)
+    changes = {"status": "failed", "error": KILLED, "train": {"folder": str(folder)}}
+    write_record(tmp_path / "records", lm("full", kind="train", config_hash=digest, **changes))
+    options = {"scale": "smoke", "jobs": 1, "models": ("full",), "progress": NullProgress()}
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "index.json").write_text("{}")
+    reproduce("table2", out=tmp_path, **options)
+    assert calls.resumed == ["full"] and calls.trained == []
+
+
+def test_what_is_missing_is_known_and_the_next_of_it_runs(tmp_path, calls, capsys):
+    options = {"scale": "smoke", "jobs": 1, "models": ("full", "rmt", "sink"), "progress": NullProgress()}
+    calls.broken.add(("rmt", "lm"))
+    assert reproduce("table2", out=tmp_path, following=1, **options) == 0
+    assert calls.trained == ["full"] == calls.evaluated
+    assert reproduce("table2", out=tmp_path, following=2, **options) == 1
+    assert calls.trained == ["full", "sink"]
+    found = module.standing(plan("table2", "smoke", tmp_path, None, options["models"]))
+    assert [(each.job.cfg.model, each.state) for each in found] == [
+        ("full", "done"),
+        ("rmt", "missing"),
+        ("sink", "done"),
+    ]
+    assert found[0].seconds == 4.0 and sorted(found[0].records) == ["eval-lm-full-0", "train-lm-full-0"]
+    text = module.standing_text(found)
+    assert "| lm rmt seed 0 | missing | 0 |" in text and "2 of 3 runs are done." in text
+    lines = [json.loads(line) for line in module.standing_json(found).splitlines()]
+    assert [line["state"] for line in lines] == ["done", "missing", "done"]
+    assert lines[1]["settings"][:2] == ["model=rmt", "task=lm"]
+    calls.broken.clear()
+    assert reproduce("table2", out=tmp_path, following=5, **options) == 0
+    assert reproduce("table2", out=tmp_path, following=5, **options) == 0
+    assert "Nothing of table2 is missing" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing to do"):
+        reproduce("table2", out=tmp_path, only="math", **options)
 
 
 def test_ctrl_c_stops_all(tmp_path, calls, monkeypatch):

@@ -13,9 +13,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 from train_fakes import run_config, train_in_child
 
-from infini_bench.schema import RunConfig
+from infini_bench.errors import UserError
+from infini_bench.schema import RunConfig, TrainerConfig
+from infini_bench.train import load_checkpoint_model
+from infini_bench.train.parallel import check_launcher
 
 SETTINGS = {"steps": 6, "save_every": 2, "validate_every": 3, "keep": 1, "curriculum": [1, 2]}
 
@@ -72,19 +76,60 @@ def test_killed_at_random_moments_and_resumed_it_logs_the_undisturbed_run(
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_two_processes_train_as_one_that_accumulates(children, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def two(children):
+    """Trains a folder by two processes, which must both end well."""
+
+    def train_it(folder, **settings):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        ranks = [
+            children(
+                config(folder, **settings),
+                folder,
+                None,
+                {**common, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"},
+            )
+            for r in ("0", "1")
+        ]
+        assert [finish(rank) for rank in ranks] == [0, 0]
+
+    return train_it
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": "ddp", "optimizer": "adafactor"},
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "optimizer": "adafactor", "checkpoint_segments": 1},
+    ],
+    ids=["ddp", "fsdp", "fsdp-paper"],
+)
+def test_two_processes_train_as_one_that_accumulates(children, two, tmp_path, settings):
+    """Equal losses at the same global batch, and one whole checkpoint, from which both forms go on alike."""
     both, alone = tmp_path / "both", tmp_path / "alone"
-    ranks = [
-        children(config(both), both, None, {**common, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"})
-        for r in ("0", "1")
-    ]
-    assert [finish(rank) for rank in ranks] == [0, 0]
-    assert finish(children(config(alone, accumulate=2), alone)) == 0
+    two(both, **settings)
+    single = {key: value for key, value in settings.items() if key != "parallel"}
+    assert finish(children(config(alone, accumulate=2, **single), alone)) == 0
     a, b = log(both), log(alone)
     assert [line["step"] for line in a] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "task_loss", "grad_norm", "tokens"):
         assert [line[key] for line in a] == pytest.approx([line[key] for line in b], rel=1e-5)
+    two(both, **{**settings, "steps": 8})
+    assert finish(children(config(alone, accumulate=2, **{**single, "steps": 8}), alone)) == 0
+    assert [line["loss"] for line in log(both)] == pytest.approx([x["loss"] for x in log(alone)], rel=1e-5)
+    one, other = (load_checkpoint_model(folder)[0].state_dict() for folder in (both, alone))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-4)
+
+
+def test_sharing_needs_a_launcher_and_is_a_setting(monkeypatch):
+    with pytest.raises(UserError, match="torchrun"):
+        check_launcher(TrainerConfig(parallel="fsdp"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"trainer\.parallel=fsdp"):
+        check_launcher(TrainerConfig())

@@ -95,11 +95,24 @@ def train(
     multirun: Multirun = False,
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count parameters, estimate memory and time a GPU, and stop.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="--dry-run: GPUs, a process each.")] = 1,
+    tflops: Annotated[float, typer.Option(min=1, help="--dry-run: bf16 peak of a GPU.")] = 989,
 ) -> None:
     """Train a model; without overrides infini_linear on the embedded text, sized for two CPU cores.
 
     resume=RUN_FOLDER continues a run exactly where it was; a sweep started again skips what is done.
     """
+    if dry_run:
+        from infini_bench.cli.bridge import compose_run, expand, search_path
+        from infini_bench.estimate import report
+
+        words = [*search_path(config_dir), *(overrides or [])]
+        for job in expand(words) if multirun else [words]:
+            print(report(compose_run(job), processes, tflops))
+        return
     _launch("train", overrides or [], multirun, cfg, config_dir)
 
 
@@ -245,16 +258,60 @@ def reproduce(
     overrides: Overrides = None,
     models: Annotated[str | None, typer.Option(help="Models with commas; unset: the plan's.")] = None,
     scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
-    seeds: Annotated[str, typer.Option(help="Seeds with commas, e.g. 0,1,2.")] = "0",
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds with commas, e.g. 0,1,2; unset: the plan's.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs, records and tables.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the local sets that a plan names.")] = None,
+    only: Annotated[str, typer.Option(help="Jobs with these words in their names, e.g. 'rmt math'.")] = "",
+    following: Annotated[
+        int | None, typer.Option("--next", min=1, help="Only so many jobs that are not done yet.")
+    ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Run nothing: list what is not done.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="The same, of all jobs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The list as JSON lines.")] = False,
 ) -> None:
     """Train and evaluate all that a table needs, and print it; overrides hold for every job."""
-    from infini_bench.reproduce import parse_seeds
-    from infini_bench.reproduce import reproduce as run
+    from infini_bench import reproduce as module
 
-    chosen, numbers = models.split(",") if models else None, parse_seeds(seeds)
-    raise typer.Exit(run(what, scale, out, jobs, numbers, chosen, overrides or []))
+    chosen = models.split(",") if models else None
+    numbers = module.parse_seeds(seeds) if seeds else None
+    if missing or listed:
+        folder = out or module.default_folder(what)
+        found = module.standing(
+            module.plan(what, scale, folder, numbers, chosen, overrides or [], data, only)
+        )
+        shown = [each for each in found if listed or each.state != "done"]
+        print((module.standing_json if as_json else module.standing_text)(shown))
+        return
+    words = overrides or []
+    raise typer.Exit(
+        module.reproduce(
+            what, scale, out, jobs, numbers, chosen, words, data=data, only=only, following=following
+        )
+    )
+
+
+@app.command()
+def rebuild(
+    what: Annotated[str, typer.Argument(metavar="SET", help="books or math.")],
+    out: Annotated[Path, typer.Option(help="Folder for train, validation and test.jsonl.xz.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be read and written; no network.")
+    ] = False,
+) -> None:
+    """Make a set to compare with the recorded ones from the hub: PG19's books by number, arXiv mathematics.
+
+    Then data=books_local data.path=OUT reads it (math_local for mathematics).
+    """
+    from infini_bench.data.rebuild import read_rebuild
+    from infini_bench.data.rebuild import rebuild as run
+
+    made = read_rebuild(what)
+    print(made.plan(out))
+    for path in [] if dry_run else run(made, out):
+        print(f"done: {path}")
 
 
 @app.command()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from infini_bench.report import paper
+
 Row = dict[str, Any]
 Line = list[Row]  # all tidy rows of one printed row
 
@@ -62,6 +64,11 @@ def fact(key: str) -> Callable[[Line], str]:
 
 def setting(group: str, key: str) -> Callable[[Line], str]:
     return lambda line: str(line[0]["config"][group][key])
+
+
+def printed(title: str, cell: Callable[[str], str]) -> Column:
+    """A column of the paper's own numbers, by model."""
+    return Column(f"{paper.HEADER}: {title}", lambda line: cell(line[0]["model"]), wide=True)
 
 
 def _name(line: Line) -> str:

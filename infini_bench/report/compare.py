@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,10 +18,15 @@ Estimate = tuple[float, float | None, float | None]  # value, ci_low, ci_high
 # Student's t at 97.5 % for 1, 2 ... 10 degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
-REFERENCES = ("local_block", "transformer_xl")
+# The last one is set beside other Infini memories only.
+REFERENCES = ("local_block", "transformer_xl", "memorizing", "infini_linear")
+SHORTER = "shorter training"  # what a model trained on longer sequences is compared with
+LENGTH = ("task.sequence", "trainer.batch")
+SIZES = 0.02  # share by which the parameters of two compared models may differ
 RESAMPLES = 2000
+SHEET = ("scale", "device", "dataset", "split", "protocol")
 # Two models are compared when all of this is the same: one budget, one corpus, one machine.
-BUDGET = ("scale", "device", "dataset", "split", "length", "train_tokens", "budget")
+BUDGET = ("scale", "device", "dataset", "split", "length", "protocol", "train_tokens", "budget")
 
 
 def mean_interval(values: list[float]) -> Estimate:
@@ -44,14 +50,62 @@ def deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
         if row["table"] == "table2_lm" and row["metric"] == "bits_per_byte":
             runs[row["model"], row["variant"], *(row[key] for key in BUDGET)][row["seed"]] = row
     for (model, variant, *budget), by_seed in runs.items():
-        for reference in REFERENCES:
+        for reference in REFERENCES if model.startswith("infini") else REFERENCES[:-1]:
             others = {key[1]: run for key, run in runs.items() if (key[0], *key[2:]) == (reference, *budget)}
             other = others.get(variant) if len(others) != 1 else next(iter(others.values()))
             pairs = [(row, other[seed]) for seed, row in by_seed.items() if seed in other] if other else []
-            if model != reference and pairs and _same_documents(pairs):
-                heads = [_head(left, right, reference) for left, right in pairs]
-                estimate = paired_delta([(left["extra"], right["extra"]) for left, right in pairs])
-                yield heads, (*estimate, len(pairs[0][0]["extra"]["documents"]))
+            if model != reference and pairs and _same_documents(pairs) and _same_size(pairs):
+                yield _compared(pairs, reference)
+
+
+def longer(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
+    """Each model against itself trained on the shortest sequences, in as many tokens; as `deltas`."""
+    groups: dict[tuple, dict[int, dict[Seed, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in measured:
+        sequence = row["config"]["task"].get("sequence")
+        if row["table"] == "table2_lm" and row["metric"] == "bits_per_byte" and sequence is not None:
+            budget = [pair for pair in row["budget"] if pair[0] not in LENGTH]
+            memory = json.dumps(row["config"]["memory"], sort_keys=True)
+            place = (row["model"], memory, *(row[key] for key in BUDGET[:-1]), *budget)
+            groups[place][sequence][row["seed"]] = row
+    for by_sequence in groups.values():
+        shortest, *others = sorted(by_sequence)
+        for sequence in others:
+            short, long = by_sequence[shortest], by_sequence[sequence]
+            pairs = [(row, short[seed]) for seed, row in long.items() if seed in short]
+            if pairs and _same_documents(pairs):
+                yield _compared(pairs, SHORTER)
+
+
+def compressions(rows: list[Row]) -> list[Row]:
+    """How many times smaller each model's carried state is than Memorizing Transformers' on the same sheet.
+
+    rows: tidy. Where several settings of it were run, the largest store counts: it is the one to be saved.
+    """
+    sheets: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["table"] == "table2_lm" and row["metric"] == "bits_per_byte":
+            sheets[tuple(row[key] for key in SHEET)].append(row)
+    made = []
+    for sheet in sheets.values():
+        most = max((row["state_floats"] or 0 for row in sheet if row["model"] == "memorizing"), default=0)
+        for row in sheet if most else []:
+            if row["state_floats"]:
+                blank = {"metric": "state_ratio", "condition": "memorizing", "ci_low": None, "ci_high": None}
+                made.append({**row, **blank, "value": most / row["state_floats"], "extra": {}})
+    return made
+
+
+def _same_size(pairs: list[tuple[Row, Row]]) -> bool:
+    """Whether the models have as many parameters, as far as is known."""
+    known = [(left["params"], right["params"]) for left, right in pairs if left["params"] and right["params"]]
+    return all(abs(one - other) <= SIZES * other for one, other in known)
+
+
+def _compared(pairs: list[tuple[Row, Row]], reference: str) -> tuple[list[Row], tuple]:
+    heads = [_head(left, right, reference) for left, right in pairs]
+    estimate = paired_delta([(left["extra"], right["extra"]) for left, right in pairs])
+    return heads, (*estimate, len(pairs[0][0]["extra"]["documents"]))
 
 
 def _head(left: Row, right: Row, reference: str) -> Row:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from infini_bench.report import efficiency_figure, probe_figures, retrieval_figures
+from infini_bench.report import efficiency_figure, lm_figures, probe_figures, retrieval_figures
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
 
@@ -295,4 +295,5 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     **probe_figures.FIGURES,
     **efficiency_figure.FIGURES,
     **retrieval_figures.FIGURES,
+    **lm_figures.FIGURES,
 }

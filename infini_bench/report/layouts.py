@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import adapted, diagnostics, efficiency, paper, probes, retrieval
+from infini_bench.report import adapted, diagnostics, efficiency, gates, language, paper, probes, retrieval
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -14,41 +14,39 @@ from infini_bench.report.cells import (
     Column,
     Line,
     Row,
-    fact,
     find,
     grouped,
     measured,
     number,
-    setting,
+    printed,
 )
-from infini_bench.report.compare import REFERENCES
+from infini_bench.report.language import INTERVALS
 from infini_bench.report.records import Record, current
 from infini_bench.report.tidy import NAMES, POSITIONS, VIEWS, rank, tables_of
 from infini_bench.units import format_length
 
 TITLES = {
-    "table2_lm": "Table 2: language modelling",
-    "lm_position": "Table 2 by position: loss along the document",
+    **language.TITLES,
     "table3_passkey": "Table 3: passkey retrieval",
     "table4_booksum": "Table 4: book summaries",
     **retrieval.TITLES,
     **diagnostics.TITLES,
     **probes.TITLES,
     **efficiency.TITLES,
+    **gates.TITLES,
 }
 LINES = {  # what the rows of a line share beside model and variant; a control by position has its own
     **dict.fromkeys(NAMES, ("protocol",)),
-    "lm_position": ("condition",),
+    **language.LINES,
     **dict.fromkeys(VIEWS, ()),
     **retrieval.LINES,
     **diagnostics.LINES,
     **probes.LINES,
     **efficiency.LINES,
+    **gates.LINES,
 }
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
-INTERVALS = "In brackets 95 % intervals: over documents with one seed, over seeds (Student) with several."
-DELTA = "delta_bits_per_byte"
 NEEDLE = "constant"  # the paper's kind
 NOT_RUN = (
     " Not run: the weights could not be had, or were not asked for; such a row has the paper's value alone "
@@ -152,61 +150,6 @@ def _failures(records: Iterable[Record]) -> dict[str, list[str]]:
 # --- the tables -----------------------------------------------------------------------------------------
 
 
-def _paper(title: str, cell: Callable[[str], str]) -> Column:
-    return Column(f"{paper.HEADER}: {title}", lambda line: cell(line[0]["model"]), wide=True)
-
-
-def _table2(rows: list[Row]) -> list[Column]:
-    def printed(model: str) -> str:
-        row = paper.TABLE2.get(model)
-        return f"{row['pg19']:.2f} / {row['arxiv_math']:.2f}" if row else ABSENT
-
-    against = [name for name in REFERENCES if any(row["condition"] == name for row in rows)]
-    return [
-        MODEL,
-        SEEDS,
-        Column("memory floats", fact("state_floats")),
-        Column("segment", setting("memory", "segment"), wide=True),
-        Column("token ppl", measured("token_ppl", 2)),
-        Column("word ppl", measured("word_ppl", 1), wide=True),
-        Column("bits/byte", measured("bits_per_byte", 3)),
-        Column("memory off", measured("bits_per_byte_memory_off", 3)),
-        Column("other memory", measured("bits_per_byte_other_memory", 3)),
-        *(Column(f"Δ vs {name}", measured(DELTA, 3, "+", condition=name)) for name in against),
-        *BUDGET,
-        _paper("token ppl, PG19 / Arxiv-math", printed),
-    ]
-
-
-def _caption2(rows: list[Row]) -> str:
-    data = rows[0]["config"]["data"]
-    size = f" with {data['vocab_size']} tokens" if data["tokenizer"] == "bpe" else ""
-    return (
-        "Whole documents, state carried from the first token to the last; tokenizer "
-        f"{data['tokenizer']}{size}. {INTERVALS} "
-        f"A unigram model needs {_unigram(rows)} bits a token. Memory off and other memory (another "
-        "document's state): bits per byte. Δ: bits per byte against that model on the same documents, seeds "
-        "and budget, paired bootstrap; below zero is better."
-    )
-
-
-def _unigram(rows: list[Row]) -> str:
-    row = find(rows, "unigram_bits_per_token")
-    return number(row["value"] if row else None, 2)
-
-
-def _positions(rows: list[Row]) -> list[Column]:
-    def cell(place: str) -> Callable[[Line], str]:
-        return lambda line: measured("loss", 3, position=place, condition=line[0]["condition"])(line)
-
-    return [
-        MODEL,
-        SEEDS,
-        Column("control", lambda line: line[0]["condition"] or ABSENT),
-        *(Column(f"{int(place):,}", cell(place)) for place in _places(rows)),
-    ]
-
-
 def _table3(rows: list[Row]) -> list[Column]:
     keys = [row for row in rows if row["length"] is not None]
     lengths, places = sorted({row["length"] for row in keys}), _places(keys)
@@ -223,7 +166,7 @@ def _table3(rows: list[Row]) -> list[Column]:
             if place in bits
         ),
         *BUDGET,
-        _paper("32K … 1M, token accuracy after fine-tuning", _printed_passkey),
+        printed("32K … 1M, token accuracy after fine-tuning", _printed_passkey),
     ]
 
 
@@ -288,7 +231,7 @@ def _caption_bits(rows: list[Row]) -> str:
 def _table4(rows: list[Row]) -> list[Column]:
     names = {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum", "overall": "overall"}
 
-    def printed(model: str) -> str:
+    def numbers(model: str) -> str:
         row = paper.TABLE4.get(model)
         return (
             " / ".join(f"{row[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL", "overall"))
@@ -305,7 +248,7 @@ def _table4(rows: list[Row]) -> list[Column]:
         Column("overall, memory off", measured("overall", 1, condition="memory_off")),
         Column("overall, other memory", measured("overall", 1, condition="other_memory")),
         *BUDGET,
-        _paper("R-1 / R-2 / R-L / overall", printed),
+        printed("R-1 / R-2 / R-L / overall", numbers),
     ]
 
 
@@ -317,24 +260,22 @@ def _caption4(rows: list[Row]) -> str:
 
 
 BUILDERS = {
-    "table2_lm": _table2,
-    "lm_position": _positions,
+    **language.BUILDERS,
     "table3_passkey": _table3,
     "table4_booksum": _table4,
     **retrieval.BUILDERS,
     **diagnostics.BUILDERS,
     **probes.BUILDERS,
     **efficiency.BUILDERS,
+    **gates.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
-    "table2_lm": _caption2,
-    "lm_position": lambda rows: (
-        f"Nats per token; column p: tokens p to 2p - 1 of every document. {INTERVALS}"
-    ),
+    **language.CAPTIONS,
     "table3_passkey": _caption3,
     "table4_booksum": _caption4,
     **retrieval.CAPTIONS,
     **diagnostics.CAPTIONS,
     **probes.CAPTIONS,
     **efficiency.CAPTIONS,
+    **gates.CAPTIONS,
 }

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
-from infini_bench.report import paper, render, retrieval_figures
+from infini_bench.report import claims, paper, render, retrieval_figures
+from infini_bench.report.evidence import Evidence
 from infini_bench.report.figures import drawn, svg
 from infini_bench.report.layouts import sheets
 from infini_bench.report.records import Record, current, read_records
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 TRAINING = "table3_training"  # the figure of losses and gates while models learn to retrieve
 FILE_WIDTH = 140  # columns, where the output is no terminal
 FORMATS = {"csv": ".csv", "md": ".md", "latex": ".tex", "html": ".html"}
+RENDERERS = {"md": render.markdown, "latex": render.latex}
 PRINTED = ("table2_lm", "table3_passkey", "table4_booksum")
 
 
@@ -50,11 +52,14 @@ def write_report(
     found = read_records(records)
     rows = tidy(found)
     files: dict[str, str] = {}
+    lines = claims.judged(Evidence(rows, current(found)))
     for form in formats:
         if form == "html":
-            files["report.html"] = render.html(sheets(rows, found), paper.SOURCE)
+            made = [*sheets(rows, found), claims.sheet(lines)]
+            files["report.html"] = render.html(made, paper.SOURCE)
         else:
             files |= {name + FORMATS[form]: _table(name, form, rows, found) for name in NAMES}
+            files[claims.NAME + FORMATS[form]] = _claims(form, lines)
     page = Path(out).suffix == ".html" and list(files) == ["report.html"]  # a file was named, not a folder
     written = {Path(out) if page else Path(out) / name: text for name, text in files.items()}
     folder = Path(figures) if figures else Path(out).parent / "figures"
@@ -69,7 +74,13 @@ def write_report(
 def _table(name: str, form: str, rows: list[dict[str, Any]], records: list[Record]) -> str:
     if form == "csv":
         return to_csv([row for row in rows if row["table"] == name])
-    return {"md": render.markdown, "latex": render.latex}[form](sheets(rows, records, [name]))
+    return RENDERERS[form](sheets(rows, records, [name]))
+
+
+def _claims(form: str, lines: list[list[str]]) -> str:
+    if form == "csv":
+        return claims.to_csv(lines)
+    return RENDERERS[form]([claims.sheet(lines)])
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 from infini_bench.errors import UserError
 from infini_bench.schema import RunConfig
+from infini_bench.train.parallel import check_launcher
 
 
 def build_accelerator(cfg: RunConfig) -> Accelerator:
@@ -15,6 +16,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
 
     ``auto`` precision is bf16 on a GPU and float32 on a CPU. Raises UserError for a GPU that is not there.
     """
+    check_launcher(cfg.trainer)
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     if cfg.device.startswith("cuda") and not gpu:
         raise UserError(f"PyTorch sees no GPU for device={cfg.device}; use device=cpu or device=auto.")

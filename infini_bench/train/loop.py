@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from infini_bench.tasks import build_task
 from infini_bench.train.checkpoint import Checkpoints, find_checkpoint
 from infini_bench.train.curriculum import Curriculum
 from infini_bench.train.device import build_accelerator
-from infini_bench.train.log import MetricsLog
+from infini_bench.train.log import MetricsLog, read_log
 from infini_bench.train.optim import load_state_tensors, state_tensors
+from infini_bench.train.parallel import full
 from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import Resumed, TrainState, check_same_run, read_checkpoint, run_of
 from infini_bench.train.step import Stepper, StepStats
+
+Tensors = dict[str, torch.Tensor]
+GATE_STEPS = 12  # whose gates a run's record keeps
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class TrainResult:
     data_fingerprint: str
     tokenizer_fingerprint: str
     interrupted: bool
+    # of logged steps: {"step", "gates": sigmoid(beta) (layers, H)}; empty without gates
+    gates: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(cfg: RunConfig, folder: Path, progress: Progress | NullProgress | None = None) -> TrainResult:
@@ -192,8 +199,10 @@ class Trainer:
         best = validation is not None and (self.state.best_loss is None or validation < self.state.best_loss)
         if best:
             self.state.best_loss = validation
-        if self.log and (due(trainer.log_every) or validation is not None):
-            self.log.write(self.line(stats, validation))
+        if due(trainer.log_every) or validation is not None:
+            line = self.line(stats, validation)  # gates that are shared out are gathered by all
+            if self.log:
+                self.log.write(line)
         if due(trainer.save_every) or best or interrupted:
             self.save(best)
 
@@ -217,26 +226,29 @@ class Trainer:
             line["validation_loss"] = validation
         gates = self.model.gates()
         if gates is not None:
-            parts = {"mean": gates.mean(1), "min": gates.amin(1), "max": gates.amax(1)}
+            parts = {"mean": gates.mean(1), "min": gates.amin(1), "max": gates.amax(1), "all": gates}
             line["gates"] = {name: value.tolist() for name, value in parts.items()}
         return line
 
     def save(self, best: bool) -> None:
-        """Checkpoint of this step, written by the main process."""
+        """Checkpoint of this step, written by the main process; what is shared out is gathered by all."""
+        weights = {name: full(p.detach()) for name, p in self.model.named_parameters()}
+        optimizer = state_tensors(self.model, self.stepper.optimizer)
         if self.log:
             self.log.sync()
-            self.checkpoints.save(self.state.step, self.write_checkpoint, best)
+            write = partial(self.write_checkpoint, weights, optimizer)
+            self.checkpoints.save(self.state.step, write, best)
         self.accelerator.wait_for_everyone()
 
-    def write_checkpoint(self, folder: Path) -> None:
+    def write_checkpoint(self, weights: Tensors, optimizer: Tensors, folder: Path) -> None:
         self.state.curriculum = self.curriculum.state()
         if self.cfg.base.save == "changes":
             save_changes(self.model, self.cfg.base, folder / "model")
         else:
-            save_model(self.model, folder / "model")
+            save_model(self.model, folder / "model", weights)
         self.task.tokenizer.save(folder / "tokenizer")
         write_json(folder / "config.json", to_dict(self.cfg))
-        save_file(state_tensors(self.model, self.stepper.optimizer), folder / "optimizer.safetensors")
+        save_file(optimizer, folder / "optimizer.safetensors")
         write_json(folder / "state.json", self.state.to_dict())
 
     def result(self, interrupted: bool) -> TrainResult:
@@ -264,9 +276,21 @@ class Trainer:
             data_fingerprint=self.task.fingerprint,
             tokenizer_fingerprint=self.task.tokenizer.fingerprint,
             interrupted=interrupted,
+            gates=gate_history(self.folder / "metrics.jsonl") if self.log else [],
         )
 
     def say(self, text: str) -> None:
         """Tells the user something, once however many processes there are."""
         if self.accelerator.is_main_process:
             print(text, file=sys.stderr)
+
+
+def gate_history(log: Path) -> list[dict[str, Any]]:
+    """Gates of at most `GATE_STEPS` logged steps, evenly spread and with the first and the last."""
+    lines = [line for line in read_log(log) if "all" in line.get("gates", {})]
+    count = min(len(lines), GATE_STEPS)
+    chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
+    return [
+        {"step": line["step"], "gates": [[round(g, 4) for g in layer] for layer in line["gates"]["all"]]}
+        for line in chosen
+    ]

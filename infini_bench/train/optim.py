@@ -6,12 +6,15 @@ The rate is a pure function of the step, so nothing of it needs to be stored for
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from infini_bench.errors import UserError
 from infini_bench.schema import TrainerConfig
+from infini_bench.train.parallel import full, shared_like
 
 GATES = ("memory_gate", "memory_decay")
 
@@ -55,8 +58,36 @@ def build_optimizer(model: nn.Module, cfg: TrainerConfig) -> torch.optim.Optimiz
             if group["name"] == "gates":
                 # a gate that starts at 0 has no root mean square to be scaled by: its rate is absolute
                 group["eps"] = (None, 1.0)
-        return torch.optim.Adafactor(groups)
+        shared = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+        return (SharedAdafactor if shared else torch.optim.Adafactor)(groups)
     raise UserError(f'trainer.optimizer must be "adamw" or "adafactor", not "{cfg.optimizer}".')
+
+
+class SharedAdafactor(torch.optim.Adafactor):
+    """Adafactor of parameters that are shared out among processes; torch's own refuses them.
+
+    Its factored second moment needs norms over whole rows and columns: one parameter after the other is
+    gathered, updated by torch's Adafactor on every process alike, and shared out again. States, a row and a
+    column each, are kept whole.
+    """
+
+    SETTINGS = ("lr", "beta2_decay", "eps", "d", "weight_decay")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            settings = {name: group[name] for name in self.SETTINGS}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                whole = nn.Parameter(full(p.detach()).clone())
+                whole.grad = full(p.grad)
+                one = torch.optim.Adafactor([whole], **settings)
+                if p in self.state:
+                    one.state[whole] = self.state[p]
+                one.step()
+                self.state[p] = one.state[whole]
+                p.copy_(shared_like(whole.detach(), p))
 
 
 def lr_factor(update: int, cfg: TrainerConfig) -> float:
@@ -77,7 +108,7 @@ def set_lr(optimizer: torch.optim.Optimizer, update: int, cfg: TrainerConfig) ->
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors named ``<parameter>/<key>``, independent of group order."""
     named = {
-        f"{name}/{key}": value.detach()
+        f"{name}/{key}": full(value.detach())
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -91,11 +122,14 @@ def load_state_tensors(
     own = optimizer.state_dict()
     in_order = [n for group in own["param_groups"] for n in group["params"]]
     numbers = {id(p): n for p, n in zip(grouped_parameters(optimizer), in_order, strict=True)}
+    parameters = dict(model.named_parameters())
     by_name = {name: numbers[id(parameter)] for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
-        state.setdefault(by_name[name], {})[key] = value
+        of_size = key in ("exp_avg", "exp_avg_sq")  # AdamW's; Adafactor's states are kept whole
+        share = shared_like(value, parameters[name]) if of_size else value
+        state.setdefault(by_name[name], {})[key] = share
     optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 

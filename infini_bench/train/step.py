@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from infini_bench.models import MemoryLlamaForCausalLM
 from infini_bench.schema import RunConfig
@@ -20,6 +22,7 @@ from infini_bench.tasks.base import Batch, Task
 from infini_bench.train.curriculum import Curriculum
 from infini_bench.train.loss import SequenceLoss
 from infini_bench.train.optim import build_optimizer, grouped_parameters, set_lr
+from infini_bench.train.parallel import full, shard
 from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import TrainState
 
@@ -45,7 +48,12 @@ class Stepper:
         self.cfg, self.accelerator, self.task = cfg, accelerator, task
         self.ready: dict[tuple[int, int, int | None], Batch] = {}
         self.loss = SequenceLoss(model, cfg.trainer.checkpoint_segments, cfg.trainer.compile)
-        self.net, self.optimizer = accelerator.prepare(self.loss, build_optimizer(model, cfg.trainer))
+        self.net: Any
+        if cfg.trainer.parallel == "fsdp":
+            shard(self.loss, model.model.layers, accelerator)
+            self.net, self.optimizer = self.loss, accelerator.prepare(build_optimizer(model, cfg.trainer))
+        else:
+            self.net, self.optimizer = accelerator.prepare(self.loss, build_optimizer(model, cfg.trainer))
 
     def step(self, state: TrainState, curriculum: Curriculum, stop: StopRequest) -> StepStats:
         """One update; moves ``state`` and ``curriculum`` on.
@@ -58,7 +66,7 @@ class Stepper:
         rates = set_lr(self.optimizer, state.step + 1, trainer)
         rows = curriculum.rows * trainer.accumulate * self.accelerator.num_processes
         sums, tokens = self.gradients(state.cursor, curriculum)
-        norm = self.accelerator.clip_grad_norm_(grouped_parameters(self.optimizer), trainer.clip)
+        norm = full(self.accelerator.clip_grad_norm_(grouped_parameters(self.optimizer), trainer.clip))
         flag = torch.tensor([float(stop.requested)], device=sums.device)
         sums = self.accelerator.reduce(torch.cat([sums, flag]), "sum")
         loss, task_sum, task_count, stops, grad_norm = torch.cat([sums, norm.detach()[None]]).tolist()
@@ -83,7 +91,8 @@ class Stepper:
             first = cursor + (micro * processes + rank) * rows
             batch = self.batch(first, rows, curriculum.segments)
             with self.accelerator.accumulate(self.net):
-                loss, more = self.net(*self.on_device(batch))
+                with self.accelerator.autocast():  # for a net that accelerate did not prepare
+                    loss, more = self.net(*self.on_device(batch))
                 self.accelerator.backward(loss)
             sums += more
             tokens += batch.weights.numel() * processes
@@ -104,8 +113,11 @@ class Stepper:
         for cursor in range(0, rows, self.cfg.trainer.batch):
             n = min(self.cfg.trainer.batch, rows - cursor)
             batch = self.task.batch(cursor, n, segments, split="validation")
-            total += n * self.loss(*self.on_device(batch))[0].item()
+            with self.accelerator.autocast():
+                total += n * self.loss(*self.on_device(batch))[0].item()
         self.loss.train()
+        if isinstance(self.loss, FSDPModule):
+            self.loss.reshard()  # what no backward pass follows stays gathered, and hides the trained share
         return total / rows
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,294 @@
+"""What the records say to a claim: rules that turn tidy rows into a verdict and a sentence with the numbers.
+
+A rule returns None where nothing was measured. Language models count from `SCALES` on and on test splits:
+smaller runs prove the pipeline, and validation splits served the choice of settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from infini_bench.report.cells import grouped
+from infini_bench.report.compare import paired_delta
+from infini_bench.report.records import Record
+
+Row = dict[str, Any]
+SCALES = ("gpu", "paper")
+INFINI = ("infini_linear", "infini_delta")  # the paper's two
+MILLION = 1024 * 1024
+FOUND, LOST = 90.0, 20.0  # percent: a key counts as found from here on, and as not found up to there
+LINE = ("model", "variant", "scale", "device")
+DIVERGED = "gave loss"  # in the error of a training whose loss or gradient was no number
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Tidy rows of all tables, and the current records."""
+
+    rows: list[Row]
+    records: list[Record] = field(default_factory=list)
+
+    def find(self, table: str, metric: str, **match: Any) -> list[Row]:
+        """Rows with a value; a tuple in ``match`` allows any of its entries."""
+        wanted = {"table": table, "metric": metric, **match}
+        return [row for row in self.rows if row["value"] is not None and _fits(row, wanted)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether what is claimed was found, the numbers in a sentence, and ids of the records."""
+
+    holds: bool
+    sentence: str
+    records: list[str]
+
+
+Rule = Callable[[Evidence], Finding | None]
+
+
+def _fits(row: Row, wanted: dict[str, Any]) -> bool:
+    return all(
+        row[key] in value if isinstance(value, tuple) else row[key] == value for key, value in wanted.items()
+    )
+
+
+def _finding(holds: bool, sentence: str, rows: Iterable[Row]) -> Finding:
+    return Finding(holds, sentence, sorted({record for row in rows for record in row["records"]}))
+
+
+def _best_known(rows: list[Row]) -> Row | None:
+    """The row that most seeds stand behind, the first of them."""
+    return max(rows, key=lambda row: row["seeds"], default=None)
+
+
+def _signed(row: Row) -> str:
+    return f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+
+
+# --- language modelling ---------------------------------------------------------------------------------
+
+
+def better(models: tuple[str, ...], reference: str, datasets: tuple[str, ...], seeds: int = 2) -> Rule:
+    """Every model needs fewer bits a byte than the reference: the paired interval lies below 0."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        match = {"condition": reference, "dataset": datasets, "split": "test", "scale": SCALES}
+        found = evidence.find("table2_lm", "delta_bits_per_byte", protocol=None, **match)
+        found = [row for row in found if row["seeds"] >= seeds and row["ci_low"] is not None]
+        rows = [_best_known([row for row in found if row["model"] == model]) for model in models]
+        known = [row for row in rows if row is not None]
+        if len(known) < len(models):
+            return None
+        words = [f"{row['model']} {_signed(row)} ({row['seeds']} seeds)" for row in known]
+        text = f"Bits per byte less {reference}'s on {known[0]['dataset']} (test): {', '.join(words)}."
+        return _finding(all(row["ci_high"] < 0 for row in known), text, known)
+
+    return rule
+
+
+def memory_used(models: tuple[str, ...]) -> Rule:
+    """Switching the memory off costs bits: the paired interval over documents lies above 0."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        words: list[str] = []
+        rows: list[Row] = []
+        holds = True
+        for model in models:
+            place = {"model": model, "split": "test", "scale": SCALES, "protocol": None}
+            off = _best_known(evidence.find("table2_lm", "bits_per_byte_memory_off", **place))
+            known = evidence.find("table2_lm", "bits_per_byte", **place)
+            if off is None:
+                return None
+            on = next(row for row in known if _same_line(row, off) and row["dataset"] == off["dataset"])
+            value, low, high = paired_delta([(off["extra"], on["extra"])])
+            if low is None:
+                return None
+            holds, rows = holds and low > 0, [*rows, on, off]
+            words.append(f"{model} {_signed({'value': value, 'ci_low': low, 'ci_high': high})}")
+        return _finding(holds, f"Bits per byte that memory off costs: {', '.join(words)}.", rows)
+
+    return rule
+
+
+# --- state ----------------------------------------------------------------------------------------------
+
+
+def bounded(models: tuple[str, ...]) -> Rule:
+    """The carried state has as many floats after every length."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        rows = evidence.find("table1_memory", "state_floats", model=models)
+        lengths = sorted({row["length"] for row in rows})
+        if len(lengths) < 2 or {row["model"] for row in rows} != {*models}:
+            return None
+        sizes: dict[tuple, set[float]] = {}
+        for row in rows:
+            key = (row["model"], row["variant"], row["scale"], row["device"])
+            sizes.setdefault(key, set()).add(row["value"])
+        most = max(len(values) for values in sizes.values())
+        text = f"Live state of {' and '.join(models)} after {lengths[0]:,} to {lengths[-1]:,} tokens: "
+        text += "the same floats at every length." if most == 1 else f"up to {most} different sizes."
+        return _finding(most == 1, text, rows)
+
+    return rule
+
+
+def smaller(model: str, rival: str, times: float, scale: str = "paper") -> Rule:
+    """The rival's largest live state is at least ``times`` the model's at the same sizes."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        own = evidence.find("table1_memory", "state_floats", model=model, scale=scale)
+        other = evidence.find("table1_memory", "state_floats", model=rival, scale=scale)
+        if not own or not other:
+            return None
+        one, two = (max(rows, key=lambda row: row["value"]) for rows in (own, other))
+        ratio = two["value"] / one["value"]
+        text = (
+            f"{two['value']:,.0f} floats of {rival} to {one['value']:,.0f} of {model} at the paper's sizes: "
+        )
+        return _finding(ratio >= times, f"{text}{ratio:.1f} times.", [one, two])
+
+    return rule
+
+
+# --- retrieval ------------------------------------------------------------------------------------------
+
+
+def key_at_a_million(protocol: str, positions: tuple[str, ...], models: tuple[str, ...] = ()) -> Rule:
+    """At each position of a 1M-token haystack the key is found, and with the memory off it is not.
+
+    models: all of these do it; none given: some Infini memory does. Of a model's trainings the best counts.
+    The paper's score is token accuracy; exact match is asked for here, which is harder.
+    """
+
+    def rule(evidence: Evidence) -> Finding | None:
+        place = {"protocol": protocol, "length": MILLION, "position": positions}
+        cells = evidence.find("table3_passkey", "exact_match", condition="constant", **place)
+        cells = [row for row in cells if row["model"].startswith("infini")]
+        lines = [line for line in grouped(cells, LINE) if {row["position"] for row in line} == {*positions}]
+        lines.sort(key=lambda line: min(row["value"] for row in line), reverse=True)
+        wanted = models or tuple(line[0]["model"] for line in lines[:1])
+        best = [next((line for line in lines if line[0]["model"] == model), None) for model in wanted]
+        on = [row for line in best if line for row in line]
+        if not on or None in best:
+            return None
+        off = evidence.find("table3_passkey", "exact_match", condition="memory_off", **place)
+        off = [row for row in off if any(_same_line(row, other) for other in on)]
+        least, most = min(row["value"] for row in on), max((row["value"] for row in off), default=None)
+        text = f"{' and '.join(wanted)} at 1M tokens: at least {least:.0f} % of keys at each of "
+        text += ", ".join(positions) + (
+            "." if most is None else f", at most {most:.0f} % with the memory off."
+        )
+        return _finding(least >= FOUND and (most is None or most <= LOST), text, [*on, *off])
+
+    return rule
+
+
+def _same_line(one: Row, other: Row) -> bool:
+    return all(one[key] == other[key] for key in LINE)
+
+
+# --- gates, training, summaries -------------------------------------------------------------------------
+
+
+def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFINI) -> Rule:
+    """Trained gates show at least so many percent of something, for every model."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        place = {"condition": None, "scale": SCALES}
+        found = evidence.find("figure3_gates", metric, model=models, **place)
+        rows = [_best_known([row for row in found if row["model"] == model]) for model in models]
+        known = [row for row in rows if row is not None]
+        if len(known) < len(models):
+            return None
+        shares = ", ".join(f"{row['model']} {row['value']:.0f} %" for row in known)
+        text = f"{words}: {shares} (borders 0.1, 0.4, 0.6 and 0.9)."
+        return _finding(all(row["value"] >= least for row in known), text, known)
+
+    return rule
+
+
+def stable(models: tuple[str, ...] = INFINI) -> Rule:
+    """No training with the paper's features and normaliser ended in a loss that is no number."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        runs = [r for r in evidence.records if r.kind == "train" and r.config["model"] in models]
+        runs = [r for r in runs if r.config["scale"] in SCALES and _papers(r.config["memory"])]
+        ended = [r for r in runs if r.status == "done" or (r.error and DIVERGED in r.error)]
+        if not ended:
+            return None
+        broken = [r for r in ended if r.status != "done"]
+        longest = max(_segments(r.config) for r in ended)
+        text = (
+            f"{len(ended) - len(broken)} of {len(ended)} trainings of {' and '.join(models)} through up to "
+        )
+        text += f"{longest} segments ended with finite losses."
+        return Finding(not broken, text, sorted(r.id for r in ended))
+
+    return rule
+
+
+def _papers(memory: dict[str, Any]) -> bool:
+    return (memory.get("features", "elu1"), memory.get("normaliser", "sum")) == ("elu1", "sum")
+
+
+def _segments(config: dict[str, Any]) -> int:
+    task, segment = config["task"], config["memory"]["segment"]
+    longest = max(config["trainer"].get("curriculum") or [task.get("segments") or 1])
+    return max(longest, (task.get("sequence") or 0) // segment)
+
+
+def grows_with_input(models: tuple[str, ...] = INFINI) -> Rule:
+    """The overall ROUGE at the longest input lies above that at the shortest, intervals apart."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        match = {"model": models, "condition": "pairwise", "scale": SCALES}
+        rows = [row for row in evidence.find("table4_booksum", "overall", **match) if row["length"]]
+        rows.sort(key=lambda row: row["length"])
+        if len({row["length"] for row in rows}) < 3:
+            return None
+        first, last = rows[0], rows[-1]
+        text = f"Overall ROUGE {first['value']:.1f} at {first['length']:,} tokens, {last['value']:.1f} at "
+        return _finding(last["ci_low"] > first["ci_high"], f"{text}{last['length']:,}.", rows)
+
+    return rule
+
+
+def adapted(evidence: Evidence) -> Finding | None:
+    """A pretrained model with a memory added finds keys at 1M tokens."""
+    match = {"length": MILLION, "condition": "constant", "position": ("start", "middle", "end_outside")}
+    rows = evidence.find("table3_passkey", "exact_match", **match)
+    rows = [row for row in rows if (row["config"].get("base") or {}).get("model")]
+    if not rows:
+        return None
+    least = min(row["value"] for row in rows)
+    text = (
+        f"Pretrained models with a memory added find at least {least:.0f} % of keys in each of {len(rows)} "
+    )
+    return _finding(least >= FOUND, f"{text}cells at 1M tokens.", rows)
+
+
+def constant_time(models: tuple[str, ...] = INFINI, within: float = 1.1) -> Rule:
+    """Time a token and peak memory at the longest length measured are those of a hundredth of it."""
+
+    def rule(evidence: Evidence) -> Finding | None:
+        ratios, rows = [], []
+        for metric, per_token, position in (("forward_ms", True, None), ("peak_bytes", False, "forward")):
+            for model in models:
+                place = {"model": model, "position": position, "condition": None, "scale": SCALES}
+                found = sorted(evidence.find("efficiency", metric, **place), key=lambda row: row["length"])
+                if not found or found[-1]["length"] < 100 * found[0]["length"]:
+                    return None
+                long = found[-1]
+                short = [row for row in found if 100 * row["length"] <= long["length"]][-1]
+                ratio = long["value"] / short["value"]
+                ratios.append(ratio * short["length"] / long["length"] if per_token else ratio)
+                rows += [short, long]
+        text = f"From a hundredth of it to {max(row['length'] for row in rows):,} tokens, time a token and "
+        return _finding(
+            max(ratios) <= within, f"{text}peak memory grow at most {max(ratios):.2f} times.", rows
+        )
+
+    return rule

@@ -1,0 +1,149 @@
+"""Figures of language models: loss along the document, and the gates of every head and layer.
+
+A figure function takes tidy rows of its table and returns a matplotlib Figure; its caller writes the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infini_bench.report import gates, paper
+from infini_bench.report.cells import Line, Row, find, grouped
+from infini_bench.report.probe_figures import COLOURS, DASHES, MARKERS, _axes, _finished
+from infini_bench.units import format_length
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHEET = ("scale", "device", "dataset", "split", "protocol")
+FLOOR = "local_block"
+LEAST = 16  # position from which losses are drawn: before it they are those of a handful of tokens
+
+
+def _name(row: Row) -> str:
+    """Model and variant, its settings without their sections."""
+    pairs = [word.partition("=") for word in (row["variant"] or "").split()]
+    return " ".join([row["model"], *(key.rpartition(".")[2] + sign + value for key, sign, value in pairs)])
+
+
+def position_figure(rows: list[Row]) -> Figure:
+    """Loss as trained against the position in the document, a line of panels for each corpus and machine.
+
+    Left the loss; far positions are those of few, long documents. Right the same less local_block's, in which
+    the choice of documents cancels. Grey lines: a segment and two, where a window of the own segment and
+    Transformer-XL's end.
+    """
+    own = [row for row in rows if row["condition"] is None and row["value"] is not None]
+    shown = [row for row in own if int(row["position"]) >= LEAST]
+    groups = grouped(shown, SHEET)
+    names = list(dict.fromkeys(map(_name, shown)))
+    figure, axes = _axes(max(len(groups), 1), 2, 5.4, 3.2)
+    for (left, right), group in zip(axes, groups, strict=False):
+        lines = grouped(group, ("model", "variant"))
+        for line in lines:
+            _curve(left, line, names.index(_name(line[0])))
+            if (floor := _floor(line, lines)) and line[0]["model"] != FLOOR:
+                _curve(right, _less(line, floor), names.index(_name(line[0])))
+        right.axhline(0, color="0.3", linewidth=0.8)
+        read = "joined to one stream" if group[0]["protocol"] else "by document"
+        first = group[0]
+        title = f"{first['dataset']} ({first['split']}), {read}, {first['scale']}, {first['device']}"
+        left.set_title(title, fontsize=8, loc="left")
+        left.set_ylabel("nats a token")
+        right.set_ylabel(f"less {FLOOR}'s")
+        _positions(left, group)
+        _positions(right, group)
+    return _finished(figure, axes)
+
+
+def _positions(ax: Axes, rows: list[Row]) -> None:
+    for segments in (1, 2):
+        ax.axvline(segments * rows[0]["config"]["memory"]["segment"], color="0.6", linewidth=0.8)
+    places = sorted({int(row["position"]) for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(places[::2], [format_length(place) for place in places[::2]])
+    ax.set(xlim=(places[0] / 1.3, places[-1] * 1.3), xlabel="position, tokens")
+
+
+def _floor(line: Line, lines: list[Line]) -> Line | None:
+    """local_block's line to compare with: of the same variant, or the only one."""
+    floors = [other for other in lines if other[0]["model"] == FLOOR]
+    same = [other for other in floors if other[0]["variant"] == line[0]["variant"]]
+    return same[0] if same else floors[0] if len(floors) == 1 else None
+
+
+def _less(line: Line, floor: Line) -> Line:
+    """The line's values less the floor's at the same position."""
+    values = {row["position"]: row["value"] for row in floor}
+    return [
+        {**row, "value": row["value"] - values[row["position"]]} for row in line if row["position"] in values
+    ]
+
+
+def _curve(ax: Axes, line: Line, number: int) -> None:
+    points = sorted((int(row["position"]), row["value"]) for row in line)
+    style: dict[str, Any] = {
+        "color": COLOURS[number % len(COLOURS)],
+        "dashes": DASHES[number // len(COLOURS) % len(DASHES)],
+    }
+    marker = MARKERS[number % len(MARKERS)]
+    ax.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=_name(line[0]), **style)
+
+
+def gates_figure(rows: list[Row]) -> Figure:
+    """Figure 3: a heat map for each model and start policy, the paper's first; below it the way there."""
+    lines = gates.lines_of(rows)
+    columns = min(len(lines) + 1, 4)
+    blocks = -(-(len(lines) + 1) // columns)
+    figure, axes = _axes(2 * blocks, columns, 3.2, 2.6)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    _heat(axes[0, 0], paper.FIGURE3, "Munkhdalai et al. 2024, Figure 3\n(rows as printed)")
+    for place, line in enumerate(lines, 1):
+        block, column = divmod(place, columns)
+        row = find(line, "gate")
+        assert row is not None  # lines_of keeps no other
+        extra = row["extra"]
+        title = f"{_name(row)}\n{row['dataset']}, {row['scale']}, seed {extra['seed']}"
+        _heat(axes[2 * block, column], extra["gates"], title)
+        _way(axes[2 * block + 1, column], line)
+    finished = _finished(figure, axes)
+    for ax in axes.flat:
+        ax.grid(not ax.images)  # no lines through the numbers of a heat map
+    return finished
+
+
+def _heat(ax: Axes, values: gates.Gates, title: str) -> None:
+    ax.set_axis_on()
+    ax.imshow(np.array(values), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(np.array(values)):
+        color = "white" if value < 0.5 else "black"
+        ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=6, color=color)
+    ax.set_title(title, fontsize=7)
+    ax.set(xlabel="head", ylabel="layer")
+    ax.set_xticks(range(len(values[0])), [str(n + 1) for n in range(len(values[0]))])
+    ax.set_yticks(range(len(values)), [str(n + 1) for n in range(len(values))])
+
+
+def _way(ax: Axes, line: Line) -> None:
+    """Heads of each kind over training."""
+    ax.set_axis_on()
+    for number, kind in enumerate(gates.KINDS):
+        points = gates.history(line, kind)
+        style: dict[str, Any] = {
+            "color": COLOURS[number],
+            "dashes": DASHES[number % len(DASHES)],
+            "marker": MARKERS[number],
+        }
+        ax.plot(*zip(*points, strict=True), markersize=3, label=kind.replace("_", " "), **style)
+    ax.set(xlabel="step", ylabel="heads, %", ylim=(-3, 103))
+
+
+FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
+    "lm_position": position_figure,
+    "figure3_gates": gates_figure,
+}

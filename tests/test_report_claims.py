@@ -1,0 +1,203 @@
+"""Claims: every rule says yes, no and nothing on made-up records; what is typed in is never a verdict."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from report_fakes import lm, passkey, record, row
+
+from infini_bench.report import claims
+from infini_bench.report.claims import BEYOND, CLAIMS, NO, OPEN, YES, judged
+from infini_bench.report.evidence import Evidence
+from infini_bench.report.tidy import tidy
+
+GPU = {"scale": "gpu", "data.name": "books"}
+MILLION = 1024 * 1024
+
+
+def verdicts(records) -> dict[str, tuple[str, str]]:
+    lines = judged(Evidence(tidy(records), records))
+    return {line[0]: (line[3], line[4]) for line in lines}
+
+
+def model(name, nats, seed=0, **changes):
+    """A test run at scale gpu; nats: of two documents."""
+    config = {**GPU, "task": {"name": "lm", "split": "test", **changes.pop("task", {})}}
+    config |= {"memory": {"segment": 32, "kind": name}, **changes.pop("config", {})}
+    made = lm(name, seed, nats=nats, config=config, device="GPU X", **changes)
+    for metric in made.metrics:
+        metric["dataset"] = config["data.name"]
+    return made
+
+
+def test_without_records_nothing_is_claimed():
+    for claim in CLAIMS:
+        assert claim.judged(Evidence([], []))[3] == (OPEN if claim.rule else BEYOND)
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+
+
+@pytest.mark.parametrize(
+    ("nats", "verdict"), [((90.0, 280.0), YES), ((110.0, 320.0), NO), ((90.0, 320.0), NO)]
+)
+def test_better_means_an_interval_below_zero(nats, verdict):
+    runs = [model("transformer_xl", (100.0, 300.0), seed) for seed in (0, 1)]
+    runs += [model(name, nats, seed) for name in ("infini_linear", "infini_delta") for seed in (0, 1)]
+    found = verdicts(runs)
+    assert found["books_xl"][0] == verdict and found["math_xl"][0] == OPEN
+    assert "2 seeds" in found["books_xl"][1] and found["books_memorizing"][0] == OPEN
+    assert verdicts([run for run in runs if run.seed == 0])["books_xl"][0] == OPEN, "one seed is none"
+    assert verdicts([run for run in runs if run.config["model"] != "infini_delta"])["books_xl"][0] == OPEN
+
+
+@pytest.mark.parametrize("change", [{"scale": "laptop"}, {"split": "validation"}])
+def test_small_scales_and_the_validation_split_prove_nothing(change):
+    runs = [
+        model(name, nats, seed)
+        for seed in (0, 1)
+        for name, nats in (
+            ("transformer_xl", (9.0, 9.0)),
+            ("infini_linear", (8.0, 8.0)),
+            ("infini_delta", (8.0, 8.0)),
+        )
+    ]
+    assert verdicts(runs)["books_xl"][0] == YES
+    for run in runs:
+        run.config["scale"] = change.get("scale", "gpu")
+        for metric in run.metrics:
+            metric["split"] = change.get("split", "test")
+    assert verdicts(runs)["books_xl"][0] == OPEN
+
+
+def test_longer_sequences_are_compared_with_the_same_model():
+    math = {"data.name": "math"}
+    runs = []
+    for name in ("infini_linear", "infini_delta"):
+        for seed in (0, 1):
+            runs.append(model(name, (100.0, 300.0), seed, config=math, task={"sequence": 64}))
+            runs.append(model(name, (95.0, 290.0), seed, config=math, task={"sequence": 128}))
+    verdict, sentence = verdicts(runs)["longer_training"]
+    assert verdict == YES and "less shorter training's on math (test): infini_linear -0.108" in sentence
+
+
+def test_memory_off_is_paired_by_document():
+    runs = [model(name, (100.0, 300.0)) for name in ("infini_linear", "infini_delta")]
+    for run in runs:
+        (off,) = (m for m in run.metrics if m["metric"] == "bits_per_byte_memory_off")
+        off["extra"] = {**off["extra"], "nats": [110.0, 305.0]}
+    assert verdicts(runs)["memory_used"][0] == YES
+    off["extra"]["nats"] = [110.0, 295.0]
+    assert verdicts(runs)["memory_used"][0] == NO
+
+
+def footprint(name, floats, scale="paper"):
+    config = {"task": {"name": "footprint"}, "scale": scale}
+    config["decoder"] = {"layers": 2, "heads": 2, "head_dim": 8, "dim": 16}
+    metrics = [row("state_floats", value, {"segments": n}, length=n) for n, value in floats.items()]
+    return record(name, metrics=metrics, config=config)
+
+
+def test_state_sizes():
+    runs = [footprint("infini_linear", {8: 10.0, 64: 10.0}), footprint("infini_delta", {8: 10.0, 64: 10.0})]
+    runs += [
+        footprint("memorizing", {8: 500.0, 64: 1000.0}),
+        footprint("transformer_xl", {8: 39.0, 64: 39.0}),
+    ]
+    found = verdicts(runs)
+    assert [found[name][0] for name in ("bounded_state", "compression_114x", "compression_4x")] == [
+        YES,
+        YES,
+        NO,
+    ]
+    runs[1].metrics[1]["value"] = 11.0
+    assert verdicts(runs)["bounded_state"][0] == NO
+
+
+def test_keys_at_a_million():
+    near = passkey("infini_delta", on=95.0, off=0.0, lengths=(MILLION,))
+    weak = passkey("infini_linear", on=85.0, off=0.0, lengths=(MILLION,))
+    assert verdicts([near, weak])["passkey_1m"][0] == YES, "some memory does it"
+    assert verdicts([weak])["passkey_1m"] == (
+        NO,
+        "infini_linear at 1M tokens: at least 85 % of keys at each of start, middle, end_outside, "
+        "at most 0 % with the memory off.",
+    )
+    assert verdicts([passkey(on=95.0, off=30.0, lengths=(MILLION,))])["passkey_1m"][0] == NO
+    assert verdicts([passkey("transformer_xl", lengths=(MILLION,))])["passkey_1m"][0] == OPEN
+    assert verdicts([passkey(lengths=(4096,))])["passkey_1m"][0] == OPEN
+    based = passkey("infini_delta", on=95.0, lengths=(MILLION,), config={"base": {"model": "smollm2"}})
+    assert verdicts([based])["plug_and_play"][0] == YES and verdicts([near])["plug_and_play"][0] == OPEN
+
+
+def gated(name, values, **changes):
+    history = [{"step": 5, "gates": values}]
+    train = {"folder": "x", "gates": history, "final_loss": 1.0}
+    return record(name, kind="train", train=train, config={**GPU, **changes})
+
+
+def test_gates_and_stability():
+    runs = [
+        gated("infini_linear", [[0.05, 0.5], [0.02, 0.9]]),
+        gated("infini_delta", [[0.1, 0.5], [0.2, 0.5]]),
+    ]
+    found = verdicts(runs)
+    assert [found[name][0] for name in ("local_head_a_layer", "specialised_heads", "mixer_heads")] == [
+        NO,
+        YES,
+        YES,
+    ]
+    assert "infini_linear 100 %, infini_delta 50 %" in found["local_head_a_layer"][1]
+    assert found["stable_bptt"][0] == YES and "2 of 2" in found["stable_bptt"][1]
+    error = "UserError: Step 9 gave loss nan and gradient norm nan; nothing was saved"
+    broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=GPU)
+    assert verdicts([*runs, broken])["stable_bptt"][0] == NO
+    other = {**GPU, "memory": {"kind": "compressive", "segment": 32, "features": "relu2"}}
+    broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=other)
+    assert verdicts([*runs, broken])["stable_bptt"][0] == YES, "not the paper's memory"
+
+
+def summaries(length, value):
+    config = {"task": {"name": "booksum"}, "scale": "gpu", "trainer.steps": 10}
+    bounds = {"ci_low": value - 1, "ci_high": value + 1}
+    metrics = [row("overall", value, condition="pairwise", length=length, **bounds)]
+    return record(
+        metrics=metrics, config={**config, "trainer.steps": 10}, id=f"s{length}", config_hash=str(length)
+    )
+
+
+def test_summaries_grow():
+    assert verdicts([summaries(n, v) for n, v in ((1, 10.0), (2, 9.0), (4, 13.0))])["rouge_grows"][0] == YES
+    assert verdicts([summaries(n, v) for n, v in ((1, 10.0), (2, 9.0), (4, 11.0))])["rouge_grows"][0] == NO
+    assert verdicts([summaries(n, v) for n, v in ((1, 10.0), (4, 13.0))])["rouge_grows"][0] == OPEN
+
+
+def timed(name, times, peaks):
+    config = {"task": {"name": "efficiency"}, "scale": "gpu"}
+    extra = {"variant": "b1-h8-d64-n512"}
+    metrics = [row("forward_ms", t, extra, length=n) for n, t in times.items()]
+    metrics += [row("peak_bytes", p, extra, length=n, position="forward") for n, p in peaks.items()]
+    return record(name, metrics=metrics, config=config)
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(105.0, YES), (150.0, NO)])
+def test_cost_against_length(peak, verdict):
+    times, peaks = {1024: 1.0, 102400: 101.0}, {1024: 100.0, 102400: peak}
+    runs = [timed(name, times, peaks) for name in ("infini_linear", "infini_delta")]
+    assert verdicts(runs)["constant_cost"][0] == verdict
+    assert (
+        verdicts([timed(n, {1024: 1.0}, {1024: 1.0}) for n in ("infini_linear", "infini_delta")])[
+            "constant_cost"
+        ][0]
+        == OPEN
+    )
+
+
+def test_the_table_names_its_records():
+    runs = [footprint("infini_linear", {8: 10.0, 64: 10.0}), footprint("infini_delta", {8: 10.0, 64: 10.0})]
+    lines = judged(Evidence(tidy(runs), runs))
+    read = {line["claim"]: line for line in csv.DictReader(io.StringIO(claims.to_csv(lines)))}
+    assert read["bounded_state"]["records"].split() == sorted(run.id for run in runs)
+    assert read["booksum_sota"]["verdict"] == BEYOND and read["booksum_sota"]["records"] == ""
+    made = claims.sheet(lines)
+    assert made.rows[0][-1] == "2" and f"1 {YES}" in made.caption and made.records

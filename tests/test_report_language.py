@@ -1,0 +1,118 @@
+"""Table 2's settings, gates (Figure 3) and the figures of language models."""
+
+from __future__ import annotations
+
+import pytest
+from report_fakes import lm, pick, record, row, sheet_text
+
+from infini_bench.report import gates, lm_figures, paper
+from infini_bench.report.figures import svg
+from infini_bench.report.tidy import tidy
+
+EVEN = [[0.5, 0.45], [0.6, 0.3]]
+OPEN = [[0.05, 0.95], [0.5, 0.7]]
+
+
+def training(model: str = "infini_linear", seed: int = 0, last=OPEN, **changes):
+    history = [{"step": 10, "gates": EVEN}, {"step": 20, "gates": last}]
+    train = {"folder": "runs/x", "seconds": 1.0, "final_loss": 3.0, "gates": history}
+    return record(model, seed, kind="train", train=train, tokens=640, **changes)
+
+
+# --- settings -------------------------------------------------------------------------------------------
+
+
+def test_how_a_run_is_computed_makes_no_variant():
+    runs = [
+        lm(config={"trainer.compile": True, "memory.backend": "auto"}),
+        lm(seed=1, config={"trainer.compile": False, "memory.backend": "eager"}),
+    ]
+    assert {(r["variant"], r["seeds"]) for r in tidy(runs)} == {(None, 2)}
+
+
+def test_room_for_a_memorys_parameters_is_no_other_budget():
+    slim = lm("compressive", nats=(90.0, 300.0), config={"decoder.ffn": 200}, params=101_000)
+    assert pick(tidy([slim, lm("local_block")]), "delta_bits_per_byte", model="compressive")["value"] < 0
+    large = lm("compressive", config={"decoder.ffn": 300}, params=103_000)
+    found = [r["metric"] for r in tidy([large, lm("local_block")])]
+    assert "delta_bits_per_byte" not in found, "3 % more parameters are another size"
+
+
+def test_what_only_the_evaluation_has_is_the_memorys_own():
+    store = lm("memorizing", config={"task": {"name": "lm", "memory": {"entries": 65536}}})
+    assert (
+        pick(tidy([store, lm("local_block")]), "delta_bits_per_byte", model="memorizing")["variant"] is None
+    )
+
+
+def test_splits_have_sheets_of_their_own_and_name_no_setting():
+    found = []
+    for split, lr in (("test", 0.003), ("validation", 0.01)):
+        run = lm(config={"task": {"name": "lm", "split": split}, "trainer.lr": lr})
+        for metric in run.metrics:
+            metric["split"] = split
+        found.append(run)
+    assert {(r["split"], r["variant"]) for r in tidy(found)} == {("test", None), ("validation", None)}
+
+
+# --- gates ----------------------------------------------------------------------------------------------
+
+
+def test_kinds_of_heads():
+    assert gates.summary(OPEN) == {
+        "local_heads": 25.0,
+        "mixer_heads": 25.0,
+        "memory_heads": 25.0,
+        "local_layers": 50.0,
+        "gate": pytest.approx(0.55),
+    }
+    printed = gates.summary(paper.FIGURE3)
+    assert [round(printed[name] * 96 / 100) for name in gates.KINDS] == [46, 15, 3]
+    assert printed["local_layers"] == 100 and printed["gate"] == pytest.approx(0.327, abs=5e-4)
+
+
+def test_gates_of_seeds_and_of_every_head():
+    rows = [r for r in tidy([training(), training(seed=1, last=EVEN)]) if r["table"] == "figure3_gates"]
+    local = pick(rows, "local_heads", condition=None)
+    assert (local["value"], local["seeds"], local["n"]) == (12.5, 2, 4)
+    assert pick(rows, "head_gate", condition="seed 0", position="layer 1 head 2")["value"] == 0.95
+    assert pick(rows, "head_gate", condition="seed 1", position="layer 1 head 2")["value"] == 0.45
+    assert pick(rows, "mixer_heads", condition="step 10")["value"] == 75.0
+    titles, sheet = sheet_text([training()], "figure3_gates")
+    line = dict(zip(titles, sheet.rows[0], strict=True))
+    assert line["layers with a local head, %"] == "50" and line["heads"] == "4"
+    assert "local heads 48 %" in sheet.caption
+
+
+def test_gates_are_drawn_with_the_papers():
+    rows = [r for r in tidy([training(), training("infini_delta")]) if r["table"] == "figure3_gates"]
+    figure = lm_figures.gates_figure(rows)
+    maps = [ax for ax in figure.axes if ax.images]
+    assert [ax.images[0].get_array().shape for ax in maps] == [(12, 8), (2, 2), (2, 2)]
+    ways = [ax for ax in figure.axes if ax.lines]
+    assert len(ways) == 2 and [list(line.get_xdata()) for line in ways[0].lines] == [[10, 20]] * 3
+    assert list(ways[0].lines[0].get_ydata()) == [0, 25]
+    text = svg("figure3_gates", rows)
+    assert text == svg("figure3_gates", rows) and "Munkhdalai" in text
+
+
+def test_trainings_of_other_tasks_have_no_part_in_figure_3():
+    other = training(config={"task": {"name": "passkey"}})
+    assert not [r for r in tidy([other]) if r["table"] == "figure3_gates"]
+
+
+# --- positions ------------------------------------------------------------------------------------------
+
+
+def test_positions_are_drawn_against_local_block():
+    def run(model, nats):
+        places = [row("loss", x, split="test", position=str(16 * 4**i), n=2) for i, x in enumerate(nats)]
+        return record(model, metrics=places)
+
+    rows = [r for r in tidy([run("infini_linear", (3.0, 2.0)), run("local_block", (3.5, 3.0))])]
+    left, right = lm_figures.position_figure(rows).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in left.lines[:2]} == {
+        "infini_linear": [3.0, 2.0],
+        "local_block": [3.5, 3.0],
+    }
+    assert list(right.lines[0].get_ydata()) == [-0.5, -1.0] and list(right.lines[0].get_xdata()) == [16, 64]

@@ -279,7 +279,7 @@ def test_bfloat16_follows_float32(decoder, ids):
 @torch.no_grad()
 def test_other_settings_of_a_memory_keep_the_weights(decoder, model, ids):
     settings = MemoryConfig(**model.config.memory)
-    changed = with_memory(model, replace(settings, gradient_depth=3, entries=9, window=7))
+    changed = with_memory(model, replace(settings, entries=9, window=7))
     assert [p.data_ptr() for p in changed.parameters()] == [p.data_ptr() for p in model.parameters()]
     same = torch.equal(changed.step(ids)[0], model.step(ids)[0])
     assert same == (settings.kind not in ("knn", "sliding", "sink"))

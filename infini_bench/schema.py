@@ -339,5 +339,5 @@ class RunConfig:
     runs: str = "runs"  # where run folders go
     records: str = "results/records"
     device: str = "auto"  # auto | cpu | cuda
-    precision: str = "float32"  # of an evaluation: float32 | bf16 (as training on a GPU computes)
+    precision: str = "float32"  # of an evaluation: float32 | bf16 (but a memory's sums)
     force: bool = False  # run again even if the same run is recorded as done

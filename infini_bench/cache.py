@@ -110,7 +110,9 @@ def stacked(states: list[State]) -> State:
 
     What grows with the document is padded: on the left, but an AutoCompressor's ``memory`` on the right.
     """
-    sizes = [next(len(x) for x in state.values() if isinstance(x, Tensor) and x.dim() > 1) for state in states]
+    sizes = [
+        next(len(x) for x in state.values() if isinstance(x, Tensor) and x.dim() > 1) for state in states
+    ]
     parts = {name: [state[name] for state in states] for name in states[0] if name not in ("valid", "count")}
     tensors = {name: xs for name, xs in parts.items() if isinstance(xs[0], Tensor) and xs[0].dim() > 1}
     widths = {name: [x.shape[1] for x in xs] for name, xs in tensors.items()}
@@ -120,7 +122,9 @@ def stacked(states: list[State]) -> State:
     out: State = {}
     for name, xs in tensors.items():
         most, right = max(widths[name]), name == "memory"
-        pads = [(0, 0) * (x.dim() - 2) + ((0, most - x.shape[1]) if right else (most - x.shape[1], 0)) for x in xs]
+        pads = [
+            (0, 0) * (x.dim() - 2) + ((0, most - x.shape[1]) if right else (most - x.shape[1], 0)) for x in xs
+        ]
         out[name] = torch.cat([F.pad(x, pad) for x, pad in zip(xs, pads, strict=True)])
     device = next(iter(out.values())).device
     for name, xs in counts.items():

@@ -26,6 +26,7 @@ from infini_bench.origin import (
     given_model,
     trained_config,
     untrained,
+    weightless,
 )
 from infini_bench.progress import Progress
 from infini_bench.report import records
@@ -51,6 +52,8 @@ def run_train(
     if cfg.task.untrained:
         name = cfg.task.name
         raise UserError(f"The task {name} trains nothing; run `infini-bench eval {name} model={cfg.model}`.")
+    if getattr(cfg.task, "baseline", None):
+        raise UserError("task.baseline is for eval; leave it out.")
     if cfg.resume:
         cfg, folder, lineage = continued_run(cfg, given)
         record = new_record("train", cfg, command, lineage)
@@ -88,9 +91,16 @@ def run_eval(
     """Evaluate ``cfg.checkpoint`` (unset: the shipped model or the latest finished run) on ``cfg``'s task.
 
     Model, memory, decoder and tokenizer are the checkpoint's; an untrained task has none and takes all from
-    ``cfg``. Otherwise as `run_train`.
+    ``cfg``, a baseline without weights has none of them. Otherwise as `run_train`.
     """
-    path, words = untrained(cfg) if cfg.task.untrained else find_origin(cfg, given_model(cfg, given))
+    path: Path | None
+    if cfg.task.weightless:
+        cfg = weightless(cfg, given)
+        path, words = None, f"{cfg.model}, which has no weights"
+    elif cfg.task.untrained:
+        path, words = untrained(cfg)
+    else:
+        path, words = find_origin(cfg, given_model(cfg, given))
     if progress is None:
         say(f"evaluating {words}")
     if path is None:
@@ -116,7 +126,7 @@ def run_eval(
 def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progress) -> None:
     """Fill ``record`` with what ``cfg``'s task finds out about the model of checkpoint ``path``.
 
-    path None: about what the task builds with random weights.
+    path None: about what the task builds with random weights, or about what has no weights.
     """
     from infini_bench.tasks import build_task
     from infini_bench.train import load_checkpoint_model
@@ -132,9 +142,10 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     task: Any = build_task(cfg, tokenizer)
-    model = task.build(device) if model is None else model
     record.task_version = task.version
-    record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
+    if not cfg.task.weightless:
+        model = task.build(device) if model is None else model
+        record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     record.metrics = task.evaluate(model, progress)
     record.data_fingerprint = task.fingerprint
 

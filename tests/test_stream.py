@@ -104,9 +104,7 @@ def test_sampling_wants_draws_and_rows_do_not_mix(model):
     draws = torch.rand(2, 8)
     both = generate(model, logits, state, 8, draws_BT=draws, **options)
     second = torch.tensor([1])
-    alone = generate(
-        model, logits[second], state.select_rows(second), 8, draws_BT=draws[second], **options
-    )
+    alone = generate(model, logits[second], state.select_rows(second), 8, draws_BT=draws[second], **options)
     assert np.array_equal(alone[0], both[1])
     other = generate(model, logits, state, 8, draws_BT=torch.rand(2, 8), **options)
     assert not np.array_equal(other, both)
@@ -116,9 +114,7 @@ def test_books_of_different_lengths_go_on_side_by_side(model):
     """States at different borders, one of them a document's start, as one batch: what each gives alone."""
     borders, tails = (24, 0, 8, 40), (5, 9, 1, 3)
     books = [ids(1, border + tail) for border, tail in zip(borders, tails, strict=True)]
-    states = [
-        feed(model, chunked(b[:, :n], 16)) if n else None for b, n in zip(books, borders, strict=True)
-    ]
+    states = [feed(model, chunked(b[:, :n], 16)) if n else None for b, n in zip(books, borders, strict=True)]
     rows = [book[0, border:] for book, border in zip(books, borders, strict=True)]
     logits, state = prefill_rows(model, rows, type(states[0]).stack(states))
     together = generate(model, logits, state, 12)

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.schema import BooksumConfig, DataConfig, DecoderConfig, MemoryConfig, RunConfig
+from infini_bench.summaries import read_summaries
 from infini_bench.tasks import build_task
 from infini_bench.tasks.booksum import SEPARATOR
 
@@ -34,23 +36,32 @@ def make(tmp_path):
                 }
                 for i, (text, summaries) in enumerate(books)
             ]
-            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        source = {"name": "mine", "source": "local", "path": str(tmp_path), "id_column": "id"}
+            (tmp_path / "books").mkdir(exist_ok=True)
+            (tmp_path / "books" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        source = {"name": "mine", "source": "local", "path": str(tmp_path / "books")}
+        source["id_column"] = "id"
         source["summary_column"] = "summaries"
         data = DataConfig(tokenizer="bytes", cache_dir=str(tmp_path / "cache"), **source)
         task = BooksumConfig(**{"greedy": True, "max_new_tokens": 40, "chunk": 40, **settings})
-        return build_task(RunConfig(data=data, memory=MemoryConfig(segment=SEGMENT), task=task))
+        cfg = RunConfig(data=data, memory=MemoryConfig(segment=SEGMENT), task=task)
+        cfg.records = str(tmp_path / "records")
+        return build_task(cfg)
 
     return task
 
 
 class Carried:
-    def __init__(self, text: bytes):
-        self.text = text
+    """What each row has read."""
+
+    def __init__(self, texts: list[bytes]):
+        self.texts = texts
 
     def select_rows(self, index):
-        assert index.tolist() == [0] * len(index)
-        return self
+        return Carried([self.texts[i] for i in index])
+
+    @classmethod
+    def stack(cls, states):
+        return cls([b"" if state is None else state.texts[0] for state in states])
 
 
 class Writer(torch.nn.Module):
@@ -71,17 +82,35 @@ class Writer(torch.nn.Module):
         yield
         self.off = False
 
-    def step(self, ids, state, keep):
-        text = (b"" if state is None else state.text) + bytes(ids[0].tolist())
+    def gates(self):
+        return None
+
+    def step(self, ids, state, keep, mask=None):
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        ids = ids.clamp(max=255)  # rows that ended are given their end again
+        new = [bytes(row[here].tolist()) for row, here in zip(ids, mask, strict=True)]
+        texts = [a + b for a, b in zip([b""] * len(new) if state is None else state.texts, new, strict=True)]
         if keep == "none":
-            return None, Carried(text)
+            return None, Carried(texts)
+        tokens = torch.tensor([[self.answer(text)] for text in texts])
+        return torch.nn.functional.one_hot(tokens, 300).float(), Carried(texts)
+
+    def answer(self, text):
         before, _, written = text.partition(SEPARATOR.encode())
         if not written:
             self.prompts.append(before)
         short = self.off or len(before) < SEGMENT
         summary = b"" if short else self.summaries[before[0]]
-        token = [*summary, self.eos_id][len(written)]
-        return torch.nn.functional.one_hot(torch.tensor([[token]] * len(ids)), 300).float(), Carried(text)
+        return [*summary, self.eos_id][min(len(written), len(summary))]
+
+
+def texts(task, row):
+    """Book -> the summaries that a row of ``overall`` names, in the order of its samples."""
+    found = {}
+    for line in read_summaries(Path(task.cfg.records), row["extra"]["summaries"]):
+        if (line["condition"], line["length"]) == (row["condition"], row["length"]):
+            found.setdefault(line["book"], []).append(line["text"])
+    return found
 
 
 def value(rows, metric, condition="pairwise"):
@@ -101,7 +130,11 @@ def test_summaries_are_scored_in_every_condition(make):
     overall = value(rows, "overall")
     means = [value(rows, kind)["value"] for kind in ("rouge1", "rouge2", "rougeL")]
     assert overall["value"] == pytest.approx(np.prod(means) ** (1 / 3))
-    assert overall["extra"]["summaries"] == [["the king died"], ["they lived"], ["wrong words"]]
+    assert texts(task, overall) == {
+        "test0": ["the king died"],
+        "test1": ["they lived"],
+        "test2": ["wrong words"],
+    }
     assert overall["extra"]["books"] == ["test0", "test1", "test2"]
     assert overall["n"] == 3 and overall["ci_low"] <= overall["value"] <= overall["ci_high"]
     assert value(rows, "summary_tokens")["value"] == pytest.approx((13 + 10 + 11) / 3)
@@ -111,20 +144,22 @@ def test_summaries_are_scored_in_every_condition(make):
 def test_controls(make):
     task = make()
     rows = task.evaluate(Writer(task.tokenizer.eos_id))
+    assert value(rows, "overall", "shuffled")["value"] == value(rows, "overall")["value"]
     assert value(rows, "rouge1", "memory_off")["value"] == 0
     assert value(rows, "empty", "memory_off")["value"] == 100 and value(rows, "empty")["value"] == 0
-    other = value(rows, "overall", "other_memory")["extra"]["summaries"]
-    assert other == [["they lived"], ["wrong words"], ["the king died"]]
+    other = texts(task, value(rows, "overall", "other_memory"))
+    assert [*other.values()] == [["they lived"], ["wrong words"], ["the king died"]]
 
 
 def test_what_is_read(make):
     task = make()
     model = Writer(task.tokenizer.eos_id)
     task.evaluate(model)
-    own, off, other = model.prompts[:3]
-    assert own == b"a" * 150 and off == b"a" * 22  # 150 + 31 tokens, the last segment starts at 128
-    # the second book's state at its own last segment's start, then the first book's last segment
+    own, off, other, shuffled = model.prompts[::3]
+    assert own == b"a" * 150 and off == b"a" * 22  # the unfinished segment starts at 128
+    # the second book's state at its own last border, then the first book's unfinished segment
     assert other == b"b" * 192 + b"a" * 22
+    assert shuffled == own and model.prompts[1] == b"b" * 200
 
 
 def test_input_and_number_of_books_are_limited(make):
@@ -132,6 +167,7 @@ def test_input_and_number_of_books_are_limited(make):
     model = Writer(task.tokenizer.eos_id)
     rows = task.evaluate(model)
     assert model.prompts == [b"a" * 150, b"b" * 160]
+    assert value(rows, "overall")["extra"]["cut"] == ["test1"]
     assert {row["condition"] for row in rows} == {"pairwise", "best"} and rows[0]["length"] == 160
 
 
@@ -143,10 +179,10 @@ def test_samples_are_averaged_and_repeat(make, decoder):
         for t in (task, make(greedy=False, samples=3, max_new_tokens=6, temperature=2.0, max_books=1))
     ]
     assert rows[0] == rows[1]
-    (texts,) = value(rows[0], "overall")["extra"]["summaries"]
-    assert len(texts) == 3 and len(set(texts)) == 3
+    (written,) = texts(task, value(rows[0], "overall")).values()
+    assert len(written) == 3 and len(set(written)) == 3
     assert value(rows[0], "overall")["ci_low"] is None and value(rows[0], "overall")["protocol"] == "sampled"
-    assert {row["condition"] for row in rows[0]} == {"pairwise", "best", "memory_off"}
+    assert {row["condition"] for row in rows[0]} == {"pairwise", "best", "memory_off", "shuffled"}
 
 
 def test_training_batches(make):
@@ -183,6 +219,8 @@ def test_real_models(make, memory):
     memory.segment = SEGMENT
     model = build_model(DecoderConfig(dim=32, init_std=0.3), memory, task.tokenizer.vocab_size)
     rows = task.evaluate(model)
-    wanted = {"pairwise", "best"} | ({"memory_off", "other_memory"} if model.has_memory else set())
+    wanted = {"pairwise", "best"} | (
+        {"memory_off", "other_memory", "shuffled"} if model.has_memory else set()
+    )
     assert {row["condition"] for row in rows} == wanted
     assert all(0 <= row["value"] <= 100 for row in rows)

@@ -63,9 +63,8 @@ class Job:
         from infini_bench.run import run_eval
 
         cfg = self.cfg
-        if (
-            "scale" not in self.given and not cfg.task.untrained
-        ):  # the recipe of the checkpoint's scale fits it best
+        bare = cfg.task.untrained or cfg.task.weightless
+        if "scale" not in self.given and not bare:  # the recipe of the checkpoint's scale fits it best
             path, _ = find_origin(cfg, cfg.model if "model" in self.given else None)
             cfg = self.recompose([f"scale={trained_config(path).scale}"])
         task = cfg.task.name

@@ -15,7 +15,7 @@ from infini_bench.errors import UserError
 from infini_bench.units import parse_depth, parse_length, suggest
 
 INTERRUPTED = 130
-LENGTH_KEYS = {"lm": "task.max_tokens", "passkey": "task.lengths", "booksum": "task.input_tokens"}
+LENGTH_KEYS = {"lm": "task.max_tokens", "passkey": "task.lengths", "booksum": "task.lengths"}
 PROFILED = {  # by level: what is profiled unless the user says so
     "model": "local_block,infini_linear,infini_delta,full",
     "operator": "infini_linear,infini_delta",
@@ -158,6 +158,10 @@ def evaluate(
         str | None, typer.Option(help="Recall, mqar: segments up to the question, e.g. 1,64,4096.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Passkey, recall, mqar: trials a number.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Booksum: lead, random, lexrank, oracle; map_reduce, of a trained model."),
+    ] = None,
     multirun: Multirun = False,
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
@@ -174,6 +178,9 @@ def evaluate(
         *_length_override(what, length),
         *_trial_overrides(what, depths, segments, trials),
     ]
+    if baseline is not None and what != "booksum":
+        raise UserError(f"--baseline belongs to eval booksum, not to eval {what}.")
+    options += [f"task.baseline={baseline}"] if baseline is not None else []
     if checkpoint is not None:
         from infini_bench.cli.bridge import quote
 
@@ -333,7 +340,7 @@ def _length_override(task: str, text: str | None) -> list[str]:
     if task not in LENGTH_KEYS:
         raise UserError(f"--length belongs to eval {', '.join(LENGTH_KEYS)}, not to eval {task}.")
     lengths = [parse_length(part) for part in text.split(",")]
-    if task == "passkey":
+    if task in ("passkey", "booksum"):
         return [f"task.lengths=[{','.join(map(str, lengths))}]"]
     if len(lengths) > 1:
         raise UserError(f"eval {task} takes one --length; for several add -m {LENGTH_KEYS[task]}={text}.")

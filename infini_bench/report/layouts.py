@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import diagnostics, efficiency, paper, probes
+from infini_bench.report import booksum, diagnostics, efficiency, paper, probes
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -30,10 +30,10 @@ TITLES = {
     "table2_lm": "Table 2: language modelling",
     "lm_position": "Table 2 by position: loss along the document",
     "table3_passkey": "Table 3: passkey retrieval",
-    "table4_booksum": "Table 4: book summaries",
     **diagnostics.TITLES,
     **probes.TITLES,
     **efficiency.TITLES,
+    **booksum.TITLES,
 }
 LINES = {  # what the rows of a line share beside model and variant; a control by position has its own
     **dict.fromkeys(NAMES, ("protocol",)),
@@ -42,6 +42,7 @@ LINES = {  # what the rows of a line share beside model and variant; a control b
     **diagnostics.LINES,
     **probes.LINES,
     **efficiency.LINES,
+    **booksum.LINES,
 }
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
@@ -71,6 +72,8 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
     made = []
     for name in names:
         own = [row for row in rows if row["table"] == name]
+        if name == booksum.NAME:
+            own = booksum.spread(own)
         *groups, last = grouped(own, SHEET if name not in VIEWS else SHEET[:-1]) or [[]]
         made += [*(_sheet(name, group, []) for group in groups), _sheet(name, last, failed.get(name, []))]
     return made
@@ -79,11 +82,12 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
 def _sheet(name: str, rows: list[Row], failures: list[str]) -> Sheet:
     lines = grouped(rows, ("model", "variant", *LINES[name]))
     columns = BUILDERS[name](rows)
+    cells = [[column.cell(line) for column in columns] for line in lines]
     return Sheet(
         table=name,
         title=_title(name, rows),
         columns=columns,
-        rows=[[column.cell(line) for column in columns] for line in lines],
+        rows=cells + (booksum.printed_only(rows, len(columns)) if name == booksum.NAME else []),
         caption=_caption(name, rows),
         failures=failures,
         records=sorted({record for row in rows for record in row["records"]}),
@@ -241,45 +245,14 @@ def _caption3(rows: list[Row]) -> str:
     )
 
 
-def _table4(rows: list[Row]) -> list[Column]:
-    names = {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum", "overall": "overall"}
-
-    def printed(model: str) -> str:
-        row = paper.TABLE4.get(model)
-        return (
-            " / ".join(f"{row[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL", "overall"))
-            if row
-            else ABSENT
-        )
-
-    return [
-        MODEL,
-        SEEDS,
-        *(Column(title, measured(metric, 1, condition="pairwise")) for metric, title in names.items()),
-        Column("summary tokens", measured("summary_tokens", 0, condition="pairwise")),
-        Column("empty %", measured("empty", 0, condition="pairwise"), wide=True),
-        Column("overall, memory off", measured("overall", 1, condition="memory_off")),
-        Column("overall, other memory", measured("overall", 1, condition="other_memory")),
-        *BUDGET,
-        _paper("R-1 / R-2 / R-L / overall", printed),
-    ]
-
-
-def _caption4(rows: list[Row]) -> str:
-    return (
-        "ROUGE F1 x 100, mean over each book's references (best of them: in the CSV); overall = geometric "
-        f"mean of R-1, R-2 and R-L. Memory off and other memory (another book's state): overall. {INTERVALS}"
-    )
-
-
 BUILDERS = {
     "table2_lm": _table2,
     "lm_position": _positions,
     "table3_passkey": _table3,
-    "table4_booksum": _table4,
     **diagnostics.BUILDERS,
     **probes.BUILDERS,
     **efficiency.BUILDERS,
+    **booksum.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table2_lm": _caption2,
@@ -287,8 +260,8 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
         f"Nats per token; column p: tokens p to 2p - 1 of every document. {INTERVALS}"
     ),
     "table3_passkey": _caption3,
-    "table4_booksum": _caption4,
     **diagnostics.CAPTIONS,
     **probes.CAPTIONS,
     **efficiency.CAPTIONS,
+    **booksum.CAPTIONS,
 }

@@ -22,7 +22,7 @@ from infini_bench.metrics.intervals import wilson
 from infini_bench.report import paper
 from infini_bench.report.compare import deltas, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
-from infini_bench.schema import MemoryConfig, RunConfig
+from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 
 Row = dict[str, Any]
 
@@ -58,7 +58,7 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
-    *("task.segments_after", "task.fillers", "task.pairs"),
+    *("task.segments_after", "task.fillers", "task.pairs", "task.gates", "task.baseline"),
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
     "task.seconds",
@@ -73,6 +73,7 @@ OF_SHAPE = (
     *("decoder.layers", "decoder.dim", "decoder.heads", "decoder.kv_heads", "decoder.head_dim"),
     *("memory.segment", "task.batch"),
 )
+WEIGHTS = ("decoder", "memory", "base", "trainer", "scale")  # settings of what has weights
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
@@ -163,6 +164,7 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
     groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
     for r, table in shown:
         place = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
+        place += (r.config["model"],) if weightless(r.config) else ()
         groups[place].append(((r.id, table), _setup(r)))
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
@@ -177,6 +179,11 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
             named = sorted({*differing, *own})
             names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
+
+
+def weightless(config: dict[str, Any]) -> bool:
+    """Whether what was evaluated has no weights: settings of a model say nothing about it."""
+    return config["task"].get("baseline") in EXTRACTIVE
 
 
 def _own(key: str) -> bool:
@@ -203,8 +210,9 @@ def _setup(record: Record) -> dict[str, str]:
             flat[prefix] = _text(value)
 
     known = asdict(RunConfig(task=TASKS[record.task]()))
+    without = {*UNHASHED, "seed", *(WEIGHTS if weightless(record.config) else ())}
     for config in (known, record.config):
-        walk("", {key: value for key, value in config.items() if key not in (*UNHASHED, "seed")})
+        walk("", {key: value for key, value in config.items() if key not in without})
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})

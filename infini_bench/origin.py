@@ -81,8 +81,9 @@ def untrained(cfg: RunConfig) -> tuple[None, str]:
 
 
 def weightless(cfg: RunConfig, given: Collection[str] | None) -> RunConfig:
-    """``cfg`` under the name of its baseline, of all books unless the user set how many (recipes do so for models
-    that take long). Raises UserError for settings of a model, which has no part.
+    """``cfg`` under the name of its baseline, of all books unless the user set how many.
+
+    Recipes do so for models, which take long. Raises UserError for settings of a model, which has no part.
     """
     task: Any = cfg.task
     name = str(task.baseline)

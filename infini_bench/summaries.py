@@ -1,4 +1,4 @@
-"""Summaries beside the records, which name them: a compressed file of JSON lines, called by its content's hash.
+"""Summaries beside the records, which name them: a compressed file of JSON lines, named by its hash.
 
 A line has ``book``, ``condition``, ``length``, ``sample`` and, of a model's summary, ``seed`` (of
 ``numpy.random.default_rng``, unless greedy) and ``text``; of one made of the book's own sentences
@@ -22,7 +22,7 @@ FOLDER = "summaries"  # in the folder of records
 
 
 def save_summaries(records: Path, lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Write the lines below the folder ``records``; returns what a record says of them: file, sha256, lines."""
+    """Write the lines below the folder ``records``; returns what a record says of them."""
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
     content = "".join(texts).encode()
     digest = hashlib.sha256(content).hexdigest()

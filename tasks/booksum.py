@@ -2,8 +2,9 @@
 
 Protocol, version 2. Prompt: the book's tokens (the first ``input_tokens`` and, of them, each of ``lengths``),
 then `SEPARATOR`. The state is carried from the first token to the last; then up to ``max_new_tokens`` are
-generated, ended by the end-of-text token: greedily, or by nucleus sampling with ``temperature`` and ``top_p``,
-``samples`` a book. Token t of a sample is drawn with number t of ``default_rng([seed, book, sample])``.
+generated, ended by the end-of-text token: greedily, or by nucleus sampling with ``temperature`` and
+``top_p``, ``samples`` a book. Token t of a sample is drawn with number t of numpy's ``default_rng([seed, book,
+sample])``.
 
 * ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F1 x 100 (metrics/rouge.py), mean over books.
 * ``overall``: geometric mean of the books' mean R-1, R-2 and R-L. ``overall_gain``: of a length over the next
@@ -13,18 +14,18 @@ generated, ended by the end-of-text token: greedily, or by nucleus sampling with
 ``position`` names the kind of reference (`Summary.source`) if a split has several; without one, all count. A
 row's books are those with a reference of its kind. Conditions: ``pairwise`` = mean over a book's references,
 ``best`` = the best of them, kind of ROUGE by kind; the controls, at the longest input, are scored pairwise.
-``memory_off``: nothing from before a segment is used. ``other_memory``: the prompt's end (the book's unfinished
-segment and the separator) follows on the state that the next book of the batch has at the same place.
+``memory_off``: nothing from before a segment is used. ``other_memory``: the prompt's end (the book's
+unfinished segment and the separator) follows on the state of the batch's next book at its own last border.
 ``shuffled``: the whole segments of the book are read in random order. ``gate_G``: all gates have the value G.
 The first three are left out for models without a memory that could be switched off, the second also if there
 is only one book. A book's scores are means over its samples. Intervals: percentile bootstrap over books.
 
 ``baseline``: other summaries, see booksum_extract.py and, of a model, `Writer.map_reduce`.
 
-Training: book, separator, one of the book's summaries (another each epoch), end-of-text token; the loss is the
-mean over the summary and its end + ``lm_weight`` x the mean over what else there is. ``prefix``: of the book the
-first ``train_input_tokens``. ``whole_book``: all of it (or ``input_tokens``), of which whole segments at the
-start are read without gradient, so that ``gradient_segments`` are left for prompt and gradient.
+Training: book, separator, one of the book's summaries (another each epoch), end-of-text token; the loss is
+the mean over the summary and its end + ``lm_weight`` x the mean over what else has a gradient. ``prefix``: of
+the book the first ``train_input_tokens``. ``whole_book``: all of it (or ``input_tokens``); the last
+``gradient_segments`` of book and separator, and the summary, have a gradient, what stands before is only read.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def extracted(booksum: Booksum, books: list[Document], progress) -> list[Written
     found = []
     for kind in kinds:
         each = {k: trials[kind, k] for k in task.sentences}
-        reached = {k: rouge.overall(scores.rouge_D4(one, kind)) for k, one in each.items() if one.texts}
+        reached = {k: rouge.overall(scores.rouge_of(one, kind)) for k, one in each.items() if one.texts}
         if not reached:
             raise UserError(
                 f'Validation has no book with a "{kind}" summary to choose k on; use another split.'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ class Scores:
         """A book's references of a kind."""
         return [summary.text for summary in self.books[number].summaries if kind in (None, summary.source)]
 
-    def rouge_D4(self, one: Written, kind: str | None, combine: Combine = rouge.pairwise) -> np.ndarray:
-        """Scores of each book that has such a reference, means over its samples."""
+    def rouge_of(self, one: Written, kind: str | None, combine: Combine = rouge.pairwise) -> np.ndarray:
+        """Scores (D, 4) of each book that has such a reference, means over its samples."""
         numbers = [number for number in one.texts if self.goals(number, kind)]
         goals = [self.goals(number, kind) for number in numbers]
         scores = rouge.score_documents([one.texts[number] for number in numbers], goals, self.folder)
@@ -124,7 +125,7 @@ class Scores:
     def _rouge_rows(
         self, one: Written, kind: str | None, combine: Combine, extra: dict[str, Any]
     ) -> list[Row]:
-        books_D4 = self.rouge_D4(one, kind, combine)
+        books_D4 = self.rouge_of(one, kind, combine)
         condition = "best" if combine is rouge.best else one.condition
         measures = {name: (lambda rows, i=i: float(rows[:, i].mean())) for i, name in enumerate(rouge.KINDS)}
         rows = [
@@ -136,7 +137,7 @@ class Scores:
     def _gains(self, own: list[Written], kinds: list[str | None]) -> list[Row]:
         """Overall of each length over the next shorter one, on the books that the shorter one cuts."""
         rows = []
-        for shorter, longer in zip(own, own[1:], strict=False):
+        for shorter, longer in pairwise(own):
             if longer.length == shorter.length:
                 continue
             for kind in kinds:
@@ -144,7 +145,7 @@ class Scores:
                 cut = np.array([number in shorter.cut for number in numbers])
                 if not cut.any():
                     continue
-                pair = [self.rouge_D4(one, kind)[cut] for one in (longer, shorter)]
+                pair = [self.rouge_of(one, kind)[cut] for one in (longer, shorter)]
                 value, bounds = paired_bootstrap(*pair, rouge.overall, seed=self.cfg.seed)
                 facts = {
                     "over": shorter.length,

@@ -99,7 +99,7 @@ class Writer:
         return self._generate(keys, stack(states), tails, self.task.max_new_tokens, self.task.samples)
 
     def _generate(self, keys, state, tails: list[np.ndarray], most: int, samples: int) -> list[Summaries]:
-        """What follows each row's state and the end of its prompt. keys: a row's and a sample's draws' seed."""
+        """What follows each row's state and the end of its prompt. keys: seeds of the rows' draws."""
         task, eos_id = self.task, self.booksum.tokenizer.eos_id
         logits, state = prefill_rows(self.model, tails, state)
         samples = 1 if task.greedy else samples
@@ -121,11 +121,11 @@ class Writer:
     # Map and reduce ----------------------------------------------------------------------------------------
 
     def map_reduce(self, books: Sequence[np.ndarray], lengths: Sequence[int | None]) -> Made:
-        """Hierarchical summaries: parts of ``map_tokens``, each a document of its own, are summarised in up to
-        ``map_new_tokens``; the summaries, end to end, are cut into parts again until there is one.
+        """Hierarchical summaries: parts of ``map_tokens``, each a document of its own, are summarised in up
+        to ``map_new_tokens``; the summaries, end to end, are cut into parts again until there is one.
 
-        Its summary, of up to ``max_new_tokens``, is the book's. Level and part of a summary belong to the seed
-        of its draws.
+        Its summary, of up to ``max_new_tokens``, is the book's. The level and number of a part belong to the
+        seed of its draws, behind the sample's.
         """
         self.reading, count = None, len(books) * len(lengths)
         with self.progress.task("summaries", count) as bar:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from infini_bench.report import efficiency_figure, probe_figures
+from infini_bench.report import booksum_figure, efficiency_figure, probe_figures
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
 
@@ -45,6 +45,8 @@ def svg(name: str, rows: list[Row]) -> str | None:
         for key, value in STYLE.items():
             matplotlib.rcParams[key] = value  # type: ignore[index]
         figure = FIGURES[name](rows)
+        if figure is None:
+            return None
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
@@ -256,7 +258,7 @@ def _bits_panel(axes: Axes, names: list[str], rows: list[Row]) -> None:
     axes.set_xlabel("bits per byte")
 
 
-FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
+FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "diag_recall": recall,
     "diag_mqar": mqar,
     "diag_features": features,
@@ -264,4 +266,5 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     "diag_local": variants,
     **probe_figures.FIGURES,
     **efficiency_figure.FIGURES,
+    **booksum_figure.FIGURES,
 }

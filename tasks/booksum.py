@@ -3,8 +3,8 @@
 Protocol, version 2. Prompt: the book's tokens (the first ``input_tokens`` and, of them, each of ``lengths``),
 then `SEPARATOR`. The state is carried from the first token to the last; then up to ``max_new_tokens`` are
 generated, ended by the end-of-text token: greedily, or by nucleus sampling with ``temperature`` and
-``top_p``, ``samples`` a book. Token t of a sample is drawn with number t of numpy's ``default_rng([seed, book,
-sample])``.
+``top_p``, ``samples`` a book. Token t of a sample is drawn with number t of numpy's
+``default_rng([seed, book, sample])``.
 
 * ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F1 x 100 (metrics/rouge.py), mean over books.
 * ``overall``: geometric mean of the books' mean R-1, R-2 and R-L. ``overall_gain``: of a length over the next
@@ -23,9 +23,9 @@ is only one book. A book's scores are means over its samples. Intervals: percent
 ``baseline``: other summaries, see booksum_extract.py and, of a model, `Writer.map_reduce`.
 
 Training: book, separator, one of the book's summaries (another each epoch), end-of-text token; the loss is
-the mean over the summary and its end + ``lm_weight`` x the mean over what else has a gradient. ``prefix``: of
-the book the first ``train_input_tokens``. ``whole_book``: all of it (or ``input_tokens``); the last
-``gradient_segments`` of book and separator, and the summary, have a gradient, what stands before is only read.
+the mean over the summary and its end + ``lm_weight`` x the mean over what else has a gradient. ``prefix``:
+of the book the first ``train_input_tokens``. ``whole_book``: all of it (or ``input_tokens``); the last
+``gradient_segments`` of book and separator, and the summary, have a gradient; what is before is only read.
 """
 
 from __future__ import annotations

@@ -145,13 +145,13 @@ class Scores:
                 cut = np.array([number in shorter.cut for number in numbers])
                 if not cut.any():
                     continue
-                pair = [self.rouge_of(one, kind)[cut] for one in (longer, shorter)]
-                value, bounds = paired_bootstrap(*pair, rouge.overall, seed=self.cfg.seed)
+                more, less = (self.rouge_of(one, kind)[cut] for one in (longer, shorter))
+                value, bounds = paired_bootstrap(more, less, rouge.overall, seed=self.cfg.seed)
                 facts = {
                     "over": shorter.length,
                     "books": [self.books[n].id for n in shorter.cut if n in numbers],
                 }
-                columns = self._columns(longer, kind, "pairwise", len(pair[0]))
+                columns = self._columns(longer, kind, "pairwise", len(more))
                 rows.append(self.row("overall_gain", value, bounds, extra=facts, **columns))
         return rows
 

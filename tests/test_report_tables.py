@@ -7,14 +7,16 @@ import io
 from pathlib import Path
 
 import pytest
-from report_fakes import booksum, lm, passkey, pick, sheet_text
+from report_fakes import booksum, booksum_lengths, lead, lm, passkey, pick, sheet_text
 from rich.console import Console
 
 from infini_bench.errors import UserError
 from infini_bench.report import paper
+from infini_bench.report.figures import svg
+from infini_bench.report.layouts import sheets
 from infini_bench.report.records import write_record
 from infini_bench.report.tables import FORMATS, print_tables, write_report
-from infini_bench.report.tidy import NAMES
+from infini_bench.report.tidy import NAMES, tidy
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KINDS = ("tables/*", "figures/*")
@@ -80,6 +82,43 @@ def test_table4_layout():
     assert line["R-1"] == "30.0" and line["overall"] == "16.9" and line["overall, memory off"] == "12.0"
     assert (line["summary tokens"], line["summary words"]) == ("70", "55")
     assert not {"input", "references"} & {*titles}
+
+
+def test_table4_has_a_line_for_each_input_and_kind_of_reference_and_for_what_has_no_weights():
+    titles, sheet = sheet_text([booksum_lengths(), lead()], "table4_booksum")
+    lines = [dict(zip(titles, row, strict=True)) for row in sheet.rows]
+    shown = [(line["model"], line["input"], line["references"], line["overall"]) for line in lines[:5]]
+    assert shown == [
+        ("infini_linear", "16K\n(8 cut)", "all", "15.0\n[1.0, 30.0]"),
+        ("infini_linear", "16K\n(8 cut)", "wikipedia", "15.0\n[1.0, 30.0]"),
+        ("infini_linear", "32K\n(5 cut)", "all", "17.0\n[1.0, 30.0]"),
+        ("infini_linear", "32K\n(5 cut)", "wikipedia", "17.0\n[1.0, 30.0]"),
+        ("lead", "whole", "all", "12.0"),
+    ]
+    assert "scale laptop, CPU model X" in sheet.title and len(sheet.records) == 2
+    printed = {line["model"]: line[titles[-1]] for line in lines[5:]}
+    assert printed["primera_unlimiformer"] == "37.9 / 8.2 / 16.3 / 17.2" and "infini_delta" in printed
+    assert all(line["overall"] == "—" for line in lines[5:]) and "infini_linear" not in printed
+    assert "were not run here" in sheet.caption
+
+
+def test_what_has_no_weights_has_a_sheet_of_its_own_only_where_no_model_is():
+    (sheet,) = sheets(tidy([lead()]), [lead()], ["table4_booksum"])
+    assert sheet.rows[0][0] == "lead" and "scale smoke, CPU model Y" in sheet.title
+    records = [booksum_lengths(), booksum_lengths("infini_delta", device="GPU"), lead(), lead("embedded")]
+    made = sheets(tidy(records), records, ["table4_booksum"])
+    models = [{row[0] for row in sheet.rows} - set(paper.TABLE4) for sheet in made]
+    assert models == [{"lead"}, {"lead"}, {"lead"}]
+    assert tidy([booksum_lengths(), lead()])[-1]["variant"] is None  # no setting of a model names it
+
+
+def test_figure_4_is_drawn_where_there_are_lengths():
+    drawn = svg("table4_booksum", tidy([booksum_lengths(), lead()]))
+    assert drawn is not None and drawn.startswith("<?xml")
+    for words in ("32K", "n=8", "lead", "paper: 8B model", "references: wikipedia"):
+        assert words in drawn
+    assert drawn == svg("table4_booksum", tidy([booksum_lengths(), lead()]))
+    assert svg("table4_booksum", tidy([booksum(), lead()])) is None
 
 
 @pytest.mark.parametrize("name", ["table2_lm", "lm_position", "table3_passkey", "table4_booksum"])

@@ -9,7 +9,9 @@ from infini_bench.metrics.summaries import Reader, names
 from infini_bench.summaries import read_summaries, save_summaries
 
 FIRST = "In London the old Marlow met a man. Then he, Marlow, sailed away on a boat to the sea. "
-SECOND = "On the river he saw Kurtz and his friend Harlequin. They feared Kurtz, and Kurtz died. The man was London."
+SECOND = (
+    "On the river he saw Kurtz and his friend Harlequin. They feared Kurtz, and Kurtz died. It was London."
+)
 
 
 def test_names_stand_inside_sentences_and_never_in_lower_case():
@@ -35,7 +37,22 @@ def test_late_names_are_the_second_halfs_own():
 def test_copied_and_repeated():
     found = reader().measure("A man, then he, Marlow, sailed, sailed away. A man then he Marlow sailed!")
     # runs of five: the first two and the last two are the book's, and the last two stood there before
-    words = ["a", "man", "then", "he", "marlow", "sailed", "sailed", "away", "a", "man", "then", "he", "marlow", "sailed"]
+    words = [
+        "a",
+        "man",
+        "then",
+        "he",
+        "marlow",
+        "sailed",
+        "sailed",
+        "away",
+        "a",
+        "man",
+        "then",
+        "he",
+        "marlow",
+        "sailed",
+    ]
     grams = [tuple(words[i : i + 5]) for i in range(len(words) - 4)]
     assert found["summary_words"] == len(words) == 14 and len(grams) == 10
     assert found["copied"] == pytest.approx(100 * 4 / 10)

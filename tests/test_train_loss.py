@@ -76,7 +76,7 @@ def test_checkpointing_recomputes_one_call_at_a_time(decoder, memory):
 
 
 def test_what_is_read_before_has_no_gradient_and_its_effect(decoder, memory):
-    """Each row's loss is that of its whole document's end; its gradients are those behind a detached state."""
+    """A row's loss is that of its document's end; its gradients are those behind a detached state."""
     model = build_model(decoder, memory, 13).eval()  # no auxiliary loss
     documents = [torch.randint(13, (size + TOKENS + 1,)) for size in (16, 0)]
     _, weights, task_weights = batch()

@@ -176,7 +176,7 @@ class _Stemmer(PorterStemmer):
     """A book has few words, many times."""
 
     @cache  # noqa: B019 - one instance, as long as the process
-    def stem(self, word: str) -> str:  # type: ignore[override]
+    def stem(self, word: str) -> str:
         return str(super().stem(word))
 
 

@@ -54,7 +54,7 @@ class Reader:
     def measure(self, text: str) -> dict[str, float]:
         """METRICS of a summary; NaN where it, or the references, give nothing to count.
 
-        copied: percent of its 5-grams that the book has; repeated: percent of its 5-grams that it had already;
+        copied: percent of its 5-grams that the book has; repeated: percent of those that it had already;
         names_in_book: percent of its names that occur in the book; late_names: how many of the book's late
         names it has; late_name_recall: percent of those in the references that it has; empty: 100 for a
         summary without any letter or digit, else 0.

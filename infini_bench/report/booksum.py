@@ -34,7 +34,7 @@ PLACE = ("scale", "device")
 
 
 def spread(rows: list[Row]) -> list[Row]:
-    """Rows of what has no weights as rows of every sheet of the same books; of one sheet, if there is none."""
+    """Rows of what has no weights as rows of every sheet of the same books; of one, if there is none."""
     fixed = [row for row in rows if weightless(row["config"])]
     models = [row for row in rows if not weightless(row["config"])]
     out = []
@@ -123,12 +123,12 @@ def _table(rows: list[Row]) -> list[Column]:
 def _caption(rows: list[Row]) -> str:
     return (
         "ROUGE F1 x 100, Porter stemmer, mean over each book's references; overall = geometric mean of R-1, "
-        "R-2 and R-L. References: all of a book, or of one kind only. Input: tokens from the book's start, and "
-        "how many books they cut short. Copied: 5-grams that the book has; repeated: 5-grams that the summary "
-        "had before; names in book: of the summary's names; late names: those that the book first has in its "
-        "second half, in a summary, and of those in the references (recall). Memory off, other memory "
-        "(another book's state), shuffled (the book's segments in random order), gate (all gates at one "
-        "value): overall. Extractive lines have no weights; how many sentences was chosen on validation. "
+        "R-2 and R-L. References: all of a book, or of one kind. Input: tokens from the book's start, and "
+        "how many books they cut short. Copied: 5-grams that the book has; repeated: 5-grams that the "
+        "summary had before; names in book: of the summary's names; late names: those that the book first "
+        "has in its second half, in a summary, and of those in the references (recall). Memory off, other "
+        "memory (another book's state), shuffled (the book's segments in random order), gate (all gates at "
+        "one value): overall. Extractive lines have no weights; their length was chosen on validation. "
         "In brackets 95 % intervals: over books with one seed, over seeds (Student) with several."
         + (" Models with the paper's numbers alone were not run here." if printed_only(rows, 2) else "")
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infini_bench.report import paper
 from infini_bench.report.booksum import spread
@@ -23,8 +23,8 @@ def booksum_figure(rows: list[Row]) -> Figure | None:
     """Two panels for each sheet and kind of reference; None if no run has input lengths.
 
     Left: overall of all books, band = 95 % interval; level lines: baselines without weights, which read whole
-    books; for references of all kinds the paper's curve. Right: gain over the next shorter input, on the books
-    that the shorter one cuts, whose number stands at the point.
+    books; for references of all kinds the paper's curve. Right: gain over the next shorter input, on the
+    books that the shorter one cuts, whose number stands at the point.
     """
     wanted = [row for row in spread(rows) if row["metric"] in ("overall", "overall_gain")]
     wanted = [row for row in wanted if row["condition"] == "pairwise" and row["value"] is not None]
@@ -67,7 +67,7 @@ def label(row: Row) -> str:
 def _level(ax: Axes, names: list[str], rows: Line) -> None:
     for row in rows:
         if weightless(row["config"]):
-            style = {
+            style: dict[str, Any] = {
                 "color": COLOURS[names.index(label(row)) % len(COLOURS)],
                 "linestyle": "--",
                 "linewidth": 1,
@@ -80,13 +80,18 @@ def _curves(ax: Axes, names: list[str], rows: Line, counted: bool = False) -> No
         line = sorted(line, key=lambda row: row["length"])
         number = names.index(line[0]["name"])
         color, x = COLOURS[number % len(COLOURS)], [row["length"] for row in line]
-        look = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.3}
+        look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.3}
         ax.plot(x, [row["value"] for row in line], color=color, label=line[0]["name"], **look)
         band = [row for row in line if row["ci_low"] is not None]
         low, high = ([row[key] for row in band] for key in ("ci_low", "ci_high"))
         ax.fill_between([row["length"] for row in band], low, high, color=color, alpha=0.15, linewidth=0)
         for row in line if counted else []:
-            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
+            place: dict[str, Any] = {
+                "xytext": (4, 4),
+                "textcoords": "offset points",
+                "fontsize": 7,
+                "color": color,
+            }
             ax.annotate(f"n={row['n']}", (row["length"], row["value"]), **place)
     ticks = sorted({row["length"] for row in rows})
     ax.set(xscale="log", xlabel="input tokens")

@@ -163,7 +163,7 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
     default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
     groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
     for r, table in shown:
-        place = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
+        place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
         place += (r.config["model"],) if weightless(r.config) else ()
         groups[place].append(((r.id, table), _setup(r)))
     names: dict[tuple[str, str], str | None] = {}

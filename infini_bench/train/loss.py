@@ -74,8 +74,8 @@ class SequenceLoss(nn.Module):
         for ids in ids_T.split(size) if len(ids_T) else ():
             _, state = self.model.step(ids[None], state, keep="none")
             self.model.take_auxiliary()  # is nobody's loss
-        # Autocast keeps weights that it has converted; before torch took note of it, those of a reading without
-        # gradient let none through afterwards.
+        # Autocast keeps weights that it has converted; in older versions of torch those of a reading
+        # without gradient let none through afterwards.
         torch.clear_autocast_cache()
         return {} if state is None else state.tensors()
 

@@ -144,7 +144,10 @@ def booksum_lengths(model: str = "infini_linear", data: str = "booksum_local", *
     for length, value, cut in ((16384, 15.0, 8), (32768, 17.0, 5)):
         for kind, n in ((None, 8), ("wikipedia", 4)):
             place = {"length": length, "position": kind, "n": n, **columns}
-            metrics.append(row("overall", value, {"cut_books": cut}, condition="pairwise", **place))
+            books = {"cut_books": cut, "books": [f"b{i}" for i in range(n)]}
+            for condition, each in (("pairwise", value), ("memory_off", value - 3)):
+                scores = {"scores": [[each, each, each, 0.0]] * n}
+                metrics.append(row("overall", each, {**books, **scores}, condition=condition, **place))
     gain = {"length": 32768, "n": 8, **columns}
     metrics.append(row("overall_gain", 2.0, {"over": 16384}, condition="pairwise", **gain))
     config = {"data.name": data, "task": {"name": "booksum", "lengths": ["16K", "32K"]}}
@@ -154,7 +157,8 @@ def booksum_lengths(model: str = "infini_linear", data: str = "booksum_local", *
 def lead(data: str = "booksum_local", device: str = "CPU model Y, 2 cores") -> Record:
     """A baseline without weights, run on another machine and at another scale."""
     columns = {"split": "test", "protocol": "extractive", "condition": "pairwise", "n": 8, "dataset": data}
-    metrics = [row("overall", 12.0, **columns), row("copied", 100.0, **columns)]
+    scores = {"books": [f"b{i}" for i in range(8)], "scores": [[12.0, 12.0, 12.0, 0.0]] * 8}
+    metrics = [row("overall", 12.0, scores, **columns), row("copied", 100.0, **columns)]
     task = {"name": "booksum", "baseline": "lead"}
     config = {"data.name": data, "task": task, "scale": "smoke", "trainer.lr": 0.1}
     return record("lead", 0, metrics, config=config, device=device, params=None, state_floats=None)

@@ -102,6 +102,32 @@ def test_table4_has_a_line_for_each_input_and_kind_of_reference_and_for_what_has
     assert "were not run here" in sheet.caption
 
 
+def test_summaries_are_compared_in_pairs_of_books():
+    records = [booksum_lengths(), booksum_lengths("local_block"), lead(), booksum_lengths("infini_delta")]
+    records[3].metrics[0]["extra"]["scores"] = [[20.0 + i, 20.0 + i, 20.0 + i, 0.0] for i in range(8)]
+    rows = [row for row in tidy(records) if row["metric"] == "delta_overall"]
+
+    def delta(model, name, length, kind=None):
+        place = {"model": model, "condition": name, "length": length, "position": kind}
+        row = pick(rows, "delta_overall", **place)
+        return row["value"], row["ci_low"], row["n"]
+
+    assert delta("infini_linear", "lead", 16384) == pytest.approx((3, 3, 8))
+    assert delta("infini_linear", "lead", 32768) == pytest.approx((5, 5, 8))
+    assert delta("infini_linear", "memory_off", 32768, "wikipedia") == pytest.approx((3, 3, 4))
+    assert delta("infini_linear", "local_block", 16384) == pytest.approx((0, 0, 8))
+    value, low, _ = delta("infini_delta", "local_block", 16384)
+    assert value == pytest.approx(8.5) and 6 < low < 8.4
+    assert not [row for row in rows if row["position"] == "wikipedia" and row["condition"] == "lead"]
+    assert {row["model"] for row in rows if row["condition"] == "local_block"} == {
+        "infini_linear",
+        "infini_delta",
+    }
+    assert (
+        len(pick(rows, "delta_overall", model="local_block", condition="lead", length=16384)["records"]) == 2
+    )
+
+
 def test_what_has_no_weights_has_a_sheet_of_its_own_only_where_no_model_is():
     (sheet,) = sheets(tidy([lead()]), [lead()], ["table4_booksum"])
     assert sheet.rows[0][0] == "lead" and "scale smoke, CPU model Y" in sheet.title

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,6 +38,7 @@ SETTINGS = {  # for the record
 }
 RULE = "1"  # of `split_sentences` and what is around it: part of the keys of scores on disk
 
+_BATCH = 64  # pairs
 _PARALLEL_FROM = 500_000_000  # characters x characters of all pairs: some ten seconds on one core
 _SCORES: dict[str, np.ndarray] = {}  # by hash of the pair: the same pair is scored once a process
 
@@ -81,13 +83,18 @@ def score_pairs(
     processes = min(processes, len(missing))
     if processes > 1:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            new = dict(zip(missing, pool.map(score_pair, missing.values()), strict=True))
+            _take(zip(missing, pool.map(score_pair, missing.values()), strict=True), folder)
     else:
-        new = {key: score_pair(pair) for key, pair in missing.items()}
-    _SCORES.update(new)
-    if folder is not None and new:
-        _keep(folder, new)
+        _take(((key, score_pair(pair)) for key, pair in missing.items()), folder)
     return np.array([_SCORES[key] for key in keys]).reshape(-1, len(KINDS))
+
+
+def _take(scored: Iterator[tuple[str, np.ndarray]], folder: Path | None) -> None:
+    """Remember scores as they come, on disk a batch at a time, so that who is stopped loses little."""
+    while new := dict(islice(scored, _BATCH)):
+        _SCORES.update(new)
+        if folder is not None:
+            _keep(folder, new)
 
 
 def _cores() -> int:

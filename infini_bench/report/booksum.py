@@ -22,6 +22,7 @@ from infini_bench.report.cells import (
     measured,
     number,
 )
+from infini_bench.report.compare import SUMMARIES
 from infini_bench.report.tidy import weightless
 from infini_bench.units import format_length
 
@@ -61,9 +62,11 @@ def _printed(model: str) -> str:
     return " / ".join(f"{row[key]:.1f}" for key in keys) if row else ABSENT
 
 
-def here(metric: str, digits: int, condition: str = "pairwise") -> Callable[[Line], str]:
+def here(metric: str, digits: int, condition: str = "pairwise", sign: str = "") -> Callable[[Line], str]:
     """A cell of the line's own kind of reference."""
-    return lambda line: measured(metric, digits, condition=condition, position=line[0]["position"])(line)
+    return lambda line: measured(metric, digits, sign, condition=condition, position=line[0]["position"])(
+        line
+    )
 
 
 def _input(line: Line) -> str:
@@ -107,6 +110,7 @@ def _table(rows: list[Row]) -> list[Column]:
             Column(f"names in book %, {controls[c]}", here("names_in_book", 0, c), wide=True)
             for c in CONTROLS
         ),
+        *(Column(f"Δ vs {name}", here("delta_overall", 2, name, "+")) for name in (*CONTROLS, *SUMMARIES)),
         *BUDGET,
         Column(
             f"{paper.HEADER}: R-1 / R-2 / R-L / overall", lambda line: _printed(line[0]["model"]), wide=True
@@ -128,7 +132,8 @@ def _caption(rows: list[Row]) -> str:
         "summary had before; names in book: of the summary's names; late names: those that the book first "
         "has in its second half, in a summary, and of those in the references (recall). Memory off, other "
         "memory (another book's state), shuffled (the book's segments in random order), gate (all gates at "
-        "one value): overall. Extractive lines have no weights; their length was chosen on validation. "
+        "one value): overall. Δ: overall less that of a control or of other summaries, paired over books; "
+        "above zero is better. Extractive lines have no weights; their length was chosen on validation. "
         "In brackets 95 % intervals: over books with one seed, over seeds (Student) with several."
         + (" Models with the paper's numbers alone were not run here." if printed_only(rows, 2) else "")
     )

@@ -14,13 +14,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from statistics import mean, variance
 from typing import Any
 
 from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import paper
-from infini_bench.report.compare import deltas, mean_interval
+from infini_bench.report.compare import booksum_deltas, deltas, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 
@@ -89,7 +90,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     for row in measured:  # oldest first, so a newer measurement of the same seed replaces an older one
         cells[tuple(row[key] for key in CELL)][row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
-    rows += [_summed_up(group, values) for group, values in deltas(measured)]
+    rows += [_summed_up(group, values) for group, values in chain(deltas(measured), booksum_deltas(measured))]
     for row in rows:
         row["paper_value"] = paper.value(row["table"], row)
     return sorted(rows, key=_order)

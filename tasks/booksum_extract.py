@@ -33,19 +33,20 @@ if TYPE_CHECKING:
     from .booksum import Booksum
 
 WINDOW = 100  # sentences that LexRank compares with one another
-Extract = dict[int, list[list[int]]]  # number of sentences asked for (0: oracle) -> sentences of each sample
+# number of sentences asked for (oracle: number of the kind of reference) -> sentences of each sample
+Extract = dict[int, list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One book; ``goals``: the references that the oracle knows."""
+    """One book; ``goals``: the references of each kind, for the oracle."""
 
     method: str
     text: str
     counts: tuple[int, ...]
     samples: int
     seed: tuple[int, ...]
-    goals: tuple[str, ...] = ()
+    goals: tuple[tuple[str, ...], ...] = ()
 
 
 def extracted(booksum: Booksum, books: list[Document], progress) -> list[Written]:
@@ -53,12 +54,11 @@ def extracted(booksum: Booksum, books: list[Document], progress) -> list[Written
     task, cfg = booksum.task, booksum.cfg
     kinds = kinds_of(books)
     if task.baseline == "oracle":
-        return [
-            written(booksum, books, kind, extract_all(booksum, books, kind, progress), 0) for kind in kinds
-        ]
+        made = extract_all(booksum, books, progress, kinds)
+        return [written(booksum, books, kind, made, i) for i, kind in enumerate(kinds)]
     tuning = booksum.books("validation")
-    tried = extract_all(booksum, tuning, None, progress)
-    made = tried if task.split == "validation" else extract_all(booksum, books, None, progress)
+    tried = extract_all(booksum, tuning, progress)
+    made = tried if task.split == "validation" else extract_all(booksum, books, progress)
     scores = Scores(cfg, tuning, booksum.row)
     trials = {(kind, k): written(booksum, tuning, kind, tried, k) for kind in kinds for k in task.sentences}
     scores.warm(list(trials.values()))
@@ -90,13 +90,13 @@ def written(
     return one
 
 
-def extract_all(booksum: Booksum, books: list[Document], kind: str | None, progress) -> list[Extract]:
-    """Of every book, in processes of their own where the work is worth it; without goals of the kind none."""
+def extract_all(booksum: Booksum, books: list[Document], progress, kinds=()) -> list[Extract]:
+    """Of every book, in processes of their own where the work is worth it. kinds: what the oracle knows."""
     task, seed = booksum.task, booksum.cfg.seed
     if task.baseline == "lexrank":
         import_lexrank()
     goals = [
-        tuple(s.text for s in book.summaries if kind in (None, s.source)) if task.baseline == "oracle" else ()
+        tuple(tuple(s.text for s in book.summaries if kind in (None, s.source)) for kind in kinds)
         for book in books
     ]
     samples = task.samples if task.baseline == "random" else 1
@@ -106,7 +106,7 @@ def extract_all(booksum: Booksum, books: list[Document], kind: str | None, progr
     ]
     heavy = task.baseline in ("lexrank", "oracle") and sum(len(book.text) for book in books) > 10_000_000
     found = []
-    with progress.task(f"{task.baseline}, {kind or 'all references'}", len(books)) as bar:
+    with progress.task(task.baseline, len(books)) as bar:
         for extract in _in_processes(jobs) if heavy else map(extract_one, jobs):
             found.append(extract)
             bar.advance()
@@ -120,12 +120,11 @@ def _in_processes(jobs: list[Job]) -> Iterator[Extract]:
 
 def extract_one(job: Job) -> Extract:
     """Which sentences of one book a method takes."""
-    if job.method == "oracle" and not job.goals:
-        return {0: [[]]}
     sentences = rouge.split_sentences(job.text)
     everything = range(len(sentences))
     if job.method == "oracle":
-        return {0: [oracle(sentences, job.goals)]}
+        words = [rouge.tokens(sentence) for sentence in sentences]
+        return {kind: [oracle(words, goals) if goals else []] for kind, goals in enumerate(job.goals)}
     if job.method == "lead":
         return {k: [list(everything[:k])] for k in job.counts}
     if job.method == "random":
@@ -193,9 +192,8 @@ def central(sentences: list[str]) -> list[int]:
 # Oracle --------------------------------------------------------------------------------------------------
 
 
-def oracle(sentences: list[str], goals: Iterable[str]) -> list[int]:
-    """Numbers of the sentences that greedy search takes, in order."""
-    words = [rouge.tokens(sentence) for sentence in sentences]
+def oracle(words: list[list[str]], goals: Iterable[str]) -> list[int]:
+    """Numbers of the sentences, given by their words, that greedy search takes, in order."""
     gauges = [Gauge(words, rouge.tokens(goal), n) for goal in goals for n in (1, 2)]
     chosen: list[int] = []
     best = 0.0

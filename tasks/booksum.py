@@ -160,7 +160,8 @@ class Booksum(Task):
         how = "greedy" if self.task.greedy else "sampled"
         writer = Writer(self, model, progress)
         if self.task.baseline == "map_reduce":
-            made, how = writer.map_reduce(tokens, lengths), f"map_reduce, {how}"
+            parts = f"{self.task.map_tokens} to {self.task.map_new_tokens}"
+            made, how = writer.map_reduce(tokens, lengths), f"map_reduce {parts}, {how}"
         else:
             made = writer.write_all(tokens, lengths)
         found: dict[tuple[int | None, str], Written] = {}

@@ -151,6 +151,7 @@ def booksum_lengths(model: str = "infini_linear", data: str = "booksum_local", *
     gain = {"length": 32768, "n": 8, **columns}
     metrics.append(row("overall_gain", 2.0, {"over": 16384}, condition="pairwise", **gain))
     config = {"data.name": data, "task": {"name": "booksum", "lengths": ["16K", "32K"]}}
+    config |= changes.pop("config", {})
     return record(model, 0, metrics, config=config, **changes)
 
 

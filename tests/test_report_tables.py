@@ -119,6 +119,13 @@ def test_summaries_are_compared_in_pairs_of_books():
     value, low, _ = delta("infini_delta", "local_block", 16384)
     assert value == pytest.approx(8.5) and 6 < low < 8.4
     assert not [row for row in rows if row["position"] == "wikipedia" and row["condition"] == "lead"]
+    reduced = booksum_lengths(config={"task.baseline": "map_reduce"})
+    for each in reduced.metrics:
+        each["protocol"] = "map_reduce 4096 to 256, sampled"
+    rows = tidy([booksum_lengths(), reduced])
+    row = pick(rows, "delta_overall", condition="map_reduce", length=16384, position=None)
+    assert (row["value"], row["protocol"], row["variant"]) == (0, "sampled", None)
+    rows = [row for row in tidy(records) if row["metric"] == "delta_overall"]
     assert {row["model"] for row in rows if row["condition"] == "local_block"} == {
         "infini_linear",
         "infini_delta",

@@ -387,7 +387,7 @@ def test_map_reduce_summarises_parts_and_then_their_summaries(make):
     rows = task.evaluate(model)
     row = value(rows, "overall")
     assert set(map(len, model.prompts[:40])) == {16} and all(len(p) <= 16 for p in model.prompts)
-    assert value(rows, "rouge1")["value"] == 100 and row["protocol"] == "map_reduce, greedy"
+    assert value(rows, "rouge1")["value"] == 100 and row["protocol"] == "map_reduce 16 to 8, greedy"
     assert {r["condition"] for r in rows} == {"pairwise", "best"}
     with pytest.raises(UserError, match="more than half"):
         build_config({"task": {"name": "booksum", "map_tokens": 100, "map_new_tokens": 51}})

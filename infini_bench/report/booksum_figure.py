@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,10 @@ def booksum_figure(rows: list[Row]) -> Figure | None:
 
 
 def label(row: Row) -> str:
-    words = [row["model"], row["variant"], *([] if weightless(row["config"]) else [row["protocol"]])]
-    return " ".join(word for word in words if word)
+    """The model, its variant without sections, and how it writes; in lines that fit into a legend."""
+    short = re.sub(r"\b\w+\.(?=\w+=)", "", row["variant"] or "")
+    words = [row["model"], short, *([] if weightless(row["config"]) else [row["protocol"]])]
+    return textwrap.fill(" ".join(word for word in words if word), 48)
 
 
 def _level(ax: Axes, names: list[str], rows: Line) -> None:

@@ -134,8 +134,10 @@ def _booksum_key(row: Row) -> tuple:
 def _comparable(own: Row, other: Row, name: str) -> bool:
     """Whether ``other`` is what ``own`` is compared with under this name."""
     wanted = {**own, "condition": name} if name in CONTROLS else own
-    if name == "map_reduce":
-        wanted = {**own, "protocol": f"map_reduce, {own['protocol']}"}
+    if name == "map_reduce" and other["protocol"].startswith(name):
+        other = {**other, "protocol": other["protocol"].partition(", ")[2]}
+    elif name == "map_reduce":
+        return False
     if name == "lead":
         return other["model"] == name and all(other[key] == own[key] for key in PLACE)
     if name == "local_block":

@@ -60,6 +60,7 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
     *("task.segments_after", "task.fillers", "task.pairs", "task.gates", "task.baseline"),
+    *("task.samples", "task.map_tokens", "task.map_new_tokens"),  # the last two stand in the protocol
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
     "task.seconds",

@@ -56,8 +56,8 @@ def booksum_figure(rows: list[Row]) -> Figure | None:
             f"references: {kind}; {first['dataset']} ({first['split']}), {first['scale']}", fontsize=8
         )
         right.set_title("on the books that the shorter input cuts, n beside", fontsize=8)
-        left.set_ylabel("overall (geometric mean of R-1, R-2, R-L)")
-        right.set_ylabel("gain over the next shorter input")
+        left.set_ylabel("overall")
+        right.set_ylabel("gain over next shorter")
     return _finished(figure, axes)
 
 

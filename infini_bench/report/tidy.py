@@ -166,6 +166,9 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
     groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
     for r, table in shown:
         place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
+        place += (
+            r.config["task"].get("split"),
+        )  # a column of its own, and it changes the data's fingerprint
         place += (r.config["model"],) if weightless(r.config) else ()
         groups[place].append(((r.id, table), _setup(r)))
     names: dict[tuple[str, str], str | None] = {}

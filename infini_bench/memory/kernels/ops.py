@@ -17,9 +17,9 @@ Measured there (us a call of the forward pass), and what its bytes take at 4.1 T
     read_kernel                            3 + X         264   205       234   213
     overlap_kernel, Delta                  1 + X         187    74       152    82
     walk_kernel, Delta: three launches     5 X           123    42       140    82
-With every kernel at its bytes Linear's forward would be 1.36 and 1.80 times the attention, by these kernels it
-is 1.46 and 1.93. A product takes 34 (D128) or 17 (D64) GFLOP, 57 or 29 us at 600 TFLOP/s: sums and overlap make
-two for float32's low halves, so 115 us bound overlap at D128, and attention's 550 GFLOP its own time there.
+With every kernel at its bytes Linear's forward would be 1.36 and 1.80 times the attention; by these kernels
+it is 1.46 and 1.93. A product is 34 (D128) or 17 (D64) GFLOP, 57 or 29 us at 600 TFLOP/s: sums and overlap
+make two for float32's low halves, which bound overlap at D128 by 115 us; attention's are 550 and 137 GFLOP.
 
 Shapes as in compressive.py; P = S + 1 slots: the memory before each written segment and after the last one.
 """

@@ -52,8 +52,8 @@ def read_kernel(
     known = pair(tl.load(z + slot * D + d)[:, None], WORK)
     m_high, m_low = halves(tl.load(M + slot * D * D + d[:, None] * D + d[None, :]), WORK)
     for start in tl.range(begin, tl.minimum(begin + ROWS * LOOP, Q), ROWS, num_stages=STAGES):
-        x = load(q + start * qn, n * qn + d[None, :], start + n, Q, EVEN).to(tl.float32)
-        near = load(local + start * ln, n * ln + d[None, :], start + n, Q, EVEN).to(tl.float32)
+        x = load(q, start * qn + n * qn + d[None, :], start + n, Q, EVEN).to(tl.float32)
+        near = load(local, start * ln + n * ln + d[None, :], start + n, Q, EVEN).to(tl.float32)
         f = sigma(x, FEATURES)
         f_high, f_low = halves(f, WORK)
         norm = tl.sum(product(f_high, f_low, known, known, LOW > 0, False, WORK), 1)

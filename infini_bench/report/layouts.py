@@ -31,7 +31,7 @@ from infini_bench.report.cells import (
     printed,
 )
 from infini_bench.report.records import Record, current
-from infini_bench.report.tidy import NAMES, POSITIONS, VIEWS, rank, tables_of
+from infini_bench.report.tidy import BY_BASE, NAMES, POSITIONS, VIEWS, rank, tables_of
 from infini_bench.units import format_length
 
 TITLES = {
@@ -83,7 +83,8 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
         own = [row for row in rows if row["table"] == name]
         if name == booksum.NAME:
             own = booksum.spread(own)
-        *groups, last = grouped(own, SHEET if name not in VIEWS else SHEET[:-1]) or [[]]
+        keys = SHEET[:-1] if name in VIEWS else SHEET + (("base",) if name in BY_BASE else ())
+        *groups, last = grouped(own, keys) or [[]]
         made += [*(_sheet(name, group, []) for group in groups), _sheet(name, last, failed.get(name, []))]
     return made
 
@@ -109,7 +110,8 @@ def _title(name: str, rows: list[Row]) -> str:
     first = rows[0]
     split = None if name in VIEWS else first["split"]
     corpus = f"{first['dataset']} ({split})" if split else first["dataset"]
-    return f"{TITLES[name]}, {corpus}, scale {first['scale']}, {first['device']}"
+    base = f", {first['base']} adapted" if name in BY_BASE and first["base"] else ""
+    return f"{TITLES[name]}, {corpus}{base}, scale {first['scale']}, {first['device']}"
 
 
 def _caption(name: str, rows: list[Row]) -> str:

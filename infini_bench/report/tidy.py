@@ -51,6 +51,7 @@ NAMES = (
     *("table3_passkey", "table3_hard", "table4_booksum"),
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
+BY_BASE = ("table3_passkey", "table3_hard")  # whose sheets are of one pretrained model, or from scratch
 MODELS = (
     *("transformer_xl", "memorizing", "retrieval", "compressive", "rmt", "armt", "autocompressor", "sink"),
     *("local_block", "local_sliding", "local_sparse", "local_kernel", "full"),
@@ -117,10 +118,12 @@ def tidy(records: Iterable[Record]) -> list[Row]:
 
 
 def tables_of(record: Record) -> list[str]:
-    """Tables that show a run."""
+    """Tables that show a run. An adapted model's loss as a language model stands beside its retrieval."""
     views = [plan for plan in record.plans if plan in VIEWS]
-    home = [] if views and len(views) == len(record.plans) else [TABLES[record.task]]
-    return [*home, *views]
+    elsewhere = (views and len(views) == len(record.plans)) or (
+        record.task == "lm" and pretrained(record.config)
+    )
+    return [*([] if elsewhere else [TABLES[record.task]]), *views]
 
 
 def measurements(records: Iterable[Record]) -> list[Row]:
@@ -200,6 +203,7 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
         "state_floats": record.state_floats,
         "device": record.device,
         "scale": record.config["scale"],
+        "base": pretrained(record.config),
         "commit": commit or None,
         "seed": (record.train.get("seed", record.seed), record.seed),  # of the training, of the evaluation
         "budget": tuple(sorted((k, v) for k, v in _setup(record).items() if not _own(k))),
@@ -221,6 +225,7 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
         place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
         place += (task.get("split"), task.get("joined", False))  # sheets and lines of their own
         place += (r.config["model"],) if weightless(r.config) else ()
+        place += (pretrained(r.config),) if table in BY_BASE else ()
         groups[place].append(((r.id, table), _setup(r)))
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
@@ -235,6 +240,12 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
             named = sorted({*differing, *own})
             names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
+
+
+def pretrained(config: dict[str, Any]) -> str | None:
+    """The pretrained model that was adapted, without its folder; None from scratch."""
+    model = (config.get("base") or {}).get("model")
+    return None if model is None else str(model).rstrip("/").rpartition("/")[2]
 
 
 def weightless(config: dict[str, Any]) -> bool:

@@ -70,6 +70,10 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
             ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":")
     ticks = sorted({row["length"] for row in rows})
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=title)
+    bottom, top = ax.get_ylim()
+    if top < 10 * bottom:  # a logarithm over less than a decade makes mountains of noise
+        middle = (bottom * top) ** 0.5
+        ax.set_ylim(middle / 10**0.5, middle * 10**0.5)
     ax.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
     ax.minorticks_off()
 

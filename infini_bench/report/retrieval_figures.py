@@ -50,7 +50,8 @@ def _heat(axes: Axes, line: Line) -> None:
     axes.grid(False)
     first = line[0]
     device = first["device"].split(",")[0][:24]
-    parts = [f"{first['model']}, {first['condition']}", f"{first['dataset']}, {first['scale']}, {device}"]
+    place = first["base"] or first["dataset"]
+    parts = [f"{first['model']}, {first['condition']}", f"{place}, {first['scale']}, {device}"]
     axes.set_title("\n".join([*parts, *([_short(first["variant"])] if first["variant"] else [])]), fontsize=7)
 
 
@@ -101,7 +102,10 @@ def _curve(axes: Axes, record: Record) -> None:
     config = record.config
     name = f"{config['model']} on {record.task}, {config['scale']}, seed {record.seed}"
     axes.set_title(f"{name}\n{record.id[:15]}; dotted: longer rows", fontsize=7)
-    axes.legend([loss, *right.get_lines()], ["loss", *(f"layer {i}" for i in range(len(colors)))], fontsize=6)
+    last = len(colors) - 1  # between the first layer and this one from dark to light
+    shown = range(last + 1) if last < 4 else (0, last)
+    lines, words = right.get_lines(), [f"layer {i}" for i in shown]
+    axes.legend([loss, *(lines[i] for i in shown)], ["loss", *words], fontsize=6)
 
 
 def _colors(count: int) -> list[tuple[float, ...]]:

@@ -49,7 +49,7 @@ def curve(path: Path, most: int = 100) -> list[dict]:
 
 def _point(line: dict) -> dict:
     gates = line.get("gates")
-    short = gates and {name: [round(gate, 4) for gate in values] for name, values in gates.items()}
+    short = gates and {name: [round(gate, 4) for gate in gates[name]] for name in ("mean", "min", "max")}
     return {**{key: line[key] for key in ("step", "tokens", "task_loss", "level")}, "gates": short}
 
 

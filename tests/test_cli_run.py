@@ -48,7 +48,7 @@ def there(trained, monkeypatch):
 
 @pytest.fixture
 def faked(tmp_path, monkeypatch):
-    """Training that takes no time: seed 1 fails, seed 2 by the user's fault, seed 3 is interrupted."""
+    """Training that takes no time: seed 1 fails, 2 by the user's fault, 5 before any work, 3 is interrupted."""
     seen = []
 
     def train(cfg, folder, progress):
@@ -56,6 +56,8 @@ def faked(tmp_path, monkeypatch):
         if cfg.seed == 1:
             raise RuntimeError("no luck")
         if cfg.seed == 2:
+            progress.task("train", 1)
+        if cfg.seed in (2, 5):
             raise UserError("The disk is full.")
         folder.mkdir(parents=True)
         numbers = {
@@ -193,6 +195,12 @@ def test_a_users_mistake_during_the_run_is_recorded_too(faked):
     result = invoke("train", "seed=2")
     assert (result.exit_code, result.stderr) == (2, "error: The disk is full.\n")
     assert only_record().error == "UserError: The disk is full."
+
+
+def test_a_users_mistake_before_any_work_leaves_no_record(faked):
+    result = invoke("train", "seed=5")
+    assert (result.exit_code, result.stderr) == (2, "error: The disk is full.\n")
+    assert read_records("results/records") == []
 
 
 def test_an_interrupted_run_is_recorded_as_that(faked):

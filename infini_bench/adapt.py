@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from infini_bench.cli.bridge import compose_run, quote
+from infini_bench.cli.bridge import compose_run, given, quote
 from infini_bench.errors import UserError
 from infini_bench.pretrained import is_own, looks_local, merge_lora
 from infini_bench.report.records import Record
 from infini_bench.units import suggest
+from infini_bench.unread import check_read
 
 STAGES = ("pretrain", "passkey", "needles", "booksum")
 
@@ -29,7 +30,7 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
             raise UserError(
                 f'There is no stage "{stage}"{suggest(stage, STAGES)}; choose {", ".join(STAGES)}.'
             )
-        compose_run(_words(model, stage, overrides))
+        check_read(given(overrides), [compose_run(_words(model, stage, overrides))])
     records: list[Record] = []
     for stage in stages:
         words = _words(model, stage, overrides)

@@ -106,12 +106,11 @@ def train(
     resume=RUN_FOLDER continues a run exactly where it was; a sweep started again skips what is done.
     """
     if dry_run:
-        from infini_bench.cli.bridge import compose_run, expand, search_path
+        from infini_bench.cli.bridge import compose_runs, search_path
         from infini_bench.estimate import report
 
-        words = [*search_path(config_dir), *(overrides or [])]
-        for job in expand(words) if multirun else [words]:
-            print(report(compose_run(job), processes, tflops))
+        for run in compose_runs("train", [*search_path(config_dir), *(overrides or [])], multirun):
+            print(report(run, processes, tflops))
         return
     _launch("train", overrides or [], multirun, cfg, config_dir)
 

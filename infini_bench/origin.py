@@ -48,9 +48,10 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
                 return path, f"checkpoint {path}"
         run = latest_run(cfg, cfg.checkpoint)
         if run is None:
+            names = {path.stem for path in MODELS.glob("*.yaml")}
             raise UserError(
                 f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run'
-                f"{suggest(cfg.checkpoint, [path.stem for path in MODELS.glob('*.yaml')])}; "
+                f"{suggest(cfg.checkpoint, sorted(names - {cfg.checkpoint}))}; "
                 "`infini-bench ls runs` lists what there is."
             )
         return run, f"{run}, the latest finished run of {cfg.checkpoint}"

@@ -51,6 +51,17 @@ def test_nothing_heavy_is_imported_before_work_begins(arguments):
     assert done.stderr.strip() == "[] 0"
 
 
+def test_the_hub_is_silent_about_its_retries():
+    program = (
+        "import logging, sys\nfrom infini_bench.cli.main import main\n"
+        "sys.argv = ['infini-bench', 'ls', 'data']\n"
+        "try: main()\nexcept SystemExit: import huggingface_hub.utils.logging\n"
+        "print(logging.getLogger('huggingface_hub.utils._http').getEffectiveLevel(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "40"
+
+
 def test_version_and_help():
     assert invoke("--version").stdout == f"infini-bench {__version__}\n"
     text = invoke("--help").stdout

@@ -48,7 +48,7 @@ def there(trained, monkeypatch):
 
 @pytest.fixture
 def faked(tmp_path, monkeypatch):
-    """Training that takes no time: seed 1 fails, 2 by the user's fault, 5 before any work, 3 is interrupted."""
+    """Training that takes no time: seed 1 fails, 2 by the user's fault, 3 stops, 5 errs before any work."""
     seen = []
 
     def train(cfg, folder, progress):
@@ -144,6 +144,13 @@ def test_a_shipped_model_goes_first(there):
     assert "already done" in invoke(*named).stdout
     assert "model=full` first" in invoke("eval", "lm", "model=full").stderr
     shutil.rmtree(shipped)
+
+
+def test_a_model_is_exported_by_its_name(there, tmp_path):
+    result = invoke("export", "infini_delta", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0 and (tmp_path / "out" / "model.safetensors").exists(), result.output
+    result = invoke("export", "infini_delt", "--out", str(tmp_path / "none"))
+    assert result.exit_code == 2 and '(did you mean "infini_delta"?)' in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,6 +88,7 @@ def infini_bench(
     ] = False,
 ) -> None:
     """Infini-attention reproduced, explained and compared under one budget."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # offline, our one sentence without its retries
 
 
 @app.command()
@@ -139,7 +141,7 @@ def adapt(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="Run folder, checkpoint folder or model name.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
 ) -> None:
     """Write a model as one Hugging Face folder, LoRA merged, with its tokenizer."""
@@ -405,11 +407,11 @@ def ls(
 @app.command()
 def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")] = False) -> None:
     """Check this machine, and say what to do about what is missing."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from infini_bench.cli.doctor import examine
+    from infini_bench.show import out
 
     table = Table("", "what", "found", "to do", box=None)
     broken = False
@@ -420,7 +422,7 @@ def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")
         words = finding.name, finding.detail, "" if finding.ok else finding.advice
         table.add_row(mark, *map(escape, words))
         broken |= finding.essential and not finding.ok
-    Console().print(table)
+    out().print(table)
     raise typer.Exit(int(broken))
 
 

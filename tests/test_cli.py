@@ -135,7 +135,7 @@ def test_usage_errors_are_exit_code_2(arguments):
 
 
 def test_unexpected_errors_show_their_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "list_runs", lambda records: 1 / 0)
+    monkeypatch.setattr(cli.tables, "list_runs", lambda records: 1 / 0)
     assert isinstance(invoke("ls", "runs").exception, ZeroDivisionError)
 
 
@@ -143,13 +143,13 @@ def test_interruption_is_exit_code_130(monkeypatch):
     def interrupt(records):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "list_runs", interrupt)
+    monkeypatch.setattr(cli.tables, "list_runs", interrupt)
     assert invoke("ls", "runs").exit_code == 130
 
 
 def test_options_of_eval_become_overrides(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_launch", lambda verb, overrides, *rest: seen.append((verb, overrides)))
+    monkeypatch.setattr(cli.models, "launch", lambda verb, overrides, *rest: seen.append((verb, overrides)))
     invoke("eval", "passkey", "--length", "4K,1M", "--depths", "0,50%,end", "--trials", "3", "seed=1")
     invoke("eval", "lm", "--length", "4K", "--checkpoint", "runs/it's")
     invoke("eval", "booksum", "--length", "512K")

@@ -51,7 +51,8 @@ def test_nothing_heavy_is_imported_before_work_begins(arguments):
     assert done.stderr.strip() == "[] 0"
 
 
-def test_the_hub_is_silent_about_its_retries():
+def test_the_hub_is_silent_about_its_retries(monkeypatch):
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)  # the other tests' commands have set it
     program = (
         "import logging, sys\nfrom infini_bench.cli.main import main\n"
         "sys.argv = ['infini-bench', 'ls', 'data']\n"

@@ -5,12 +5,13 @@ Shapes: B batch. Every tensor of a state has B as its first axis; counts are int
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -105,6 +106,41 @@ class MemoryLayer(CacheLayerMixin):
             self.state.setdefault("count", counts * ~mask_B)
 
 
+def stacked(states: list[State]) -> State:
+    """The states of one layer as one batch. Where documents differ in length, counts become (B,) tensors.
+
+    What grows with the document is padded: on the left, but an AutoCompressor's ``memory`` on the right.
+    """
+    sizes = [
+        next(len(x) for x in state.values() if isinstance(x, Tensor) and x.dim() > 1) for state in states
+    ]
+    parts = {name: [state[name] for state in states] for name in states[0] if name not in ("valid", "count")}
+    tensors = {name: xs for name, xs in parts.items() if isinstance(xs[0], Tensor) and xs[0].dim() > 1}
+    widths = {name: [x.shape[1] for x in xs] for name, xs in tensors.items()}
+    counts = {name: xs for name, xs in parts.items() if name not in (*tensors, "seen")}
+    flat = [*counts.values(), *widths.values()]
+    even = all(isinstance(x, int) and x == xs[0] for xs in flat for x in xs)
+    out: State = {}
+    for name, xs in tensors.items():
+        most, right = max(widths[name]), name == "memory"
+        pads = [
+            (0, 0) * (x.dim() - 2) + ((0, most - x.shape[1]) if right else (most - x.shape[1], 0)) for x in xs
+        ]
+        out[name] = torch.cat([F.pad(x, pad) for x, pad in zip(xs, pads, strict=True)])
+    device = next(iter(out.values())).device
+    for name, xs in counts.items():
+        each = [torch.as_tensor(x, device=device).expand(n) for x, n in zip(xs, sizes, strict=True)]
+        out[name] = xs[0] if even else torch.cat(each)
+    out["seen"] = max(parts["seen"])
+    if not even and "past_k" in out and "k" not in out:  # full attention: each row's columns, at the right
+        out["seen"] = most = max(widths["past_k"])
+        live = [state.get("count", state["seen"]) for state in states]
+        rows = zip(live, sizes, strict=True)
+        out["count"] = torch.cat([torch.as_tensor(n, device=device).expand(size) for n, size in rows])
+        out["valid"] = torch.arange(most, device=device) >= most - out["count"][:, None]
+    return out
+
+
 class MemoryCache(Cache):
     """The state of a model between two calls. Pass it as ``past_key_values``, or to ``model.step``."""
 
@@ -142,6 +178,23 @@ class MemoryCache(Cache):
     def select_rows(self, index: Tensor) -> MemoryCache:
         """The rows of ``index`` (int64), which may repeat."""
         return MemoryCache([layer.map(lambda x: x[index.to(x.device)]) for layer in self.layers])
+
+    @classmethod
+    def stack(cls, states: Sequence[MemoryCache | None]) -> MemoryCache | None:
+        """One batch of states of documents of any length, each at a segment's border; None = at the start.
+
+        The given ones stay as they are. None if no document has begun.
+        """
+        known = next((state for state in states if state is not None), None)
+        if known is None:
+            return None
+        blank = known.copy()
+        first = next(x for x in known.tensors().values() if x.dim())
+        blank.reset_rows(torch.ones(len(first), dtype=torch.bool, device=first.device))
+        blank = blank.select_rows(torch.zeros(1, dtype=torch.long))
+        rows = [blank if state is None else state for state in states]
+        layers = zip(*([layer.state for layer in row.layers] for row in rows), strict=True)
+        return cls([MemoryLayer(stacked(list(each)) if each[0] is not None else None) for each in layers])
 
     def reset_rows(self, mask: Tensor) -> None:
         """Clear in place the rows where ``mask`` (B,) bool is True."""

@@ -14,6 +14,7 @@ from typing import Any
 from infini_bench.errors import UserError
 from infini_bench.rules import (
     check_base,
+    check_booksum,
     check_decoder,
     check_memory,
     check_needles,
@@ -77,8 +78,12 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
         check_pairs(cfg.task)
     if isinstance(cfg.task, LMConfig):
         check_memory(evaluated_memory(cfg))
-    if isinstance(cfg.task, PasskeyConfig | NeedlesConfig | EfficiencyConfig):
+    if isinstance(cfg.task, PasskeyConfig | NeedlesConfig | EfficiencyConfig | BooksumConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
+        if not cfg.task.lengths and not isinstance(cfg.task, BooksumConfig):
+            raise UserError("task.lengths must be at least one length, not [].")
+    if isinstance(cfg.task, BooksumConfig):
+        check_booksum(cfg.task)
     if isinstance(cfg.task, PasskeyConfig | NeedlesConfig):
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
     if isinstance(cfg.task, NeedlesConfig):

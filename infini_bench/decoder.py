@@ -304,17 +304,31 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
                 total, memory.auxiliary = total + memory.auxiliary, None
         return total
 
-    def hidden(self, ids: Tensor, state: MemoryCache | None = None) -> tuple[Tensor, MemoryCache]:
-        """Last hidden states (B, T, dim) and the state after; the given state is left as it was."""
+    def hidden(
+        self, ids: Tensor, state: MemoryCache | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, MemoryCache]:
+        """Last hidden states (B, T, dim) and the state after; the given state is left as it was.
+
+        mask: (B, T) bool, False = padding, at the left; None = no padding.
+        """
         cache = MemoryCache.empty(len(self.model.layers)) if state is None else state.copy()
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        if mask is not None:  # Hugging Face's covers what was read before, too
+            mask = F.pad(mask, (cache.get_seq_length(), 0), value=True)
+        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         return out.last_hidden_state, cache
 
     def step(
-        self, ids: Tensor, state: MemoryCache | None = None, keep: str = "all"
+        self,
+        ids: Tensor,
+        state: MemoryCache | None = None,
+        keep: str = "all",
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | None, MemoryCache]:
-        """Feed tokens (B, T). keep ``all``: float32 logits (B, T, V); ``last``: (B, 1, V); ``none``: None."""
-        hidden, cache = self.hidden(ids, state)
+        """Feed tokens (B, T). keep ``all``: float32 logits (B, T, V); ``last``: (B, 1, V); ``none``: None.
+
+        mask: as in `hidden`.
+        """
+        hidden, cache = self.hidden(ids, state, mask)
         if keep == "none":
             return None, cache
         return self.lm_head(hidden if keep == "all" else hidden[:, -1:]).float(), cache

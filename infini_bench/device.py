@@ -23,12 +23,13 @@ def torch_device(name: str) -> torch.device:
 
 @contextmanager
 def computing(device: torch.device, precision: str) -> Iterator[None]:
-    """Inside, a model computes in ``precision``: float32 as its weights are, or bf16 as training on a GPU.
+    """Inside, a model computes in ``precision``: float32 as its weights are, or bf16 (autocast).
 
-    bf16 is autocast, with the memory's float32 products in TF32: their factors come from bf16 projections.
+    A memory's own float32 products stay float32, not TF32 as in training: over a million tokens a delta rule
+    multiplies tens of thousands of matrices near the identity, and their rounding decides what is left.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "bf16" else before)
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             yield

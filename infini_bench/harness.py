@@ -84,16 +84,17 @@ class MemoryLM(LM):
         temperature = float(settings.get("temperature") or 0)
         sampled = bool(settings.get("do_sample")) and temperature > 0
         logits, state = prefill(self.model, chunked(self._ids(context), self.size))
+        longest = int(settings.get("max_gen_toks") or NEW_TOKENS)
         said = generate(
             self.model,
             logits,
             state,
-            int(settings.get("max_gen_toks") or NEW_TOKENS),
+            longest,
             eos_id=self.text.eos_id,
             greedy=not sampled,
             temperature=temperature or 1.0,
             top_p=float(settings.get("top_p") or 1.0),
-            generator=torch.Generator().manual_seed(0) if sampled else None,
+            draws_BT=torch.rand(1, longest, generator=torch.Generator().manual_seed(0)) if sampled else None,
         )
         text = self.text.decode(said[0])
         return text[

@@ -99,6 +99,23 @@ def bare_base(cfg: RunConfig) -> bool:
     return cfg.base.model is not None and cfg.checkpoint is None and not cfg.task.untrained
 
 
+def weightless(cfg: RunConfig, given: Collection[str] | None) -> RunConfig:
+    """``cfg`` under the name of its baseline, of all books unless the user set how many.
+
+    Recipes do so for models, which take long. Raises UserError for settings of a model, which has no part.
+    """
+    task: Any = cfg.task
+    name = str(task.baseline)
+    if cfg.checkpoint is not None:
+        raise UserError(f"The baseline {name} has no weights; leave --checkpoint out.")
+    for key in given or ():
+        if key == "model" or (key.startswith(TRAINED) and not key.startswith("data.")):
+            raise UserError(f"The baseline {name} is no model; leave {key} out.")
+    if given is not None and "task.max_books" not in given:
+        task = replace(task, max_books=None)
+    return replace(cfg, model=name, task=task)
+
+
 def checkpoint_name(path: Path) -> str:
     """How a record calls a checkpoint; `find_origin` finds it again, a shipped model's also elsewhere."""
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else str(path)

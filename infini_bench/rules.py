@@ -11,7 +11,8 @@ from typing import Any
 from infini_bench import schema
 from infini_bench.errors import UserError
 from infini_bench.outside import is_outside
-from infini_bench.schema import MemoryConfig, MQARConfig, NeedlesConfig, RunConfig
+from infini_bench.schema import BooksumConfig, MemoryConfig, MQARConfig, NeedlesConfig, RunConfig
+from infini_bench.units import parse_length
 
 Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
 
@@ -65,7 +66,6 @@ _RULES: dict[str, Rule] = {
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
     "task.split": _one_of(schema.SPLITS),
     "task.digits": (lambda value: 1 <= value <= 18, "between 1 and 18"),
-    "task.lengths": (bool, "at least one length"),
     "task.depths": (bool, "at least one depth"),
     "task.lm_weight": _NOT_NEGATIVE,
     "task.own_segment": _SHARE,
@@ -83,6 +83,9 @@ _RULES: dict[str, Rule] = {
     "task.train_pairs": _rising(1, "numbers of pairs"),
     "task.temperature": (lambda value: value > 0, "above 0 (task.greedy=true takes the likeliest token)"),
     "task.top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "task.baseline": _one_of(schema.BASELINES),
+    "task.sentences": _rising(1, "numbers of sentences"),
+    "task.gates": (lambda value: all(0 <= g <= 1 for g in value), "numbers between 0 and 1"),
     "task.after": _rising(1, "numbers of segments"),
     "task.ratios": (
         lambda value: bool(value) and value[0] > 0 and value == sorted(set(value)),
@@ -175,6 +178,20 @@ def check_pairs(task: MQARConfig) -> None:
 def check_needles(task: NeedlesConfig) -> None:
     if named := [depth for depth in task.depths if depth.startswith("end")]:
         raise UserError(f"The depth {named[0]} belongs to task=passkey; give start, middle or percent.")
+
+
+def check_booksum(task: BooksumConfig) -> None:
+    if task.protocol not in schema.PROTOCOLS:
+        there = f"one of {', '.join(schema.PROTOCOLS)}"
+        raise UserError(f"task.protocol must be {there}, not {task.protocol}.")
+    lengths = [parse_length(length) for length in task.lengths]
+    if lengths != sorted({*lengths}):
+        raise UserError(f"task.lengths must rise, each once, not [{','.join(task.lengths)}].")
+    if 2 * task.map_new_tokens > task.map_tokens:
+        raise UserError(
+            f"task.map_new_tokens={task.map_new_tokens} is more than half of task.map_tokens="
+            f"{task.map_tokens}: summaries of parts would not get shorter; change one."
+        )
 
 
 def check_sources(cfg: RunConfig) -> None:

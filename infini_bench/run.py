@@ -29,6 +29,7 @@ from infini_bench.origin import (
     given_model,
     trained_config,
     untrained,
+    weightless,
 )
 from infini_bench.progress import Handle, NullProgress, Progress
 from infini_bench.report import records
@@ -56,6 +57,8 @@ def run_train(
     if cfg.task.untrained:
         name = cfg.task.name
         raise UserError(f"The task {name} trains nothing; run `infini-bench eval {name} model={cfg.model}`.")
+    if getattr(cfg.task, "baseline", None):
+        raise UserError("task.baseline is for eval; leave it out.")
     if cfg.resume:
         cfg, folder, lineage = continued_run(cfg, given)
         record = new_record("train", cfg, command, lineage)
@@ -92,13 +95,20 @@ def run_eval(
     """Evaluate ``cfg.checkpoint`` (unset: the shipped model or the latest finished run) on ``cfg``'s task.
 
     Model, memory, decoder and tokenizer are the checkpoint's; an untrained task has none and takes all from
-    ``cfg``, and so does ``cfg.base`` without a checkpoint. Otherwise as `run_train`.
+    ``cfg``, and so does ``cfg.base`` without a checkpoint; a baseline without weights has none of them.
+    Otherwise as `run_train`.
     """
+    path: Path | None
     if bare_base(cfg):
         path, words = attached(cfg)
         cfg = on_base(cfg)
+    elif cfg.task.weightless:
+        cfg = weightless(cfg, given)
+        path, words = None, f"{cfg.model}, which has no weights"
+    elif cfg.task.untrained:
+        path, words = untrained(cfg)
     else:
-        path, words = untrained(cfg) if cfg.task.untrained else find_origin(cfg, given_model(cfg, given))
+        path, words = find_origin(cfg, given_model(cfg, given))
     if progress is None:
         say(f"evaluating {words}")
     if path is None:
@@ -132,7 +142,8 @@ def on_base(cfg: RunConfig) -> RunConfig:
 def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progress) -> None:
     """Fill ``record`` with what ``cfg``'s task finds out about the model of checkpoint ``path``.
 
-    path None: about what the task builds with random weights, or ``cfg.base`` with a new memory.
+    path None: about what the task builds with random weights, ``cfg.base`` with a new memory, or what has no
+    weights.
     """
     from infini_bench.models import with_memory
     from infini_bench.pretrained import adapted_model
@@ -152,11 +163,12 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     task: Any = build_task(cfg, tokenizer)
-    if model is None:
-        model = adapted_model(cfg.base, cfg.memory) if cfg.base.model is not None else task.build(device)
-        model.to(device)
     record.task_version = task.version
-    record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
+    if not cfg.task.weightless:
+        if model is None:
+            model = adapted_model(cfg.base, cfg.memory) if cfg.base.model is not None else task.build(device)
+            model.to(device)
+        record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     with computing(device, cfg.precision):
         record.metrics = task.evaluate(model, progress)
     record.data_fingerprint = task.fingerprint

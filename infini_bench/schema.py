@@ -31,6 +31,9 @@ DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
 NEEDLES = ("number", "uuid", "multikey", "multivalue")
 QUESTIONS = ("after", "before")
+PROTOCOLS = ("prefix", "whole_book")
+EXTRACTIVE = ("lead", "random", "lexrank", "oracle")  # summaries of a book's own sentences, by no model
+BASELINES = (*EXTRACTIVE, "map_reduce")
 LEVELS = ("model", "operator")
 MODES = ("forward", "train", "decode")
 FORMS = ("eager", "compiled", "triton")
@@ -152,6 +155,7 @@ class TaskConfig:
 
     name: str = "???"
     untrained = False  # no field: a task that asks random weights has no checkpoint, and trains nothing
+    weightless = False  # no field: what is asked has no weights at all
 
 
 @dataclass
@@ -213,18 +217,32 @@ class NeedlesConfig(TaskConfig):
 class BooksumConfig(TaskConfig):
     name: str = "booksum"
     split: str = "test"
-    input_tokens: int | None = None  # of the book, from its start; unset = all
-    train_input_tokens: int = 1024
+    protocol: str = "prefix"  # of training: prefix | whole_book
+    train_input_tokens: int = 1024  # prefix: of the book, from its start
+    gradient_segments: int = 8  # whole_book: the last so many, behind a book that is read without gradient
     train_summary_tokens: int = 256
     lm_weight: float = 0.1  # of the book's own loss beside the summary's
+    baseline: str | None = None  # evaluated instead: lead | random | lexrank | oracle | map_reduce
+    sentences: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160])  # tried on validation
+    map_tokens: int = 4096  # map_reduce: of a part that is summarised by itself
+    map_new_tokens: int = 256  # map_reduce: of its summary, at most; at most half of the above
+    input_tokens: int | None = None  # of the book, from its start; unset = all
+    lengths: list[str] = field(default_factory=list)  # inputs evaluated, rising; empty = input_tokens alone
     max_books: int | None = None
     max_new_tokens: int = 1024
     temperature: float = 0.5
     top_p: float = 0.95
     greedy: bool = False
     samples: int = 1  # summaries a book
+    batch: int = 8  # books whose summaries are written side by side
     chunk: int = 8192
-    controls: bool = True  # memory off, and another book's memory
+    controls: bool = True  # memory off, another book's memory, the book's segments shuffled
+    gates: list[float] = field(default_factory=list)  # controls with all gates at this value, 0 to 1
+
+    @property
+    def weightless(self) -> bool:  # type: ignore[override]
+        """Whether what is evaluated is no model."""
+        return self.baseline in EXTRACTIVE
 
 
 @dataclass
@@ -357,5 +375,5 @@ class RunConfig:
     runs: str = "runs"  # where run folders go
     records: str = "results/records"
     device: str = "auto"  # auto | cpu | cuda
-    precision: str = "float32"  # of an evaluation: float32 | bf16 (as training on a GPU computes)
+    precision: str = "float32"  # of an evaluation: float32 | bf16 (but a memory's sums)
     force: bool = False  # run again even if the same run is recorded as done

@@ -53,6 +53,19 @@ def feed(model, chunks: Iterable[np.ndarray], state: State = None, progress: Han
 
 
 @torch.no_grad()
+def prefill_rows(model, rows: list[np.ndarray], state: State = None) -> tuple[Tensor, State]:
+    """As `prefill`, for rows (t,) of different lengths that are short enough for one call."""
+    width = max(map(len, rows))
+    ids_BT = np.stack([np.pad(row.astype(np.int64), (width - len(row), 0)) for row in rows])
+    if all(len(row) == width for row in rows):
+        return prefill(model, [ids_BT], state)
+    mask_BT = np.stack([np.arange(width) >= width - len(row) for row in rows])
+    mask = torch.from_numpy(mask_BT).to(model.device)
+    logits, state = model.step(_tensor(ids_BT, model), state, keep="last", mask=mask)
+    return logits[:, -1], state
+
+
+@torch.no_grad()
 def prefill(
     model, chunks: Iterable[np.ndarray], state: State = None, progress: Handle | None = None
 ) -> tuple[Tensor, State]:
@@ -83,14 +96,15 @@ def generate(
     greedy: bool = True,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    draws_BT: Tensor | None = None,
     progress: Handle | None = None,
 ) -> np.ndarray:
     """Tokens (B, new) int64 that follow `prefill`'s logits and state, one step at a time.
 
     A row ends with its first ``eos_id`` and stays at it; generation ends when all rows have, or after
     ``max_new_tokens``. Sampling draws from the smallest set of tokens that holds ``top_p`` of the mass at
-    this temperature, with ``generator`` (on any device; its own state decides, never the global one).
+    this temperature. draws_BT: numbers in [0, 1), one for each row and new token, which decide it, so that a
+    row's text depends neither on its neighbours nor on the device's generator.
     """
     tokens: list[Tensor] = []
     done_B1 = torch.zeros(len(logits_BV), 1, dtype=torch.bool, device=logits_BV.device)
@@ -100,10 +114,10 @@ def generate(
             logits_BV = logits[:, -1]
         if greedy:
             next_B1 = logits_BV.argmax(-1, keepdim=True)
-        elif generator is None:
-            raise ValueError("sampling needs a torch.Generator, so that the run can be repeated")
+        elif draws_BT is None:
+            raise ValueError("sampling needs its draws, so that the run can be repeated")
         else:
-            next_B1 = sample(logits_BV, temperature, top_p, generator)
+            next_B1 = sample(logits_BV, temperature, top_p, draws_BT[:, len(tokens)])
         if eos_id is not None:
             next_B1 = next_B1.masked_fill(done_B1, eos_id)
             done_B1 |= next_B1 == eos_id
@@ -115,13 +129,17 @@ def generate(
     return torch.cat(tokens, dim=1).cpu().numpy()
 
 
-def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a row by nucleus sampling (Holtzman et al. 2020): (B, 1) int64 on the logits' device."""
-    logits = logits_BV.to(generator.device, torch.float32) / temperature
-    p_BV, order_BV = logits.softmax(-1).sort(dim=-1, descending=True)
+def sample(logits_BV: Tensor, temperature: float, top_p: float, draw_B: Tensor) -> Tensor:
+    """One token a row by nucleus sampling (Holtzman et al. 2020): (B, 1) int64 on the logits' device.
+
+    draw_B: in [0, 1); the token is the one in whose share of the kept mass, largest first, the draw falls.
+    """
+    p_BV, order_BV = (logits_BV.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
     p_BV = p_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, 0.0)  # the first token always stays
-    pick_B1 = torch.multinomial(p_BV, 1, generator=generator)
-    return order_BV.gather(-1, pick_B1).to(logits_BV.device)
+    ends_BV = p_BV.cumsum(-1)
+    goal_B1 = draw_B.to(ends_BV)[:, None] * ends_BV[:, -1:]
+    last_B1 = (p_BV > 0).sum(-1, keepdim=True) - 1  # where rounding would go past the kept ones
+    return order_BV.gather(-1, torch.searchsorted(ends_BV, goal_B1, right=True).minimum(last_B1))
 
 
 def _tensor(ids_Bt: np.ndarray, model) -> Tensor:

@@ -114,10 +114,14 @@ class Summarizer(nn.Module):
         finally:
             self.enabled = True
 
-    def save_pretrained(self, folder: Path) -> None:
-        """A Hugging Face folder of the stock model, whose config also says what this class takes."""
+    def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A Hugging Face folder of the stock model, whose config also says what this class takes.
+
+        state_dict: parameters by their names here; unset = as they are.
+        """
         setattr(self.config, SETTINGS, {"memory": asdict(self.memory), "separator": self.separator})
-        self.model.save_pretrained(folder)
+        given = {name.removeprefix("model."): x for name, x in (state_dict or {}).items()}
+        self.model.save_pretrained(folder, state_dict={**self.model.state_dict(), **given})
 
     # Training ----------------------------------------------------------------------------------------------
 

@@ -34,11 +34,19 @@ class Batch:
 
     tokens: (B, T + 1) int64; inputs are ``[:, :-1]``, targets ``[:, 1:]``. weights: (B, T) float32, 0 where
     nothing is asked. task_weights: (B, T) float32, 1 where the target is part of the answer; None = all.
+    before: what each row's document has in front of its tokens, in whole segments, (t,) int64: read without
+    gradient; None = nothing. Rows with it need not agree in t.
     """
 
     tokens: Tensor
     weights: Tensor
     task_weights: Tensor | None = None
+    before: list[Tensor] | None = None
+
+    @property
+    def read(self) -> int:
+        """Tokens of all rows."""
+        return self.weights.numel() + sum(len(ids) for ids in self.before or ())
 
 
 class Task(ABC):

@@ -52,9 +52,6 @@ class Embedded(Memory):
     def state_floats(self) -> int:
         return 0
 
-    def embedded(self, b: Any, rope: Any) -> tuple[Tensor, Tensor]:
-        return self.pair
-
     def segments(self, blocks: Any, carry: Any, rope: Any) -> tuple[Tensor, dict[str, Any]]:
         return attend(*self.pair, blocks.v_BSKGD, None, True), {}
 

@@ -129,11 +129,41 @@ def booksum(model: str = "infini_linear", seed: int = 0, **changes) -> Record:
         "rougeLsum": 25.0,
         "overall": 16.9,
         "summary_tokens": 70.0,
+        "summary_words": 55.0,
     }
     metrics = [row(name, value, condition="pairwise", **columns) for name, value in names.items()]
     metrics += [row(name, value + 1, condition="best", **columns) for name, value in names.items()]
     metrics.append(row("overall", 12.0, condition="memory_off", **columns))
-    return record(model, seed, metrics, config={"task": {"name": "booksum"}}, **changes)
+    config = {"task": {"name": "booksum"}, **changes.pop("config", {})}
+    return record(model, seed, metrics, config=config, **changes)
+
+
+def booksum_lengths(model: str = "infini_linear", data: str = "booksum_local", **changes) -> Record:
+    """Evaluated at two input lengths against all references and one kind, with the gain of the longer."""
+    columns = {"split": "test", "protocol": "sampled", "dataset": data, "ci_low": 1.0, "ci_high": 30.0}
+    metrics = []
+    for length, value, cut in ((16384, 15.0, 8), (32768, 17.0, 5)):
+        for kind, n in ((None, 8), ("wikipedia", 4)):
+            place = {"length": length, "position": kind, "n": n, **columns}
+            books = {"cut_books": cut, "books": [f"b{i}" for i in range(n)]}
+            for condition, each in (("pairwise", value), ("memory_off", value - 3)):
+                scores = {"scores": [[each, each, each, 0.0]] * n}
+                metrics.append(row("overall", each, {**books, **scores}, condition=condition, **place))
+    gain = {"length": 32768, "n": 8, **columns}
+    metrics.append(row("overall_gain", 2.0, {"over": 16384}, condition="pairwise", **gain))
+    config = {"data.name": data, "task": {"name": "booksum", "lengths": ["16K", "32K"]}}
+    config |= changes.pop("config", {})
+    return record(model, 0, metrics, config=config, **changes)
+
+
+def lead(data: str = "booksum_local", device: str = "CPU model Y, 2 cores") -> Record:
+    """A baseline without weights, run on another machine and at another scale."""
+    columns = {"split": "test", "protocol": "extractive", "condition": "pairwise", "n": 8, "dataset": data}
+    scores = {"books": [f"b{i}" for i in range(8)], "scores": [[12.0, 12.0, 12.0, 0.0]] * 8}
+    metrics = [row("overall", 12.0, scores, **columns), row("copied", 100.0, **columns)]
+    task = {"name": "booksum", "baseline": "lead"}
+    config = {"data.name": data, "task": task, "scale": "smoke", "trainer.lr": 0.1}
+    return record("lead", 0, metrics, config=config, device=device, params=None, state_floats=None)
 
 
 def pick(rows: list, metric: str, **match: Any) -> Any:

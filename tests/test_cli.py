@@ -107,9 +107,10 @@ def test_python_dash_m():
         ("eval recall --length 4K", "eval recall counts segments, not tokens: give --segments"),
         ("train task=mqar scale=paper", "Task mqar has no scale=paper: choose one of gpu, laptop, smoke"),
         ("eval lm --length 1K,2K", "one --length"),
+        ("eval lm --baseline lead", "--baseline belongs to eval booksum, not to eval lm"),
         (
             "eval reach --length 4K",
-            "--length belongs to eval lm, booksum, passkey, needles, not to eval reach",
+            "--length belongs to eval lm, passkey, needles, booksum, not to eval reach",
         ),
         ("eval reach --checkpoint x", "eval reach asks random weights; leave --checkpoint out"),
         ("train task=footprint", "The task footprint trains nothing"),
@@ -153,7 +154,7 @@ def test_options_of_eval_become_overrides(monkeypatch):
     monkeypatch.setattr(cli.models, "launch", lambda verb, overrides, *rest: seen.append((verb, overrides)))
     invoke("eval", "passkey", "--length", "4K,1M", "--depths", "0,50%,end", "--trials", "3", "seed=1")
     invoke("eval", "lm", "--length", "4K", "--checkpoint", "runs/it's")
-    invoke("eval", "booksum", "--length", "512K")
+    invoke("eval", "booksum", "--length", "16K,512K", "--baseline", "map_reduce")
     invoke("eval", "recall", "--segments", "1,64", "--trials", "9")
     passkey = [
         "task=passkey",
@@ -165,7 +166,7 @@ def test_options_of_eval_become_overrides(monkeypatch):
     assert seen == [
         ("eval", passkey),
         ("eval", ["task=lm", "task.max_tokens=4096", r"checkpoint='runs/it\'s'"]),
-        ("eval", ["task=booksum", "task.input_tokens=524288"]),
+        ("eval", ["task=booksum", "task.lengths=[16384,524288]", "task.baseline=map_reduce"]),
         ("eval", ["task=recall", "task.segments_after=[1,64]", "task.trials=9"]),
     ]
 

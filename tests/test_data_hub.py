@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infini_bench.cli.bridge import compose_run
 from infini_bench.data import Document, Summary, load_documents
 from infini_bench.errors import UserError
 from infini_bench.schema import DataConfig
@@ -86,6 +87,24 @@ def test_booksum_fullbooks(hub):
         Summary("summary", "cliffnotes on 1"),
     )
     assert load_documents(local_copy(address, **settings), "test", pairs=True) == documents
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "config", "sources"),
+    [
+        ("booksum_fullbooks", FULLBOOKS, "default", [["summary", "summary"], ["summary"]]),
+        ("booksum_cleaned", CLEANED, "books", [["a", "b"], ["a"]]),
+    ],
+)
+def test_our_configs_of_the_booksum_sets_read_their_columns(hub, name, rows, config, sources):
+    """One document a book with all its summaries, also where rows are pairs and no id is asked for."""
+    data = compose_run(["task=booksum", f"data={name}"]).data
+    data.hub_id = hub(rows, config=config)["hub_id"]
+    documents = load_documents(data, "test", pairs=True)
+    assert [document.text for document in documents] == ["text 1", "text 2"]
+    assert [[summary.source for summary in document.summaries] for document in documents] == sources
+    data.max_documents = 1
+    assert load_documents(data, "test", pairs=True) == documents[:1]
 
 
 def test_booksum_complete_cleaned(hub):

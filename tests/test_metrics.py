@@ -87,6 +87,38 @@ def test_rouge_equals_the_package():
         assert rouge.score_pair((prediction, reference)).tolist() == wanted
 
 
+@settings(max_examples=50)
+@given(*[st.lists(st.sampled_from(["abcdefg", "hij", "the", "The.", "running", "runs"]), max_size=40)] * 2)
+def test_rouge_l_equals_the_package_on_any_text(first, second):
+    prediction, reference = " ".join(first), " ".join(second)
+    wanted = RougeScorer(["rougeL"], use_stemmer=True).score(reference, prediction)["rougeL"].fmeasure
+    assert rouge.score_pair((prediction, reference))[2] == 100 * wanted
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "kind", "precision", "recall"),
+    [
+        # the examples of the package's own tests
+        ("testing", "testing one two", "rouge1", 1, 1 / 3),
+        ("testing one", "testing one two", "rouge2", 1, 1 / 2),
+        ("testing one", "testing one two", "rougeL", 1, 2 / 3),
+        ("testing two", "testing one two", "rougeL", 1, 2 / 3),
+        # of its README
+        *(
+            ("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog", *rest)
+            for rest in (("rouge1", 6 / 8, 6 / 9), ("rougeL", 5 / 8, 5 / 9))
+        ),
+        # Lin (2004), section 3: S2 and S3 against S1, and the union over sentences
+        ("police kills the gunman", "police killed the gunman", "rouge2", 1, 1),  # stemmed they are the same
+        ("the gunman kill police", "police killed the gunman", "rougeL", 2 / 4, 2 / 4),
+        ("w1 w2 w6 w7 w8\n\nw1 w3 w8 w9 w5", "w1 w2 w3 w4 w5", "rougeLsum", 4 / 10, 4 / 5),
+    ],
+)
+def test_published_examples_of_rouge(prediction, reference, kind, precision, recall):
+    value = rouge.score_pair((prediction, reference))[rouge.KINDS.index(kind)]
+    assert value == pytest.approx(100 * 2 * precision * recall / (precision + recall))
+
+
 def test_rouge_by_hand():
     r1, r2, rl, rlsum = rouge.score_pair(("the cat sat", "the cat ran away"))
     assert (r1, rl, rlsum) == pytest.approx([100 * 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)] * 3)
@@ -116,6 +148,16 @@ def test_rouge_in_processes_is_the_same_and_scored_once(monkeypatch):
     assert np.array_equal(rouge.score_pairs(TEXTS, processes=2), alone)
     monkeypatch.setattr(rouge, "score_pair", None)  # a second call would fail
     assert np.array_equal(rouge.score_pairs(TEXTS), alone)
+
+
+def test_rouge_is_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(rouge, "_SCORES", {})
+    first = rouge.score_pairs(TEXTS, folder=tmp_path)
+    monkeypatch.setattr(rouge, "_SCORES", {})
+    monkeypatch.setattr(rouge, "score_pair", None)  # a second call would fail
+    assert np.array_equal(rouge.score_pairs(TEXTS[::-1], folder=tmp_path), first[::-1])
+    with pytest.raises(TypeError):
+        rouge.score_pairs([("another", "pair")], folder=tmp_path)
 
 
 @pytest.mark.parametrize(

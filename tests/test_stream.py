@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from infini_bench.models import build_model
-from infini_bench.stream import chunked, feed, generate, prefill, sample, stream_losses
+from infini_bench.stream import chunked, feed, generate, prefill, prefill_rows, sample, stream_losses
 
 
 class Counter(torch.nn.Module):
@@ -85,26 +85,44 @@ def test_generation_continues_as_one_call_would(model):
     assert best.tolist() == new.tolist()
 
 
-def test_sampling_repeats_with_its_seed_and_keeps_to_the_nucleus():
-    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    generator = torch.Generator().manual_seed(0)
-    before = torch.get_rng_state()
-    draws = torch.cat([sample(p.log(), 1.0, 0.9, generator) for _ in range(4000)]).ravel()
-    assert torch.equal(torch.get_rng_state(), before)
-    shares = torch.bincount(draws, minlength=4) / 4000
-    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.03)
-    cold = torch.cat([sample(p.log(), 0.5, 1.0, generator) for _ in range(4000)]).ravel()
-    assert (cold == 0).float().mean() == pytest.approx(0.25 / 0.365, abs=0.03)
-    assert {int(sample(p.log(), 1.0, 1e-9, generator)) for _ in range(20)} == {0}
+def test_sampling_follows_its_draws_and_keeps_to_the_nucleus():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(4000, -1)
+    draws = (torch.arange(4000) + 0.5) / 4000  # evenly over [0, 1), so that shares are exact
+    shares = torch.bincount(sample(p.log(), 1.0, 0.9, draws).ravel(), minlength=4) / 4000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=1e-3)
+    cold = sample(p.log(), 0.5, 1.0, draws).ravel()
+    assert (cold == 0).float().mean() == pytest.approx(0.25 / 0.365, abs=1e-3)
+    assert set(sample(p.log(), 1.0, 1e-9, draws).ravel().tolist()) == {0}
+    assert sample(p.log(), 1.0, 0.9, torch.ones(4000)).max() == 2  # rounding never leaves the nucleus
 
 
-def test_sampling_wants_a_generator_and_repeats(model):
+def test_sampling_wants_draws_and_rows_do_not_mix(model):
     logits, state = prefill(model, [ids(2, 9)])
-    with pytest.raises(ValueError, match=r"torch\.Generator"):
+    with pytest.raises(ValueError, match="its draws"):
         generate(model, logits, state, 2, greedy=False)
     options = {"greedy": False, "temperature": 0.5, "top_p": 0.95}
-    runs = [
-        generate(model, logits, state, 8, generator=torch.Generator().manual_seed(s), **options)
-        for s in (1, 1, 2)
-    ]
-    assert np.array_equal(runs[0], runs[1]) and not np.array_equal(runs[0], runs[2])
+    draws = torch.rand(2, 8)
+    both = generate(model, logits, state, 8, draws_BT=draws, **options)
+    second = torch.tensor([1])
+    alone = generate(model, logits[second], state.select_rows(second), 8, draws_BT=draws[second], **options)
+    assert np.array_equal(alone[0], both[1])
+    other = generate(model, logits, state, 8, draws_BT=torch.rand(2, 8), **options)
+    assert not np.array_equal(other, both)
+
+
+def test_books_of_different_lengths_go_on_side_by_side(model):
+    """States at different borders, one of them a document's start, as one batch: what each gives alone."""
+    borders, tails = (24, 0, 8, 40), (5, 9, 1, 3)
+    books = [ids(1, border + tail) for border, tail in zip(borders, tails, strict=True)]
+    states = [feed(model, chunked(b[:, :n], 16)) if n else None for b, n in zip(books, borders, strict=True)]
+    rows = [book[0, border:] for book, border in zip(books, borders, strict=True)]
+    logits, state = prefill_rows(model, rows, type(states[0]).stack(states))
+    together = generate(model, logits, state, 12)
+    for i, book in enumerate(books):
+        alone, own = prefill(model, [book])
+        assert torch.allclose(logits[i], alone[0], atol=1e-4)
+        assert np.array_equal(generate(model, alone, own, 12)[0], together[i])
+    even = [feed(model, [book[:, :24]]) for book in (books[0], books[3])]
+    same, _ = prefill_rows(model, [books[0][0, 24:], books[3][0, 24:29]], type(even[0]).stack(even))
+    assert torch.allclose(same[0], logits[0], atol=1e-4)
+    assert type(even[0]).stack([None, None]) is None

@@ -2,17 +2,23 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
+from infini_bench.config import build_config
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
+from infini_bench.progress import NullProgress
 from infini_bench.schema import BooksumConfig, DataConfig, DecoderConfig, MemoryConfig, RunConfig
+from infini_bench.summaries import read_summaries
 from infini_bench.tasks import build_task
 from infini_bench.tasks.booksum import SEPARATOR
+from infini_bench.tasks.booksum_write import Writer as Reading
+from infini_bench.tasks.booksum_write import fixed_gates
 
 SEGMENT = 64  # every prompt's last segment holds the end of its book and the whole separator
 BOOKS = [
@@ -34,23 +40,32 @@ def make(tmp_path):
                 }
                 for i, (text, summaries) in enumerate(books)
             ]
-            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        source = {"name": "mine", "source": "local", "path": str(tmp_path), "id_column": "id"}
+            (tmp_path / "books").mkdir(exist_ok=True)
+            (tmp_path / "books" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        source = {"name": "mine", "source": "local", "path": str(tmp_path / "books")}
+        source["id_column"] = "id"
         source["summary_column"] = "summaries"
         data = DataConfig(tokenizer="bytes", cache_dir=str(tmp_path / "cache"), **source)
         task = BooksumConfig(**{"greedy": True, "max_new_tokens": 40, "chunk": 40, **settings})
-        return build_task(RunConfig(data=data, memory=MemoryConfig(segment=SEGMENT), task=task))
+        cfg = RunConfig(data=data, memory=MemoryConfig(segment=SEGMENT), task=task)
+        cfg.records = str(tmp_path / "records")
+        return build_task(cfg)
 
     return task
 
 
 class Carried:
-    def __init__(self, text: bytes):
-        self.text = text
+    """What each row has read."""
+
+    def __init__(self, texts: list[bytes]):
+        self.texts = texts
 
     def select_rows(self, index):
-        assert index.tolist() == [0] * len(index)
-        return self
+        return Carried([self.texts[i] for i in index])
+
+    @classmethod
+    def stack(cls, states):
+        return cls([b"" if state is None else state.texts[0] for state in states])
 
 
 class Writer(torch.nn.Module):
@@ -71,17 +86,35 @@ class Writer(torch.nn.Module):
         yield
         self.off = False
 
-    def step(self, ids, state, keep):
-        text = (b"" if state is None else state.text) + bytes(ids[0].tolist())
+    def gates(self):
+        return None
+
+    def step(self, ids, state, keep, mask=None):
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        ids = ids.clamp(max=255)  # rows that ended are given their end again
+        new = [bytes(row[here].tolist()) for row, here in zip(ids, mask, strict=True)]
+        texts = [a + b for a, b in zip([b""] * len(new) if state is None else state.texts, new, strict=True)]
         if keep == "none":
-            return None, Carried(text)
+            return None, Carried(texts)
+        tokens = torch.tensor([[self.answer(text)] for text in texts])
+        return torch.nn.functional.one_hot(tokens, 300).float(), Carried(texts)
+
+    def answer(self, text):
         before, _, written = text.partition(SEPARATOR.encode())
         if not written:
             self.prompts.append(before)
         short = self.off or len(before) < SEGMENT
         summary = b"" if short else self.summaries[before[0]]
-        token = [*summary, self.eos_id][len(written)]
-        return torch.nn.functional.one_hot(torch.tensor([[token]] * len(ids)), 300).float(), Carried(text)
+        return [*summary, self.eos_id][min(len(written), len(summary))]
+
+
+def texts(task, row):
+    """Book -> the summaries that a row of ``overall`` names, in the order of its samples."""
+    found = {}
+    for line in read_summaries(Path(task.cfg.records), row["extra"]["summaries"]):
+        if (line["condition"], line["length"]) == (row["condition"], row["length"]):
+            found.setdefault(line["book"], []).append(line["text"])
+    return found
 
 
 def value(rows, metric, condition="pairwise"):
@@ -101,7 +134,11 @@ def test_summaries_are_scored_in_every_condition(make):
     overall = value(rows, "overall")
     means = [value(rows, kind)["value"] for kind in ("rouge1", "rouge2", "rougeL")]
     assert overall["value"] == pytest.approx(np.prod(means) ** (1 / 3))
-    assert overall["extra"]["summaries"] == [["the king died"], ["they lived"], ["wrong words"]]
+    assert texts(task, overall) == {
+        "test0": ["the king died"],
+        "test1": ["they lived"],
+        "test2": ["wrong words"],
+    }
     assert overall["extra"]["books"] == ["test0", "test1", "test2"]
     assert overall["n"] == 3 and overall["ci_low"] <= overall["value"] <= overall["ci_high"]
     assert value(rows, "summary_tokens")["value"] == pytest.approx((13 + 10 + 11) / 3)
@@ -111,20 +148,22 @@ def test_summaries_are_scored_in_every_condition(make):
 def test_controls(make):
     task = make()
     rows = task.evaluate(Writer(task.tokenizer.eos_id))
+    assert value(rows, "overall", "shuffled")["value"] == value(rows, "overall")["value"]
     assert value(rows, "rouge1", "memory_off")["value"] == 0
     assert value(rows, "empty", "memory_off")["value"] == 100 and value(rows, "empty")["value"] == 0
-    other = value(rows, "overall", "other_memory")["extra"]["summaries"]
-    assert other == [["they lived"], ["wrong words"], ["the king died"]]
+    other = texts(task, value(rows, "overall", "other_memory"))
+    assert [*other.values()] == [["they lived"], ["wrong words"], ["the king died"]]
 
 
 def test_what_is_read(make):
     task = make()
     model = Writer(task.tokenizer.eos_id)
     task.evaluate(model)
-    own, off, other = model.prompts[:3]
-    assert own == b"a" * 150 and off == b"a" * 22  # 150 + 31 tokens, the last segment starts at 128
-    # the second book's state at its own last segment's start, then the first book's last segment
+    own, off, other, shuffled = model.prompts[::3]
+    assert own == b"a" * 150 and off == b"a" * 22  # the unfinished segment starts at 128
+    # the second book's state at its own last border, then the first book's unfinished segment
     assert other == b"b" * 192 + b"a" * 22
+    assert shuffled == own and model.prompts[1] == b"b" * 200
 
 
 def test_input_and_number_of_books_are_limited(make):
@@ -132,6 +171,7 @@ def test_input_and_number_of_books_are_limited(make):
     model = Writer(task.tokenizer.eos_id)
     rows = task.evaluate(model)
     assert model.prompts == [b"a" * 150, b"b" * 160]
+    assert value(rows, "overall")["extra"]["cut"] == ["test1"]
     assert {row["condition"] for row in rows} == {"pairwise", "best"} and rows[0]["length"] == 160
 
 
@@ -143,10 +183,10 @@ def test_samples_are_averaged_and_repeat(make, decoder):
         for t in (task, make(greedy=False, samples=3, max_new_tokens=6, temperature=2.0, max_books=1))
     ]
     assert rows[0] == rows[1]
-    (texts,) = value(rows[0], "overall")["extra"]["summaries"]
-    assert len(texts) == 3 and len(set(texts)) == 3
+    (written,) = texts(task, value(rows[0], "overall")).values()
+    assert len(written) == 3 and len(set(written)) == 3
     assert value(rows[0], "overall")["ci_low"] is None and value(rows[0], "overall")["protocol"] == "sampled"
-    assert {row["condition"] for row in rows[0]} == {"pairwise", "best", "memory_off"}
+    assert {row["condition"] for row in rows[0]} == {"pairwise", "best", "memory_off", "shuffled"}
 
 
 def test_training_batches(make):
@@ -183,6 +223,196 @@ def test_real_models(make, memory):
     memory.segment = SEGMENT
     model = build_model(DecoderConfig(dim=32, init_std=0.3), memory, task.tokenizer.vocab_size)
     rows = task.evaluate(model)
-    wanted = {"pairwise", "best"} | ({"memory_off", "other_memory"} if model.has_memory else set())
+    wanted = {"pairwise", "best"} | (
+        {"memory_off", "other_memory", "shuffled"} if model.has_memory else set()
+    )
     assert {row["condition"] for row in rows} == wanted
     assert all(0 <= row["value"] <= 100 for row in rows)
+
+
+# --- input lengths ----------------------------------------------------------------------------------------
+
+LONG = [
+    ("a" * 150, ["the king died"]),
+    ("b" * 64 + "c" * 300, ["they lived"]),
+    ("c" * 64 + "b" * 90, ["nobody knows"]),
+]
+
+
+class LastLetter(Writer):
+    """Writes about the last letter of the book that it has read."""
+
+    def answer(self, text):
+        before, _, written = text.partition(SEPARATOR.encode())
+        if not written:
+            self.prompts.append(before)
+        summary = self.summaries[before[-1]]
+        return [*summary, self.eos_id][min(len(written), len(summary))]
+
+
+def at(rows, metric, length, condition="pairwise"):
+    (row,) = [r for r in rows if (r["metric"], r["length"], r["condition"]) == (metric, length, condition)]
+    return row
+
+
+def test_one_evaluation_has_all_lengths(make):
+    task = make(LONG, lengths=["64", "160", "1K"], controls=False)
+    model = LastLetter(task.tokenizer.eos_id)
+    rows = task.evaluate(model)
+    assert model.prompts[:3] == [b"a" * 64, b"b" * 64, b"c" * 64]
+    assert model.prompts[3:6] == [b"a" * 150, b"b" * 64 + b"c" * 96, b"c" * 64 + b"b" * 90]
+    cuts = [at(rows, "overall", n)["extra"]["cut"] for n in (64, 160, 1024)]
+    assert cuts == [["test0", "test1", "test2"], ["test1"], []]
+    ones = [at(rows, "rouge1", n)["value"] for n in (64, 160, 1024)]
+    assert ones == pytest.approx([200 / 3, 100 / 3, 100 / 3])  # only the first letters are the right ones
+    assert at(rows, "overall", 1024)["n"] == 3 and task.cfg.task.lengths == ["64", "160", "1K"]
+
+
+def test_a_gain_is_paired_on_the_books_that_the_shorter_input_cuts(make):
+    task = make(LONG, lengths=["64", "160", "1K"], controls=False)
+    gains = [
+        row for row in task.evaluate(LastLetter(task.tokenizer.eos_id)) if row["metric"] == "overall_gain"
+    ]
+    assert [(row["length"], row["n"], row["extra"]["over"]) for row in gains] == [
+        (160, 3, 64),
+        (1024, 1, 160),
+    ]
+    assert gains[0]["extra"]["books"] == ["test0", "test1", "test2"] and gains[1]["extra"]["books"] == [
+        "test1"
+    ]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+    def overall(texts):
+        pairs = zip([goals[0] for _, goals in LONG], texts, strict=True)
+        scores = [[s.fmeasure for s in scorer.score(*pair).values()] for pair in pairs]
+        return 100 * np.prod(np.mean(scores, 0)) ** (1 / 3)
+
+    short, longer = (
+        ["the king died", "they lived", "wrong words"],
+        ["the king died", "wrong words", "they lived"],
+    )
+    assert gains[0]["value"] == pytest.approx(overall(longer) - overall(short))
+    assert gains[1]["value"] == 0
+
+
+def test_batches_and_lengths_change_no_summary(make, decoder, memory):
+    """Side by side, or after a shorter input, a book's summary is the one that it gets alone."""
+    if memory.kind == "knn":
+        memory.index = "torch"
+    memory.segment = SEGMENT
+    settings = {"greedy": False, "samples": 2, "max_new_tokens": 6, "controls": False, "temperature": 1.5}
+    tasks = [
+        make(LONG, batch=3, lengths=["70", "200"], **settings),
+        make(LONG, batch=1, lengths=["200"], **settings),
+    ]
+    model = build_model(decoder, memory, tasks[0].tokenizer.vocab_size)
+    side, alone = ([*Reading(task, model, NullProgress()).write_all(*inputs(task))] for task in tasks)
+    found, wanted = (
+        {(length, book): [ids.tolist() for ids in samples] for length, _, book, samples in made}
+        for made in (side, alone)
+    )
+    assert len(found) == 6 and len(wanted) == 3
+    assert {key: found[key] for key in wanted} == wanted
+    assert all(first != second for first, second in wanted.values())
+
+
+def inputs(task):
+    return [task.tokens("test", i) for i in range(3)], [int(length) for length in task.task.lengths]
+
+
+# --- does it read the book? -------------------------------------------------------------------------------
+
+
+def test_gates_are_fixed_while_a_control_lasts(make, decoder):
+    task = make(gates=[0.0, 1.0], max_new_tokens=4)
+    model = build_model(decoder, MemoryConfig(segment=SEGMENT), task.tokenizer.vocab_size)
+    before = model.gates().clone()
+    with fixed_gates(model, 0.25):
+        assert torch.allclose(model.gates(), torch.tensor(0.25))
+    rows = task.evaluate(model)
+    assert torch.equal(model.gates(), before)
+    assert {"gate_0", "gate_1"} < {row["condition"] for row in rows}
+    # a closed gate is a memory switched off, also while the book is read
+    off, closed = (texts(task, value(rows, "overall", name)) for name in ("memory_off", "gate_0"))
+    assert off == closed != texts(task, value(rows, "overall", "gate_1"))
+    local = build_model(decoder, MemoryConfig(kind="block", segment=SEGMENT), task.tokenizer.vocab_size)
+    with pytest.raises(UserError, match=r"task\.gates: .* has no gates"):
+        task.evaluate(local)
+
+
+def test_shuffled_books_keep_their_segments_and_their_end(make):
+    text = "".join(letter * SEGMENT for letter in "abcabcabc") + "a" * 7
+    task = make([(text, ["they lived"])] * 2)
+    model = Writer(task.tokenizer.eos_id)
+    rows = task.evaluate(model)
+    shuffled = model.prompts[-1].decode()
+    assert shuffled != text and shuffled.endswith("a" * 7)
+    parts = [shuffled[i : i + SEGMENT] for i in range(0, 9 * SEGMENT, SEGMENT)]
+    assert sorted(parts) == sorted(letter * SEGMENT for letter in "abcabcabc")
+    assert value(rows, "overall", "shuffled")["n"] == 2
+
+
+def test_kinds_of_references_have_rows_of_their_own(make):
+    task = make(controls=False)
+    for split in ("train", "test"):
+        path = Path(task.cfg.data.path) / f"{split}.jsonl"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0].replace('"x"', '"y"', 1), *lines[1:]]))
+    rows = task.evaluate(Writer(task.tokenizer.eos_id))
+    ones = {
+        row["position"]: row for row in rows if (row["metric"], row["condition"]) == ("rouge1", "pairwise")
+    }
+    assert {kind: row["n"] for kind, row in ones.items()} == {None: 3, "x": 3, "y": 1}
+    assert ones["y"]["value"] == pytest.approx(100)  # "the king died", word for word
+
+
+# --- map and reduce ---------------------------------------------------------------------------------------
+
+
+class Shortener(Writer):
+    """Repeats the first letters of the pieces that it is given."""
+
+    def answer(self, text):
+        before, _, written = text.partition(SEPARATOR.encode())
+        if not written:
+            self.prompts.append(before)
+        summary = b"".join(dict.fromkeys(before.replace(b"\n", b"")[i : i + 1] for i in range(len(before))))
+        return [*summary, self.eos_id][min(len(written), len(summary))]
+
+
+def test_map_reduce_summarises_parts_and_then_their_summaries(make):
+    text = "".join(letter * 64 for letter in "abcdefghij")
+    task = make([(text, ["abcdefghij"])], baseline="map_reduce", map_tokens=16, map_new_tokens=8, batch=3)
+    model = Shortener(task.tokenizer.eos_id)
+    rows = task.evaluate(model)
+    row = value(rows, "overall")
+    assert set(map(len, model.prompts[:40])) == {16} and all(len(p) <= 16 for p in model.prompts)
+    assert value(rows, "rouge1")["value"] == 100 and row["protocol"] == "map_reduce 16 to 8, greedy"
+    assert {r["condition"] for r in rows} == {"pairwise", "best"}
+    with pytest.raises(UserError, match="more than half"):
+        build_config({"task": {"name": "booksum", "map_tokens": 100, "map_new_tokens": 51}})
+
+
+# --- training on whole books ------------------------------------------------------------------------------
+
+
+def test_whole_books_are_read_and_their_end_has_the_gradient(make):
+    task = make(protocol="whole_book", gradient_segments=1, train_summary_tokens=12, lm_weight=0.5)
+    batch, n = task.batch(0, 3), len(task.separator)
+    assert batch.tokens.shape == (3, SEGMENT + 12 + 1)
+    for row, before, mask in zip(batch.tokens.numpy(), batch.before, batch.task_weights.numpy(), strict=True):
+        answer = np.flatnonzero(mask) + 1
+        prompt = bytes([*before.tolist(), *row[: answer[0]].tolist()])
+        assert prompt in [text.encode() + SEPARATOR.encode() for text, _ in BOOKS]
+        assert (
+            len(before) == (len(prompt) - 1) // SEGMENT * SEGMENT and row[answer[-1]] == task.tokenizer.eos_id
+        )
+    assert batch.read == batch.weights.numel() + sum(map(len, batch.before))
+    longer = task.batch(0, 3, segments=9)
+    assert longer.tokens.shape == (3, 9 * SEGMENT + 12 + 1) and not any(map(len, longer.before))
+    capped = make(protocol="whole_book", gradient_segments=1, input_tokens=100).batch(0, 3)
+    assert [len(before) for before in capped.before] == [(100 + n - 1) // SEGMENT * SEGMENT] * 3
+    with pytest.raises(UserError, match=r"task\.protocol must be one of prefix, whole_book"):
+        build_config({"task": {"name": "booksum", "protocol": "curriculum"}})
+    with pytest.raises(UserError, match=r"task\.lengths must rise"):
+        build_config({"task": {"name": "booksum", "lengths": ["4K", "1K"]}})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infini_bench.models import build_model
+from infini_bench.schema import MemoryConfig
 from infini_bench.train.loss import SequenceLoss
 
 TOKENS = 8 * 7 + 3  # an unfinished segment at the end
@@ -94,3 +95,39 @@ def test_logits_are_computed_only_where_a_loss_is_asked_for(decoder, memory, seg
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_is_read_before_has_no_gradient_and_its_effect(decoder, memory):
+    """A row's loss is that of its document's end; its gradients are those behind a detached state."""
+    model = build_model(decoder, memory, 13).eval()  # no auxiliary loss
+    documents = [torch.randint(13, (size + TOKENS + 1,)) for size in (16, 0)]
+    _, weights, task_weights = batch()
+    tokens = torch.stack([document[-TOKENS - 1 :] for document in documents])
+    before = [document[: -TOKENS - 1] for document in documents]
+    run.batch = (tokens, weights, task_weights, before)
+    whole = run(model, None)
+    assert_same(whole, run(model, 2))
+    model.zero_grad()
+    loss = torch.zeros(())
+    for i, document in enumerate(documents):
+        with torch.no_grad():
+            state = model.step(before[i][None])[1] if len(before[i]) else None
+        ids = document[-TOKENS - 1 :][None]
+        loss = loss + (model.losses(ids[:, :-1], ids[:, 1:], state)[0] * weights[i]).sum()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert_same(whole, (loss.detach(), whole[1], gradients))
+    if model.has_memory and memory.kind != "armt":  # whose untrained memory reads 0
+        run.batch = (tokens, weights, task_weights)
+        assert abs(run(model, None)[0] - whole[0]) > 1e-6
+
+
+def test_reading_before_leaves_autocast_its_gradients(decoder):
+    """Weights that autocast converted while there was no gradient must not be used where there is one."""
+    model = build_model(decoder, MemoryConfig(segment=8), 13)
+    tokens, weights, task_weights = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = SequenceLoss(model)(tokens, weights, task_weights, [torch.randint(13, (16,))] * 2)
+    loss.backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()}
+    assert without == set()

@@ -63,7 +63,7 @@ class Job:
         from infini_bench.run import run_eval
 
         cfg = self.cfg
-        trained = not (cfg.task.untrained or bare_base(cfg))
+        trained = not (cfg.task.untrained or cfg.task.weightless or bare_base(cfg))
         if "scale" not in self.given and trained:  # the recipe of the checkpoint's scale fits it best
             path, _ = find_origin(cfg, cfg.model if "model" in self.given else None)
             cfg = self.recompose([f"scale={trained_config(path).scale}"])

@@ -12,10 +12,7 @@ from infini_bench.cli.listing import list_options
 from infini_bench.errors import UserError
 from infini_bench.units import parse_depth, parse_length, suggest
 
-LENGTH_KEYS = {
-    **{"lm": "task.max_tokens", "booksum": "task.input_tokens"},
-    **dict.fromkeys(("passkey", "needles"), "task.lengths"),
-}
+LENGTH_KEYS = {"lm": "task.max_tokens", **dict.fromkeys(("passkey", "needles", "booksum"), "task.lengths")}
 PROMPTED = ("passkey", "needles")  # whose prompts have lengths and depths
 COUNTED = ("recall", "mqar")  # whose distances are segments
 
@@ -117,6 +114,10 @@ def evaluate(
         str | None, typer.Option(help="Recall, mqar: segments up to the question, e.g. 1,64,4096.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Of passkey, needles, recall, mqar, a number.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Booksum: lead, random, lexrank, oracle; map_reduce, of a trained model."),
+    ] = None,
     multirun: Multirun = False,
     cfg: ShowConfig = None,
     config_dir: ConfigDir = None,
@@ -134,6 +135,9 @@ def evaluate(
         *_trial_overrides(what, depths, segments, trials),
     ]
     options += _base_overrides(what, base, checkpoint)
+    if baseline is not None and what != "booksum":
+        raise UserError(f"--baseline belongs to eval booksum, not to eval {what}.")
+    options += [f"task.baseline={baseline}"] if baseline is not None else []
     if checkpoint is not None:
         from infini_bench.cli.bridge import quote
 

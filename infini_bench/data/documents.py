@@ -60,8 +60,8 @@ def fingerprint(documents: Iterable[Document]) -> str:
 def documents_from(rows: Iterable[Row], data: DataConfig, limit: int | None = None) -> list[Document]:
     """The first ``limit`` documents of a table's rows, after ``data.filter``.
 
-    Some sets have a row for each pair of a book and a summary: rows of the same text and id (if there is a
-    ``data.id_column``) become one document with all their summaries.
+    Some sets have a row for each pair of a book and a summary: rows of the same text and id (without a
+    ``data.id_column``: of the same text) become one document with all their summaries.
     Raises ``UserError`` naming the row if a column is missing or its content is of no use.
     """
     documents: dict[tuple[str, str], Document] = {}
@@ -69,15 +69,16 @@ def documents_from(rows: Iterable[Row], data: DataConfig, limit: int | None = No
         if any(_reach(row, name, where) != value for name, value in data.filter.items()):
             continue
         document = _document(where, row, number, data)
-        key = document.id, document.text  # two texts under one id are two documents
+        named = data.id_column is not None or data.summary_column is None
+        key = document.id if named else "", document.text  # two texts under one id are two documents
         if key not in documents and len(documents) == limit:
-            if data.id_column is None:
+            if data.summary_column is None:
                 break
             continue  # a later row can still bring a summary of what is there
         if key in documents:
             old = documents[key]
             new = (summary for summary in document.summaries if summary not in old.summaries)
-            document = replace(old, summaries=(*old.summaries, *new))
+            document = replace(old, summaries=(*old.summaries, *new))  # under the first one's id
         documents[key] = document
     return list(documents.values())
 

@@ -113,15 +113,10 @@ class Memory(nn.Module):
         counts = {"fill": blocks.left, "done": done + blocks.full, "seen": seen + q_BTHD.shape[1]}
         return blocks.join(out), {**carry, "k": k, "v": v, **counts}
 
-    def embedded(self, b: Blocks, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Queries (B, S, Q, H, D) and keys (B, S, K, G, D) of ``local``, with their positions."""
-        own = torch.arange(b.k_BSKGD.shape[2], device=b.k_BSKGD.device)
-        return rotate(b.q_BSQHD, rope, b.slots), rotate(b.k_BSKGD, rope, own)
-
     def local(self, b: Blocks, rope: Rope) -> Tensor:
         """Causal attention inside the own segment only: (B, S, Q, H, D)."""
         own = torch.arange(b.k_BSKGD.shape[2], device=b.k_BSKGD.device)
-        q, k = self.embedded(b, rope)
+        q, k = rotate(b.q_BSQHD, rope, b.slots), rotate(b.k_BSKGD, rope, own)
         if b.slots.dim() == 1 and b.slots.shape[0] == own.shape[0]:
             return attend(q, k, b.v_BSKGD, None, True)
         if b.slots.dim() == 1 and b.slots.shape[0] == 1:  # one token, and it sees all keys there are

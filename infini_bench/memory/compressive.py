@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES, WIDTHS
-from infini_bench.memory.kernels.backend import attends, choose
+from infini_bench.memory.kernels.backend import choose
 from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
@@ -101,9 +101,10 @@ class CompressiveMemory(Memory):
         return {**own, **self.path.start(k_BTGD)}
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
-        if choose(self.cfg, b):
-            return self.fused(b, carry, rope)
         dot, past = self.path.segments(b, carry, rope)
+        if choose(self.cfg, b):
+            out, own = self.fused(b, dot, carry)
+            return out, {**past, **own}
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:
@@ -117,23 +118,17 @@ class CompressiveMemory(Memory):
             out = torch.where(known, mixed, dot.float()).to(dot.dtype)
         return out, {**past, **self.carried(prefixes, b.full)}
 
-    def fused(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
+    def fused(self, b: Blocks, dot: Tensor, carry: State) -> tuple[Tensor, State]:
         """``segments`` through the Triton kernels."""
         from infini_bench.memory.kernels import ops  # imports triton
 
         assert isinstance(b.full, int) and isinstance(b.done, int)
         how = self.cfg.update, self.cfg.features
         M, z = ops.write(b.k_BSKGD, b.v_BSKGD, carry["M"], carry["z"], b.full, *how)
-        own = self.carried({"M": M, "z": z}, b.full)
-        reads = self.enabled and b.done + b.q_BSQHD.shape[1] > 1
-        gate = torch.sigmoid(self.memory_gate.float())
-        if reads and attends(self.cfg, b):
-            q, k = self.path.embedded(b, rope)
-            return ops.attend(q, k, b.v_BSKGD, b.q_BSQHD, gate, M, z, b.done, self.cfg.features), own
-        dot, past = self.path.segments(b, carry, rope)
-        if reads:
+        if self.enabled and b.done + b.q_BSQHD.shape[1] > 1:
+            gate = torch.sigmoid(self.memory_gate.float())
             dot = ops.read(b.q_BSQHD, dot, gate, M, z, b.done, self.cfg.features)
-        return dot, {**past, **own}
+        return dot, self.carried({"M": M, "z": z}, b.full)
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:

@@ -1,4 +1,4 @@
-"""ROUGE by the ``rouge-score`` package: R-1, R-2, R-L and R-Lsum F1 x 100, Porter stemmer on.
+"""ROUGE as the ``rouge-score`` package has it: R-1, R-2, R-L and R-Lsum F1 x 100, Porter stemmer on.
 
 R-Lsum needs sentences, and implementations disagree on them; ours are cut by one stated rule
 (`split_sentences`), for predictions and references alike. A text without any word scores 0.
@@ -8,18 +8,37 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.scoring import fmeasure
+from rouge_score.tokenize import tokenize
+
+from infini_bench.files import writing
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 Pair = tuple[str, str]  # prediction, reference
+SENTENCES = "blank lines; . ! ? before a capital or digit, titles and initials excepted"
+SETTINGS = {  # for the record
+    "package": f"rouge-score {version('rouge-score')}",
+    "stemmer": "Porter",
+    "score": "F1 x 100",
+    "sentences": SENTENCES,
+}
+RULE = "1"  # of `split_sentences` and what is around it: part of the keys of scores on disk
 
+_BATCH = 64  # pairs
 _PARALLEL_FROM = 500_000_000  # characters x characters of all pairs: some ten seconds on one core
 _SCORES: dict[str, np.ndarray] = {}  # by hash of the pair: the same pair is scored once a process
 
@@ -45,31 +64,73 @@ def split_sentences(text: str) -> list[str]:
     return [" ".join(sentence.split()) for sentence in sentences if sentence.strip()]
 
 
-def score_pairs(pairs: Sequence[Pair], processes: int | None = None) -> np.ndarray:
+def score_pairs(
+    pairs: Sequence[Pair], processes: int | None = None, folder: Path | None = None
+) -> np.ndarray:
     """F1 x 100 of each (prediction, reference): (pairs, 4) float64 in the order of `KINDS`.
 
-    processes: 1 = this one only; unset = all cores if the work is worth starting them. Pairs that were scored
-    before in this process are looked up.
+    processes: 1 = this one only; unset = all cores if the work is worth starting them. folder: of a file that
+    keeps the scores. Pairs that were scored before in this process, or are in the file, are looked up.
     """
-    keys = [sha256("\0".join(pair).encode()).hexdigest() for pair in pairs]
+    keys = [sha256("\0".join((SETTINGS["package"], RULE, *pair)).encode()).hexdigest() for pair in pairs]
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in _SCORES}
+    if folder is not None and missing:
+        _SCORES.update(kept := _kept(folder, list(missing)))
+        missing = {key: pair for key, pair in missing.items() if key not in kept}
     if processes is None:
         work = sum(len(prediction) * len(reference) for prediction, reference in missing.values())
-        processes = (os.cpu_count() or 1) if work > _PARALLEL_FROM else 1
+        processes = _cores() if work > _PARALLEL_FROM else 1
     processes = min(processes, len(missing))
     if processes > 1:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            _SCORES.update(zip(missing, pool.map(score_pair, missing.values()), strict=True))
+            _take(zip(missing, pool.map(score_pair, missing.values()), strict=True), folder)
     else:
-        _SCORES.update((key, score_pair(pair)) for key, pair in missing.items())
+        _take(((key, score_pair(pair)) for key, pair in missing.items()), folder)
     return np.array([_SCORES[key] for key in keys]).reshape(-1, len(KINDS))
 
 
-def score_documents(predictions: list[list[str]], references: list[list[str]]) -> list[list[np.ndarray]]:
-    """For each document and each of its predictions, the scores against its references: (references, 4)."""
+def _take(scored: Iterator[tuple[str, np.ndarray]], folder: Path | None) -> None:
+    """Remember scores as they come, on disk a batch at a time, so that who is stopped loses little."""
+    while new := dict(islice(scored, _BATCH)):
+        _SCORES.update(new)
+        if folder is not None:
+            _keep(folder, new)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open(folder: Path) -> closing[sqlite3.Connection]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = sqlite3.connect(folder / "rouge.sqlite", timeout=60)  # of several processes one writes at a time
+    columns = ", ".join(f"{kind} REAL" for kind in KINDS)
+    file.execute(f"CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, {columns})")
+    return closing(file)
+
+
+def _kept(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
+    with writing(folder), _open(folder) as file:
+        rows = (file.execute("SELECT * FROM scores WHERE key = ?", (key,)).fetchone() for key in keys)
+        return {row[0]: np.array(row[1:]) for row in rows if row is not None}
+
+
+def _keep(folder: Path, new: dict[str, np.ndarray]) -> None:
+    with writing(folder), _open(folder) as file, file:  # the last: one transaction
+        rows = [(key, *map(float, scores)) for key, scores in new.items()]
+        file.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def score_documents(
+    predictions: list[list[str]], references: list[list[str]], folder: Path | None = None
+) -> list[list[np.ndarray]]:
+    """For each document and each of its predictions, the scores against its references: (references, 4).
+
+    folder: as in `score_pairs`.
+    """
     documents = list(zip(predictions, references, strict=True))
     pairs = [(text, goal) for texts, goals in documents for text in texts for goal in goals]
-    scores = iter(score_pairs(pairs))
+    scores = iter(score_pairs(pairs, folder=folder))
     return [[np.stack([next(scores) for _ in goals]) for _ in texts] for texts, goals in documents]
 
 
@@ -82,7 +143,25 @@ def score_pair(pair: Pair) -> np.ndarray:
     """F1 x 100 of one (prediction, reference): (4,) float64 in the order of `KINDS`."""
     prediction, reference = ("\n".join(split_sentences(text)) for text in pair)
     scores = _scorer().score(reference, prediction)
-    return np.array([100 * scores[kind].fmeasure for kind in KINDS])
+    own, goal = tokens(prediction), tokens(reference)
+    common = lcs_length(
+        own, goal
+    )  # the package's table of len(own) x len(goal) would be half of all the work
+    longest = fmeasure(common / max(len(own), 1), common / max(len(goal), 1))
+    return np.array([100 * (longest if kind == "rougeL" else scores[kind].fmeasure) for kind in KINDS])
+
+
+def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, by the bit-parallel algorithm of Hyyro (2004)."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << i
+    everything = (1 << len(first)) - 1
+    free = everything  # bits of ``first`` at which the length does not grow
+    for word in second:
+        hit = free & places.get(word, 0)
+        free = (free + hit | free - hit) & everything
+    return len(first) - free.bit_count()
 
 
 def pairwise(scores_R4: np.ndarray) -> np.ndarray:
@@ -100,9 +179,27 @@ def overall(scores_D4: np.ndarray) -> float:
     return float(np.prod(scores_D4[:, :3].mean(axis=0)) ** (1 / 3))
 
 
+class _Stemmer(PorterStemmer):
+    """A book has few words, many times."""
+
+    @cache  # noqa: B019 - one instance, as long as the process
+    def stem(self, word: str) -> str:
+        return str(super().stem(word))
+
+
+@cache
+def _stemmer() -> _Stemmer:
+    return _Stemmer()
+
+
+def tokens(text: str) -> list[str]:
+    """What ROUGE counts: lower-case words of letters and digits, those of four or more characters stemmed."""
+    return list(tokenize(text, _stemmer()))
+
+
 @cache
 def _scorer() -> RougeScorer:
-    return RougeScorer(list(KINDS), use_stemmer=True)
+    return RougeScorer([kind for kind in KINDS if kind != "rougeL"], use_stemmer=True)
 
 
 def _abbreviated(text: str) -> bool:

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from infini_bench.metrics.intervals import paired_bootstrap
+from infini_bench.metrics.rouge import overall
+
 Row = dict[str, Any]
 Seed = tuple[int, int]  # of the training, of the evaluation
 Estimate = tuple[float, float | None, float | None]  # value, ci_low, ci_high
@@ -138,3 +141,59 @@ def paired_delta(pairs: list[tuple[dict, dict]], resamples: int = RESAMPLES) -> 
     delta_RS = drawn_RD @ nats_SD.T / (drawn_RD @ n_bytes_D)[:, None] / math.log(2)
     low, high = np.percentile((delta_RS * drawn_RS).sum(1), [2.5, 97.5])
     return value, float(low), float(high)
+
+
+# --- book summaries -------------------------------------------------------------------------------------
+
+CONTROLS = ("memory_off", "other_memory", "shuffled")
+SUMMARIES = ("map_reduce", "lead", "local_block")
+PLACE = ("dataset", "split", "position")
+
+
+def booksum_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
+    """Overall of each model less that of its own controls and of other summaries of the same books.
+
+    The others: of the same model by map and reduce, of ``lead``, which has no weights, and of ``local_block``
+    on one budget. As `deltas`; paired over books, on means over the seeds that both have.
+    """
+    runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
+    for row in measured:
+        if row["table"] == "table4_booksum" and row["metric"] == "overall" and "scores" in row["extra"]:
+            runs[_booksum_key(row)][row["seed"]] = row
+    for by_seed in runs.values():
+        own = next(iter(by_seed.values()))
+        if own["condition"] != "pairwise" or own["protocol"] == "extractive":
+            continue
+        for name in (*CONTROLS, *SUMMARIES):
+            other = next(
+                (run for run in runs.values() if _comparable(own, next(iter(run.values())), name)), {}
+            )
+            fixed = (
+                next(iter(other.values())) if name == "lead" and other else None
+            )  # seeds mean nothing to it
+            pairs = [(row, fixed or other[seed]) for seed, row in by_seed.items() if fixed or seed in other]
+            if pairs and all(left["extra"]["books"] == right["extra"]["books"] for left, right in pairs):
+                heads = [{**_head(*pair, name), "metric": "delta_overall"} for pair in pairs]
+                first, second = (
+                    np.mean([row["extra"]["scores"] for row in side], 0) for side in zip(*pairs, strict=True)
+                )
+                value, bounds = paired_bootstrap(first, second, overall, resamples=RESAMPLES)
+                yield heads, (value, *(bounds or (None, None)), len(first))
+
+
+def _booksum_key(row: Row) -> tuple:
+    return tuple(row[key] for key in ("model", "variant", "condition", "protocol", "position", *BUDGET))
+
+
+def _comparable(own: Row, other: Row, name: str) -> bool:
+    """Whether ``other`` is what ``own`` is compared with under this name."""
+    wanted = {**own, "condition": name} if name in CONTROLS else own
+    if name == "map_reduce" and other["protocol"].startswith(name):
+        other = {**other, "protocol": other["protocol"].partition(", ")[2]}
+    elif name == "map_reduce":
+        return False
+    if name == "lead":
+        return other["model"] == name and all(other[key] == own[key] for key in PLACE)
+    if name == "local_block":
+        return own["model"] != name == other["model"] and _booksum_key(other)[2:] == _booksum_key(own)[2:]
+    return _booksum_key(other) == _booksum_key(wanted)

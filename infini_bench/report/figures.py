@@ -12,7 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from infini_bench.report import efficiency_figure, lm_figures, probe_figures, retrieval_figures
+from infini_bench.report import (
+    booksum_figure,
+    efficiency_figure,
+    lm_figures,
+    probe_figures,
+    retrieval_figures,
+)
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
 from infini_bench.report.style import dashes, drawn, heat, legend, look, panels
@@ -221,7 +227,7 @@ def _bits_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
     axes.set_xlabel("bits per byte")
 
 
-FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
+FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "diag_recall": recall,
     "diag_mqar": mqar,
     "diag_features": features,
@@ -231,4 +237,5 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     **efficiency_figure.FIGURES,
     **retrieval_figures.FIGURES,
     **lm_figures.FIGURES,
+    **booksum_figure.FIGURES,
 }

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infini_bench.report import adapted, diagnostics, efficiency, gates, language, paper, probes, retrieval
+from infini_bench.report import (
+    adapted,
+    booksum,
+    diagnostics,
+    efficiency,
+    gates,
+    language,
+    paper,
+    probes,
+    retrieval,
+)
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -20,7 +30,6 @@ from infini_bench.report.cells import (
     number,
     printed,
 )
-from infini_bench.report.language import INTERVALS
 from infini_bench.report.records import Record, current
 from infini_bench.report.tidy import NAMES, POSITIONS, VIEWS, rank, tables_of
 from infini_bench.units import format_length
@@ -28,12 +37,12 @@ from infini_bench.units import format_length
 TITLES = {
     **language.TITLES,
     "table3_passkey": "Table 3: passkey retrieval",
-    "table4_booksum": "Table 4: book summaries",
     **retrieval.TITLES,
     **diagnostics.TITLES,
     **probes.TITLES,
     **efficiency.TITLES,
     **gates.TITLES,
+    **booksum.TITLES,
 }
 LINES = {  # what the rows of a line share beside model and variant; a control by position has its own
     **dict.fromkeys(NAMES, ("protocol",)),
@@ -44,14 +53,11 @@ LINES = {  # what the rows of a line share beside model and variant; a control b
     **probes.LINES,
     **efficiency.LINES,
     **gates.LINES,
+    **booksum.LINES,
 }
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
 NEEDLE = "constant"  # the paper's kind
-NOT_RUN = (
-    " Not run: the weights could not be had, or were not asked for; such a row has the paper's value alone "
-    "(`infini-bench train experiment=table4_MODEL` fine-tunes one)."
-)
 SHEET = ("scale", "device", "dataset", "split")  # what the rows of a sheet share; views have no split
 OF_SCALE = ("table2_lm", "lm_position", "table4_booksum")
 
@@ -75,6 +81,8 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
     made = []
     for name in names:
         own = [row for row in rows if row["table"] == name]
+        if name == booksum.NAME:
+            own = booksum.spread(own)
         *groups, last = grouped(own, SHEET if name not in VIEWS else SHEET[:-1]) or [[]]
         made += [*(_sheet(name, group, []) for group in groups), _sheet(name, last, failed.get(name, []))]
     return made
@@ -83,36 +91,16 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
 def _sheet(name: str, rows: list[Row], failures: list[str]) -> Sheet:
     lines = grouped(rows, ("model", "variant", *LINES[name]))
     columns = BUILDERS[name](rows)
-    own = [[column.cell(line) for column in columns] for line in lines]
-    if name == "table4_booksum" and rows:
-        own += _printed_only(rows, columns)
+    cells = [[column.cell(line) for column in columns] for line in lines]
     return Sheet(
         table=name,
         title=_title(name, rows),
         columns=columns,
-        rows=own,
+        rows=cells + (booksum.printed_only(rows, len(columns)) if name == booksum.NAME else []),
         caption=_caption(name, rows),
         failures=failures,
         records=sorted({record for row in rows for record in row["records"]}),
     )
-
-
-def _not_run(rows: list[Row]) -> list[str]:
-    """Of a sheet on BookSum, the paper's pretrained baselines without own numbers."""
-    if not rows[0]["dataset"].startswith("booksum"):
-        return []
-    return [model for model in paper.BASELINES4 if all(row["model"] != model for row in rows)]
-
-
-def _printed_only(rows: list[Row], columns: list[Column]) -> list[list[str]]:
-    """Rows of these baselines: the paper's value, and no own one."""
-
-    def cell(column: Column, model: str) -> str:
-        if column is MODEL:
-            return f"{model}\n(not run)"
-        return column.cell([{"model": model}]) if column.title.startswith(paper.HEADER) else ABSENT
-
-    return [[cell(column, model) for column in columns] for model in _not_run(rows)]
 
 
 def _title(name: str, rows: list[Row]) -> str:
@@ -228,54 +216,23 @@ def _caption_bits(rows: list[Row]) -> str:
     )
 
 
-def _table4(rows: list[Row]) -> list[Column]:
-    names = {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum", "overall": "overall"}
-
-    def numbers(model: str) -> str:
-        row = paper.TABLE4.get(model)
-        return (
-            " / ".join(f"{row[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL", "overall"))
-            if row
-            else ABSENT
-        )
-
-    return [
-        MODEL,
-        SEEDS,
-        *(Column(title, measured(metric, 1, condition="pairwise")) for metric, title in names.items()),
-        Column("summary tokens", measured("summary_tokens", 0, condition="pairwise")),
-        Column("empty %", measured("empty", 0, condition="pairwise"), wide=True),
-        Column("overall, memory off", measured("overall", 1, condition="memory_off")),
-        Column("overall, other memory", measured("overall", 1, condition="other_memory")),
-        *BUDGET,
-        printed("R-1 / R-2 / R-L / overall", numbers),
-    ]
-
-
-def _caption4(rows: list[Row]) -> str:
-    return (
-        "ROUGE F1 x 100, mean over each book's references (best of them: in the CSV); overall = geometric "
-        f"mean of R-1, R-2 and R-L. Memory off and other memory (another book's state): overall. {INTERVALS}"
-    ) + (NOT_RUN if _not_run(rows) else "")
-
-
 BUILDERS = {
     **language.BUILDERS,
     "table3_passkey": _table3,
-    "table4_booksum": _table4,
     **retrieval.BUILDERS,
     **diagnostics.BUILDERS,
     **probes.BUILDERS,
     **efficiency.BUILDERS,
     **gates.BUILDERS,
+    **booksum.BUILDERS,
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     **language.CAPTIONS,
     "table3_passkey": _caption3,
-    "table4_booksum": _caption4,
     **retrieval.CAPTIONS,
     **diagnostics.CAPTIONS,
     **probes.CAPTIONS,
     **efficiency.CAPTIONS,
     **gates.CAPTIONS,
+    **booksum.CAPTIONS,
 }

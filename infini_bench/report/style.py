@@ -76,8 +76,9 @@ def legend(figure: Figure, axes: Iterable[Axes]) -> Figure:
     names |= {name: handle for handle, name in found if name == "chance"}
     if names:
         letters = 15 * figure.get_figwidth()  # that a line holds, symbols as eight
-        columns = max(1, int(letters // (8 + max(map(len, names)))))
-        figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
+        columns = max(1, int(letters // (8 + max(len(line) for name in names for line in name.splitlines()))))
+        height = 0.2 * max(len(name.splitlines()) for name in names)
+        figure.set_figheight(figure.get_figheight() + height * -(-len(names) // columns))
         figure.legend([*names.values()], [*names], loc="outside lower center", ncols=columns, frameon=False)
     return figure
 

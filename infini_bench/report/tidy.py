@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from statistics import mean, variance
 from typing import Any
 
@@ -21,9 +22,9 @@ from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper
 from infini_bench.report.adapted import language, rooted
-from infini_bench.report.compare import compressions, deltas, longer, mean_interval
+from infini_bench.report.compare import booksum_deltas, compressions, deltas, longer, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
-from infini_bench.schema import MemoryConfig, RunConfig
+from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 
 Row = dict[str, Any]
 
@@ -75,6 +76,8 @@ NEUTRAL = (
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
     *("task.segments_after", "task.fillers", "task.pairs", "task.kinds", "task.questions"),
+    *("task.gates", "task.baseline", "task.samples"),
+    *("task.map_tokens", "task.map_new_tokens"),  # they stand in the protocol
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
     "task.seconds",
@@ -89,6 +92,7 @@ OF_SHAPE = (
     *("decoder.layers", "decoder.dim", "decoder.heads", "decoder.kv_heads", "decoder.head_dim"),
     *("memory.segment", "task.batch"),
 )
+WEIGHTS = ("decoder", "memory", "base", "trainer", "scale")  # settings of what has weights
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
@@ -104,7 +108,8 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     for row in measured:  # oldest first, so a newer measurement of the same seed replaces an older one
         cells[tuple(row[key] for key in CELL)][row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
-    rows += [_summed_up(group, values) for group, values in (*deltas(measured), *longer(measured))]
+    pairs = chain(deltas(measured), longer(measured), booksum_deltas(measured))
+    rows += [_summed_up(group, values) for group, values in pairs]
     rows += compressions(rows)
     for row in rows:
         row["paper_value"] = paper.value(row["table"], row)
@@ -215,6 +220,7 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
         task = r.config["task"]
         place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
         place += (task.get("split"), task.get("joined", False))  # sheets and lines of their own
+        place += (r.config["model"],) if weightless(r.config) else ()
         groups[place].append(((r.id, table), _setup(r)))
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
@@ -229,6 +235,11 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
             named = sorted({*differing, *own})
             names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
+
+
+def weightless(config: dict[str, Any]) -> bool:
+    """Whether what was evaluated has no weights: settings of a model say nothing about it."""
+    return config["task"].get("baseline") in EXTRACTIVE
 
 
 def _own(key: str) -> bool:
@@ -259,8 +270,9 @@ def _setup(record: Record) -> dict[str, str]:
             flat[prefix] = _text(value)
 
     known = asdict(RunConfig(task=TASKS[record.task]()))
+    without = {*UNHASHED, "seed", *(WEIGHTS if weightless(record.config) else ())}
     for config in (known, record.config):
-        walk("", {key: value for key, value in config.items() if key not in (*UNHASHED, "seed")})
+        walk("", {key: value for key, value in config.items() if key not in without})
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})

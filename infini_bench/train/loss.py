@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from infini_bench.cache import MemoryCache
 from infini_bench.models import MemoryLlamaForCausalLM
 
+READ = 8192  # tokens a call where no gradient is wanted
+
 
 class SequenceLoss(nn.Module):
     """``forward`` of the training step, as a module so that DDP and autocast wrap the whole of it.
@@ -34,24 +36,48 @@ class SequenceLoss(nn.Module):
             torch.compiler.reset()  # what an earlier run of this process compiled had other shapes
             model.compile_layers()
 
-    def forward(self, tokens: Tensor, weights: Tensor, task_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T+1); weights and task_weights (B, T).
+    def forward(
+        self, tokens: Tensor, weights: Tensor, task_weights: Tensor, before: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """tokens (B, T+1); weights and task_weights (B, T); before: as in `Batch`.
 
+        With ``before`` rows run one after the other, since their documents stand at different segments.
         Returns what is differentiated, and (3,) without gradient: the loss in nats, sum(task_weights * nll)
         and sum(task_weights). The first is the loss plus, in training mode, what memories add to it (their
         ``auxiliary``) as a mean over tokens; what is reported is the loss alone.
         """
+        if before is None:
+            sums = self.sums(tokens, weights, task_weights, {})
+        else:
+            rows = [x.split(1) for x in (tokens, weights, task_weights)]
+            each = zip(*rows, map(self.read, before), strict=True)
+            sums = torch.stack([self.sums(*row) for row in each]).sum(0)
+        loss = sums[0] + sums[2] / weights.numel()
+        return loss, torch.cat([sums[:2].detach(), task_weights.sum()[None]])
+
+    def sums(self, tokens: Tensor, weights: Tensor, task_weights: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """(3,): sum(weights * nll), sum(task_weights * nll) and the auxiliary loss, from ``state`` on."""
         ids, targets = tokens[:, :-1], tokens[:, 1:]
         step = self.tokens or ids.shape[1]
         call = partial(checkpoint, self.one_call, use_reentrant=False) if self.tokens else self.one_call
-        state: dict[str, Tensor] = {}
         sums = torch.zeros(3, device=tokens.device)
         for begin in range(0, ids.shape[1], step):
             t = slice(begin, begin + step)
             more, state = call(ids[:, t], targets[:, t], weights[:, t], task_weights[:, t], state)
             sums = sums + more
-        loss = sums[0] + sums[2] / ids.numel()
-        return loss, torch.cat([sums[:2].detach(), task_weights.sum()[None]])
+        return sums
+
+    @torch.no_grad()
+    def read(self, ids_T: Tensor) -> dict[str, Tensor]:
+        """The state after whole segments that are only read; empty if there are none."""
+        state, size = None, max(1, READ // self.model.segment) * self.model.segment
+        for ids in ids_T.split(size) if len(ids_T) else ():
+            _, state = self.model.step(ids[None], state, keep="none")
+            self.model.take_auxiliary()  # is nobody's loss
+        # Autocast keeps weights that it has converted; in older versions of torch those of a reading
+        # without gradient let none through afterwards.
+        torch.clear_autocast_cache()
+        return {} if state is None else state.tensors()
 
     def one_call(
         self, ids: Tensor, targets: Tensor, weights: Tensor, task_weights: Tensor, state: dict[str, Tensor]

@@ -95,7 +95,7 @@ class Stepper:
                     loss, more = self.net(*self.on_device(batch))
                 self.accelerator.backward(loss)
             sums += more
-            tokens += batch.weights.numel() * processes
+            tokens += batch.read * processes
             following = (first + processes * rows, rows, curriculum.segments)
             self.ready = {following: self.task.batch(*following)}  # made while a GPU is still busy
         return sums, tokens
@@ -120,11 +120,12 @@ class Stepper:
             self.loss.reshard()  # what no backward pass follows stays gathered, and hides the trained share
         return total / rows
 
-    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, weights and task weights (the weights themselves where the task has none)."""
+    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor] | None]:
+        """Tokens, weights, task weights (the weights themselves where the task has none), and ``before``."""
         task_weights = batch.weights if batch.task_weights is None else batch.task_weights
         device = self.accelerator.device
-        return batch.tokens.to(device), batch.weights.to(device), task_weights.to(device)
+        before = None if batch.before is None else [ids.to(device) for ids in batch.before]
+        return batch.tokens.to(device), batch.weights.to(device), task_weights.to(device), before
 
     def seed(self, step: int) -> None:
         """Makes whatever a step draws at random a function of (seed, step, process): no state to store."""

@@ -22,10 +22,7 @@ log = logging.getLogger(__name__)
 
 UPDATES = ("linear", "delta")
 SIZES = (16, 32, 64, 128)
-SHARED = (96 << 10, 168 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
-# Segments up to which one kernel for local attention and read was faster than two, by head size up to 64 and
-# above: short ones are bound by the bytes that one kernel saves, on long ones cuDNN wins them back.
-LONGEST = (1024, 0)
+SHARED = (96 << 10, 192 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
     "kind", "segment", "update", "features", "local", "gate_start", "gate_split", "gate_frozen", "window",
@@ -85,10 +82,3 @@ def choose(cfg: MemoryConfig, b: Blocks) -> bool:
     if cfg.backend == "auto" and not torch.compiler.is_compiling():
         _tell("eager" if why else "triton", why)
     return why is None
-
-
-def attends(cfg: MemoryConfig, b: Blocks) -> bool:
-    """Whether one kernel reads the memory and computes the local attention, where ``choose`` chose kernels:
-    plain causal attention from a segment's first token on, and segments that are not too long."""
-    n, size = b.q_BSQHD.shape[2], b.q_BSQHD.shape[-1]
-    return cfg.local == "block" and n == b.k_BSKGD.shape[2] and n <= LONGEST[size > 64]

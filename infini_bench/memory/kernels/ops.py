@@ -1,19 +1,25 @@
-"""The kernels as differentiable operators, ``write``, ``read`` and ``attend``, opaque to ``torch.compile``.
+"""The kernels as differentiable operators, ``write`` and ``read``, opaque to ``torch.compile``.
 
-Bytes (device memory, B1 T131072 bf16, one pass over q, k, v or o = 268 MB, 62 us at the 4.3 TB/s that a copy
+Bytes (device memory, B1 T131072 bf16, one pass over q, k, v or o = 268 MB, 65 us at the 4.1 TB/s that a copy
 reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512).
     local attention alone (the floor)      q k v -> o                             4
     write, Linear                          k v -> U; U -> M                       2 + 3 X
-    write, Delta                           + k -> A; A U twice -> M               3 + 6 X
+    write, Delta                           + k -> A; A U twice -> M               3 + 7 X
     read                                   q A_dot M -> out                       3 + X
-    attend, instead of floor and read      q k v, raw q, M -> out                 5 + X
-    attend, for a backward pass            + A_dot, log-sum-exp                   6 + X
     read, backward                         q A_dot dO M -> dq dA_dot dM           5 + 2 X
     write, backward, Linear                dM -> T; k v T -> dk dv                4 + 3 X
-    write, backward, Delta                 + A dM -> T; T M -> B; k B; B          5 + 9 X
-Linear forward therefore adds at least 5.5 passes, 0.34 ms, at D128 and 6 passes, 0.38 ms, at D64, to floors
-of 0.96 and 0.49 ms; with ``attend`` 3.5 and 4 passes, 0.22 and 0.25 ms, but to an attention of our own. A
-matrix product is 34 (D128) or 17 (D64) GFLOP, 0.06 and 0.03 ms at 600 TFLOP/s.
+    write, backward, Delta                 + A dM twice -> T; T M -> B; k B; B    5 + 11 X
+Measured there (us a call of the forward pass), and what its bytes take at 4.1 TB/s:
+                                                       H8 D128 N2048   H16 D64 N512
+    attention, cuDNN                       4             994   262       489   262
+    sums_kernel                            2 + X         171   139       161   147
+    scan_kernel, Linear: M and z           2 X            23    17        59    33
+    read_kernel                            3 + X         264   205       234   213
+    overlap_kernel, Delta                  1 + X         187    74       152    82
+    walk_kernel, Delta: three launches     5 X           123    42       140    82
+With every kernel at its bytes Linear's forward would be 1.36 and 1.80 times the attention; by these kernels
+it is 1.46 and 1.93. A product is 34 (D128) or 17 (D64) GFLOP, 57 or 29 us at 600 TFLOP/s: sums and overlap
+make two for float32's low halves, which bound overlap at D128 by 115 us; attention's are 550 and 137 GFLOP.
 
 Shapes as in compressive.py; P = S + 1 slots: the memory before each written segment and after the last one.
 """
@@ -24,7 +30,6 @@ import torch
 from torch import Tensor
 
 from infini_bench.memory.kernels import walk as walks
-from infini_bench.memory.kernels.attend import attend as launch_attend
 from infini_bench.memory.kernels.pieces import dense
 from infini_bench.memory.kernels.read import read as launch_read
 from infini_bench.memory.kernels.read import read_backward
@@ -42,7 +47,6 @@ def _write(k, v, M, z, written, delta, features):
     before, norms, taken = _write_like(k, v, M, z, written, delta, features)
     before[:, 0], norms[:, 0] = M, z
     if written:
-        k, v = dense(k), dense(v)
         sums(k, v, before, norms, features)
         walks.scan(norms, out=norms)
         if delta:
@@ -143,69 +147,6 @@ def _backward_of_read(ctx, grad):
 _read.register_autograd(_backward_of_read, setup_context=_save_read)
 
 
-@torch.library.custom_op(
-    "infini_bench::attend",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor raw, Tensor gate, Tensor before, Tensor norms, int done,"
-    " str features, bool keep) -> (Tensor, Tensor, Tensor)",
-)
-def _attend(q, k, v, raw, gate, before, norms, done, features, keep):
-    return launch_attend(q, k, v, raw, gate, before, norms, done, features, keep)
-
-
-@_attend.register_fake
-def _attend_like(q, k, v, raw, gate, before, norms, done, features, keep):
-    out, (batch, segments, n, heads, _) = q.new_empty(q.shape), q.shape
-    kept = (q.shape, (batch, segments, heads, n)) if keep else ((0,), (0,))
-    return out, q.new_empty(kept[0]), q.new_empty(kept[1], dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "infini_bench::attend_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
-)
-def _attend_backward(grad, q, k, v, out, lse):
-    # torch's own, which asks for nothing of its forward but outputs and log-sum-exp
-    aten, n = torch.ops.aten, q.shape[2]
-    tensors = [x.flatten(0, 1).transpose(1, 2) for x in (grad, q, k, v, out)]
-    lse = lse.flatten(0, 1)
-    if not q.is_cuda:
-        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, True)
-    else:
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
-        if torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device)[0] >= 9:
-            found = aten._scaled_dot_product_cudnn_attention_backward(
-                *tensors, lse[..., None], seed, seed, None, None, None, n, n, 0.0, True
-            )
-        else:
-            found = aten._scaled_dot_product_flash_attention_backward(
-                *tensors, lse, None, None, n, n, 0.0, True, seed, seed
-            )
-    return tuple(x.transpose(1, 2).unflatten(0, q.shape[:2]).contiguous() for x in found)
-
-
-@_attend_backward.register_fake
-def _attend_backward_like(grad, q, k, v, out, lse):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save_attend(ctx, inputs, output):
-    *tensors, ctx.done, ctx.features, keep = inputs
-    assert keep, "the backward pass needs what keep=True keeps"
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward_of_attend(ctx, grad, *_):
-    q, k, v, raw, gate, before, norms, local, lse = ctx.saved_tensors
-    raw_grad, near, *memory = _read_backward(grad, raw, local, gate, before, norms, ctx.done, ctx.features)
-    return *_attend_backward(near, q, k, v, local, lse), raw_grad, *memory, None, None, None
-
-
-_attend.register_autograd(_backward_of_attend, setup_context=_save_attend)
-
-
 def write(
     k_BSNGD: Tensor, v_BSNGD: Tensor, M_BGDD: Tensor, z_BGD: Tensor, written: int, update: str, features: str
 ) -> tuple[Tensor, Tensor]:
@@ -229,23 +170,6 @@ def read(
     gate: after the sigmoid, float32. done: segments before the first one; the document's first is ungated.
     """
     return _read(q_BSQHD, local_BSQHD, gate_H, M_BPGDD, z_BPGD, done, features)
-
-
-def attend(
-    q_BSNHD: Tensor,
-    k_BSNGD: Tensor,
-    v_BSNGD: Tensor,
-    raw_BSNHD: Tensor,
-    gate_H: Tensor,
-    M_BPGDD: Tensor,
-    z_BPGD: Tensor,
-    done: int,
-    features: str,
-) -> Tensor:
-    """``read`` with raw queries, its local part the causal attention of q and k, which carry positions."""
-    tensors = q_BSNHD, k_BSNGD, v_BSNGD, raw_BSNHD, gate_H, M_BPGDD, z_BPGD
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _attend(*tensors, done, features, keep)[0]
 
 
 def infini_attention(

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 EPS: tl.constexpr = tl.constexpr(1e-6)  # floor of the normaliser, as in compressive.py
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -98,27 +99,13 @@ def store(base, at, x, rows, LIMIT, EVEN: tl.constexpr):
         tl.store(base + at, x.to(base.dtype.element_ty), mask=rows < LIMIT)
 
 
-@triton.jit
-def fetch(
-    base, at, rows, LIMIT, EVEN: tl.constexpr, b, s, start, h, column, D: tl.constexpr, TMA: tl.constexpr
-):
-    """As ``load``, or block (b, s, start.., h, column..) of a descriptor; its rows from LIMIT on are zero."""
-    if TMA:
-        x = base.load([b.to(tl.int32), s.to(tl.int32), start, h, column]).reshape(rows.shape[0], D)
-    else:
-        x = load(base, at, rows, LIMIT, EVEN)
-    return x
-
-
-def described(rows: int, columns: int, *tensors: Tensor) -> list[Any] | None:
-    """Descriptors of tensors (B, S, N, H, D) for the copy engine, in blocks of rows x columns of one head;
-    None where a stride or an address is no multiple of 16 bytes, as it asks for."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    for x in tensors:
-        if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]):
-            return None
-    return [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, 1, columns]) for x in tensors]
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Blocks of rows x columns of one head of x (B, S, N, H, D) for the copy engine, which spares a program
+    the registers of addresses; rows from N on read zero. It asks for strides and an address in multiples of
+    16 bytes: x is copied where it has others."""
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, 1, columns])
 
 
 def strides(*tensors: Tensor) -> list[int]:

@@ -17,9 +17,7 @@ from torch import Tensor
 from infini_bench.memory.kernels.pieces import (
     EPS,
     dense,
-    described,
     dot3,
-    fetch,
     halves,
     load,
     number,
@@ -39,35 +37,29 @@ def read_kernel(
     qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh,
     ob, os, on: tl.constexpr, oh,
     D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of ROWS * LOOP queries of one head and segment; M is read once for all of them."""
     parts = tl.cdiv(Q, ROWS * LOOP)
     s, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS * LOOP
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    if not TMA:
-        q += b * qb + s * qs + h * qh
-        local += b * lb + s * ls + h * lh
-        out += b * ob + s * os + h * oh
+    q += b * qb + s * qs + h * qh
+    local += b * lb + s * ls + h * lh
+    out += b * ob + s * os + h * oh
     slot = (b * P + s) * (H // R) + h // R
     share = tl.where(s + done > 0, tl.load(gate + h), 0.0)
     known = pair(tl.load(z + slot * D + d)[:, None], WORK)
     m_high, m_low = halves(tl.load(M + slot * D * D + d[:, None] * D + d[None, :]), WORK)
     for start in tl.range(begin, tl.minimum(begin + ROWS * LOOP, Q), ROWS, num_stages=STAGES):
-        rows = start + n
-        x = fetch(q, start * qn + n * qn + d[None, :], rows, Q, EVEN, b, s, start, h, 0, D, TMA)
-        near = fetch(local, start * ln + n * ln + d[None, :], rows, Q, EVEN, b, s, start, h, 0, D, TMA)
-        f = sigma(x.to(tl.float32), FEATURES)
+        x = load(q, start * qn + n * qn + d[None, :], start + n, Q, EVEN).to(tl.float32)
+        near = load(local, start * ln + n * ln + d[None, :], start + n, Q, EVEN).to(tl.float32)
+        f = sigma(x, FEATURES)
         f_high, f_low = halves(f, WORK)
         norm = tl.sum(product(f_high, f_low, known, known, LOW > 0, False, WORK), 1)
         far = product(f_high, f_low, m_high, m_low, LOW > 0, LOW > 1, WORK)
-        far = far * (share / tl.maximum(norm, EPS))[:, None] + (1 - share) * near.to(tl.float32)
-        if TMA:
-            block = far.to(x.dtype).reshape(1, 1, ROWS, 1, D)
-            out.store([b.to(tl.int32), s.to(tl.int32), start, h, 0], block)
-        else:
-            store(out + start * on, n * on + d[None, :], far, rows, Q, EVEN)
+        far = far * (share / tl.maximum(norm, EPS))[:, None] + (1 - share) * near
+        store(out + start * on, n * on + d[None, :], far, start + n, Q, EVEN)
 
 
 @triton.jit
@@ -137,13 +129,11 @@ def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int
     t, out = shape("read", size, q.dtype), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, local = dense(q), dense(local)
     parts = triton.cdiv(queries, t.rows * t.loop)
-    blocks = described(t.rows, size, q, local, out) if t.tma else None
-    q_, near, to = blocks or (q, local, out)
     read_kernel[(segments * parts, batch * heads)](
-        q_, near, gate, M, z, to, queries, heads, heads // M.shape[2], M.shape[1], done,
+        q, local, gate, M, z, out, queries, heads, heads // M.shape[2], M.shape[1], done,
         *strides(q, local, out),
         D=size, ROWS=t.rows, LOOP=t.loop, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low,
-        STAGES=t.stages, TMA=blocks is not None, num_warps=t.warps, maxnreg=t.regs, WORK=number(q)["WORK"],
+        STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs, WORK=number(q)["WORK"],
     )  # fmt: skip
     return out
 

@@ -21,18 +21,14 @@ class Shape:
     loop: int = 8
     low: int = 1
     regs: int | None = None  # registers a thread at most, so that more programs fit a multiprocessor
-    tma: bool = False  # whether the copy engine brings the blocks: no registers for addresses
-    columns: int = 64  # attend: keys a block, a divisor of rows
     parts: int = 1  # sums: programs that share a segment's features
-    twin: bool = False  # sums, overlap: the low halves have an accumulator of their own, so no product waits
 
 
 SHAPES: dict[str, dict[int, Shape]] = {
-    "attend": {64: Shape(128, 8, 3), 128: Shape(128, 8, 3)},
-    "sums": {64: Shape(64, 4, 3), 128: Shape(64, 8, 3, regs=128)},
-    "overlap": {64: Shape(64, 4, 3), 128: Shape(64, 8, 3)},
-    "walk": {64: Shape(32, 4, 3), 128: Shape(32, 4, 2)},  # rows: columns of M a program holds
-    "read": {64: Shape(64, 4, 2, 8), 128: Shape(64, 4, 2, 8)},
+    "sums": {64: Shape(64, 4, 3), 128: Shape(32, 4, 4, parts=2)},
+    "overlap": {64: Shape(64, 4, 3, regs=96), 128: Shape(64, 8, 3, regs=128)},
+    "walk": {64: Shape(64, 4, 3), 128: Shape(64, 8, 2)},  # rows: columns of M a program holds
+    "read": {64: Shape(64, 4, 3), 128: Shape(64, 4, 3)},
     "read_backward": {64: Shape(64, 4, 2, low=2), 128: Shape(64, 8, 2, low=2)},
     "outer": {64: Shape(warps=4), 128: Shape(warps=8)},
     "overlap_backward": {64: Shape(64, 4, 2, low=2), 128: Shape(64, 8, 2, low=2)},
@@ -46,8 +42,5 @@ def shape(kernel: str, size: int, dtype: torch.dtype) -> Shape:
     if dtype == torch.float16:
         return replace(found, low=2)  # eleven bits need both halves of everything
     if dtype == torch.float32:
-        rows = max(found.rows // 2, 16)
-        return replace(
-            found, rows=rows, columns=min(found.columns, rows), warps=8, stages=1, low=0, regs=None
-        )
+        return replace(found, rows=max(found.rows // 2, 16), warps=8, stages=1, low=0, regs=None)
     return found

@@ -1,6 +1,6 @@
 """Writing a segment into the memory (Eq. 8, 9), forward: what each segment adds and takes back.
 
-One program a segment and KV head; keys and values are read once, the F x D sums stay in registers.
+One program a segment and KV head, or several that share the features; the F x D sums stay in registers.
 """
 
 from __future__ import annotations
@@ -10,65 +10,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_bench.memory.kernels.pieces import (
-    EPS,
-    described,
-    dot,
-    dot3,
-    fetch,
-    halves,
-    number,
-    sigma,
-    strides,
-)
+from infini_bench.memory.kernels.pieces import EPS, described, dot, dot3, halves, number, sigma
 from infini_bench.memory.kernels.tuning import shape
 
 
 @triton.jit
 def sums_kernel(
     k, v, M, z, N, G, P,
-    kb, ks, kn: tl.constexpr, kh, vb, vs, vn: tl.constexpr, vh,
     D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, TWIN: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """U_s = sigma(K)^T V (D, D) and sum_t sigma(K_t) (D,) of segment s into slot s + 1 of M and z: F rows."""
-    s, first = (tl.program_id(0) // (D // F)).to(tl.int64), tl.program_id(0) % (D // F) * F
-    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    n, d, c = tl.arange(0, ROWS)[:, None], tl.arange(0, D), first + tl.arange(0, F)
-    if not TMA:
-        k += b * kb + s * ks + g * kh
-        v += b * vb + s * vs + g * vh
+    """U_s = sigma(K)^T V (D, D) and sum_t sigma(K_t) (D,) of segment s into slot s + 1 of M and z: F rows.
+
+    k, v: descriptors (``described``) in blocks of ROWS x F and ROWS x D.
+    """
+    s, first = tl.program_id(0) // (D // F), tl.program_id(0) % (D // F) * F
+    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    d, c = tl.arange(0, D), first + tl.arange(0, F)
     U = tl.zeros([F, D], tl.float32)
     total = tl.zeros([F, 16], tl.float32)  # 16 equal columns: the narrowest product there is
     ones = tl.full([ROWS, 16], 1.0, tl.float32).to(WORK)
-    if TWIN:
-        U_low, total_low = tl.zeros([F, D], tl.float32), tl.zeros([F, 16], tl.float32)
     for start in tl.range(0, N, ROWS, num_stages=STAGES):
-        rows = start + n
-        x = fetch(k, start * kn + n * kn + c[None, :], rows, N, EVEN, b, s, start, g, first, F, TMA)
-        y = fetch(v, start * vn + n * vn + d[None, :], rows, N, EVEN, b, s, start, g, 0, D, TMA)
+        x = k.load([b, s, start, g, first]).reshape(ROWS, F)
+        y = v.load([b, s, start, g, 0]).reshape(ROWS, D)
         f = sigma(x.to(tl.float32), FEATURES)
         if not EVEN:
-            f = tl.where(rows < N, f, 0.0)
+            f = tl.where(start + tl.arange(0, ROWS)[:, None] < N, f, 0.0)
         f_high, f_low = halves(f, WORK)
         f_high, f_low = tl.trans(f_high), tl.trans(f_low)
         if NATIVE:
             y_high, y_low = halves(y.to(tl.float32), WORK)
         else:
             y_high, y_low = y, y
-        if TWIN:
-            U_low = dot3(f_low, f_high, y_high, y_low, U_low, False, False, WORK)
-            total_low = dot(f_low, ones, total_low, WORK)
-            U = dot3(f_high, f_low, y_high, y_low, U, False, NATIVE, WORK)
-            total = dot(f_high, ones, total, WORK)
-        else:
-            U = dot3(f_high, f_low, y_high, y_low, U, LOW > 0, NATIVE, WORK)
-            total = dot3(f_high, f_low, ones, ones, total, LOW > 0, False, WORK)
-    if TWIN:
-        U += U_low
-        total += total_low
-    slot = (b * P + s + 1) * G + g
+        U = dot3(f_high, f_low, y_high, y_low, U, LOW > 0, NATIVE, WORK)
+        total = dot3(f_high, f_low, ones, ones, total, LOW > 0, False, WORK)
+    slot = (b.to(tl.int64) * P + s + 1) * G + g
     tl.store(M + slot * D * D + c[:, None] * D + d[None, :], U)
     tl.store(z + slot * D + c, tl.sum(total, 1) / 16)
 
@@ -76,45 +52,34 @@ def sums_kernel(
 @triton.jit
 def overlap_kernel(
     k, z, A, N, G, P, plane,
-    kb, ks, kn: tl.constexpr, kh,
     D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, TWIN: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    WORK: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A_s = sum_t sigma(K_t) sigma(K_t)^T / (sigma(K_t) z_{s-1}) (D, D), symmetric; 0 where nothing is known.
 
     With x_t = sigma(K_t) / sqrt(norm_t) it is X^T X, so one product of unlike halves serves for both: A is
-    the symmetric part of high^T high + 2 high^T low.
+    the symmetric part of high^T high + 2 high^T low. k: a descriptor in blocks of ROWS x D.
     """
-    s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)
-    if not TMA:
-        k += b * kb + s * ks + g * kh
-    known = tl.load(z + ((b * P + s) * G + g) * D + d)[None, :]
+    s, b, g, d = tl.program_id(0), tl.program_id(1) // G, tl.program_id(1) % G, tl.arange(0, D)
+    wide = b.to(tl.int64)
+    known = tl.load(z + ((wide * P + s) * G + g) * D + d)[None, :]
     half = tl.zeros([D, D], tl.float32)
-    if TWIN:
-        unlike = tl.zeros([D, D], tl.float32)
     for start in tl.range(0, N, ROWS, num_stages=STAGES):
-        rows = start + n
-        x = fetch(k, start * kn + n * kn + d[None, :], rows, N, EVEN, b, s, start, g, 0, D, TMA)
+        x = k.load([b, s, start, g, 0]).reshape(ROWS, D)
         f = sigma(x.to(tl.float32), FEATURES)
         norm = tl.sum(f * known, 1)[:, None]
         keep = norm > EPS
         if not EVEN:
-            keep = keep & (rows < N)
+            keep = keep & (start + tl.arange(0, ROWS)[:, None] < N)
         f = f * tl.where(keep, tl.rsqrt(tl.where(keep, norm, 1.0)), 0.0)
-        high, low = halves(f, WORK)
-        if TWIN:
-            unlike = dot(tl.trans(high), low, unlike, WORK)
-        elif LOW > 0:
+        high = f.to(WORK)
+        if LOW > 0:
             twice = (2 * (f - high.to(tl.float32))).to(WORK)
             half = dot(tl.trans(high), twice, half, WORK)
         half = dot(tl.trans(high), high, half, WORK)
-    if TWIN:
-        half += 2 * unlike
     if LOW > 0:
         half = (half + tl.trans(half)) * 0.5
-    A += ((b * (P - 1) + s) * G + g) * D * D + d[:, None] * D + d[None, :]
+    A += ((wide * (P - 1) + s) * G + g) * D * D + d[:, None] * D + d[None, :]
     high, low = halves(half, WORK)
     tl.store(A, high)
     if SPLIT:
@@ -126,12 +91,10 @@ def sums(k: Tensor, v: Tensor, M: Tensor, z: Tensor, features: str) -> None:
     batch, _, n, groups, size = k.shape
     t, slots = shape("sums", size, k.dtype), M.shape[1]
     some = max(size // t.parts, 16)
-    blocks = [*(described(t.rows, some, k) or ()), *(described(t.rows, size, v) or ())] if t.tma else []
     sums_kernel[((slots - 1) * (size // some), batch * groups)](
-        *(blocks if len(blocks) == 2 else (k, v)), M, z, n, groups, slots, *strides(k, v),
-        D=size, F=some, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, LOW=t.low,
-        TWIN=t.twin and t.low > 0, STAGES=t.stages, TMA=len(blocks) == 2, num_warps=t.warps, maxnreg=t.regs,
-        **number(k),
+        described(k, t.rows, some), described(v, t.rows, size), M, z, n, groups, slots,
+        D=size, F=some, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, LOW=t.low, STAGES=t.stages,
+        num_warps=t.warps, maxnreg=t.regs, **number(k),
     )  # fmt: skip
 
 
@@ -147,11 +110,10 @@ def overlap(k: Tensor, z: Tensor, features: str) -> Tensor:
     normaliser before each segment, z (B, P, G, D)."""
     batch, _, n, groups, size = k.shape
     t, slots = shape("overlap", size, k.dtype), z.shape[1]
-    A, blocks = taken_like(k, slots - 1), described(t.rows, size, k) if t.tma else None
+    A = taken_like(k, slots - 1)
     overlap_kernel[(slots - 1, batch * groups)](
-        *(blocks or (k,)), z, A, n, groups, slots, A[0].numel(), *strides(k),
+        described(k, t.rows, size), z, A, n, groups, slots, A[0].numel(),
         D=size, ROWS=t.rows, EVEN=n % t.rows == 0, FEATURES=features, WORK=number(k)["WORK"],
-        SPLIT=len(A) > 1, LOW=t.low, TWIN=t.twin and t.low > 0, STAGES=t.stages, TMA=blocks is not None,
-        num_warps=t.warps, maxnreg=t.regs,
+        SPLIT=len(A) > 1, LOW=t.low, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
     )  # fmt: skip
     return A

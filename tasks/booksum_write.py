@@ -1,0 +1,185 @@
+"""How a model reads books and writes their summaries: many books side by side, each from its own state.
+
+Shapes: B rows of a batch (books, or samples of books), t tokens of a prompt's end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from infini_bench.errors import UserError
+from infini_bench.stream import chunked, feed, generate, prefill_rows
+
+from .base import aligned, has_controls
+
+if TYPE_CHECKING:
+    from .booksum import Booksum
+
+Summaries = list[np.ndarray]  # token ids of one book's samples, without the end
+Made = Iterator[tuple[int | None, str, int, Summaries]]  # input length, condition, number of the book
+OWN = "pairwise"  # the condition of what is no control
+SHUFFLE = 7  # sets the order of shuffled segments apart from what samples are drawn with
+
+
+class Writer:
+    """One evaluation of one model. Bars: tokens read, and books written."""
+
+    def __init__(self, booksum: Booksum, model, progress):
+        self.booksum, self.task, self.cfg, self.model = booksum, booksum.task, booksum.cfg, model
+        self.progress = progress
+        if self.task.gates and model.gates() is None:
+            raise UserError(f"task.gates: {self.cfg.model} has no gates; leave it out.")
+
+    def write_all(self, books: Sequence[np.ndarray], lengths: Sequence[int | None]) -> Made:
+        """Summaries at each input length, and the controls at the longest."""
+        groups = max(
+            1, min(-(-len(books) // self.task.batch), len(books) // 2)
+        )  # of two or more, if possible
+        controlled = has_controls(self.cfg, self.model)
+        passes = 1 + controlled + len(self.task.gates)
+        read = passes * sum(len(book[: lengths[-1]]) for book in books)
+        count = len(books) * (len(lengths) + len(self.task.gates) + 3 * controlled)
+        with self.progress.task("books", read) as self.reading, self.progress.task("summaries", count) as bar:
+            for numbers in np.array_split(np.arange(len(books)), groups):
+                group = [books[i] for i in numbers]
+                for length, condition, place, summaries in self._group(numbers, group, lengths, controlled):
+                    bar.advance()
+                    yield length, condition, int(numbers[place]), summaries
+
+    def _group(self, numbers, books: list[np.ndarray], lengths, controlled: bool) -> Made:
+        """Books that are written side by side; each is read once, its state asked at every length."""
+        states: list[Any] = [None] * len(books)
+        read = [0] * len(books)
+        for length in lengths:
+            cuts = [book[:length] for book in books]
+            borders = [len(cut) // self.model.segment * self.model.segment for cut in cuts]
+            parts = [cut[a:b] for cut, a, b in zip(cuts, read, borders, strict=True)]
+            states, read = [self._read(*each) for each in zip(parts, states, strict=True)], borders
+            tails = [
+                np.concatenate([c[b:], self.booksum.separator]) for c, b in zip(cuts, borders, strict=True)
+            ]
+            for place, summaries in enumerate(self._write(numbers, states, tails)):
+                yield length, OWN, place, summaries
+        wholes = [cut[:border] for cut, border in zip(cuts, borders, strict=True)]
+        for condition, around, start in self._controls(numbers, wholes, states, controlled):
+            with around:
+                made = self._write(numbers, start(), tails)
+            for place, summaries in enumerate(made):
+                yield length, condition, place, summaries
+
+    def _controls(self, numbers, wholes: list[np.ndarray], states: list[Any], controlled: bool):
+        """Condition, what holds while it is read and written, and a function that gives its states."""
+        if controlled:
+            yield "memory_off", self.model.memory_off(), lambda: [None] * len(wholes)
+            if len(wholes) > 1:
+                yield "other_memory", nullcontext(), lambda: [*states[1:], states[0]]
+            shuffled = [self._shuffled(*each) for each in zip(numbers, wholes, strict=True)]
+            yield "shuffled", nullcontext(), lambda: list(map(self._read, shuffled))
+        for gate in self.task.gates:
+            yield f"gate_{gate:g}", fixed_gates(self.model, gate), lambda: list(map(self._read, wholes))
+
+    def _shuffled(self, number: int, whole: np.ndarray) -> np.ndarray:
+        segments = whole.reshape(-1, self.model.segment)
+        order = np.random.default_rng([self.cfg.seed, int(number), SHUFFLE]).permutation(len(segments))
+        return segments[order].ravel()
+
+    def _read(self, tokens: np.ndarray, state=None):
+        """The state after more whole segments of one book."""
+        size = aligned(self.task.chunk, self.model.segment)
+        return feed(self.model, chunked(tokens[None], size), state, self.reading) if len(tokens) else state
+
+    def _write(self, numbers, states: list[Any], tails: list[np.ndarray]) -> list[Summaries]:
+        keys = [[self.cfg.seed, int(number)] for number in numbers]
+        return self._generate(keys, stack(states), tails, self.task.max_new_tokens, self.task.samples)
+
+    def _generate(self, keys, state, tails: list[np.ndarray], most: int, samples: int) -> list[Summaries]:
+        """What follows each row's state and the end of its prompt. keys: seeds of the rows' draws."""
+        task, eos_id = self.task, self.booksum.tokenizer.eos_id
+        logits, state = prefill_rows(self.model, tails, state)
+        samples = 1 if task.greedy else samples
+        rows = torch.arange(len(tails), device=logits.device).repeat_interleave(samples)
+        draws = [np.random.default_rng([*key, i]).random(most) for key in keys for i in range(samples)]
+        options = {"greedy": task.greedy, "temperature": task.temperature, "top_p": task.top_p}
+        ids = generate(
+            self.model,
+            logits[rows],
+            state.select_rows(rows),
+            most,
+            eos_id=eos_id,
+            draws_BT=torch.from_numpy(np.stack(draws)).to(logits.device),
+            **options,
+        )
+        ended = [row[: int(np.argmax(row == eos_id))] if eos_id in row else row for row in ids]
+        return [ended[a : a + samples] for a in range(0, len(ended), samples)]
+
+    # Map and reduce ----------------------------------------------------------------------------------------
+
+    def map_reduce(self, books: Sequence[np.ndarray], lengths: Sequence[int | None]) -> Made:
+        """Hierarchical summaries: parts of ``map_tokens``, each a document of its own, are summarised in up
+        to ``map_new_tokens``; the summaries, end to end, are cut into parts again until there is one.
+
+        Its summary, of up to ``max_new_tokens``, is the book's. The level and number of a part belong to the
+        seed of its draws, behind the sample's.
+        """
+        self.reading, count = None, len(books) * len(lengths)
+        with self.progress.task("summaries", count) as bar:
+            for length in lengths:
+                for number, book in enumerate(books):
+                    samples = range(1 if self.task.greedy else self.task.samples)
+                    summaries = [self._reduced(book[:length], [self.cfg.seed, number, i]) for i in samples]
+                    bar.advance()
+                    yield length, OWN, number, summaries
+
+    def _reduced(self, tokens: np.ndarray, key: list[int]) -> np.ndarray:
+        border, level = self.booksum.tokenizer.encode("\n\n"), 0
+        while len(tokens) > self.task.map_tokens:
+            parts = list(np.split(tokens, range(self.task.map_tokens, len(tokens), self.task.map_tokens)))
+            made = self._parts(parts, [*key, level], self.task.map_new_tokens)
+            tokens, level = np.concatenate([ids for part in made for ids in (part, border)]), level + 1
+        return self._parts([tokens], [*key, level], self.task.max_new_tokens)[0]
+
+    def _parts(self, parts: list[np.ndarray], key: list[int], most: int) -> Summaries:
+        """A summary of each part; all but the last are of one length."""
+        segment, found = self.model.segment, []
+        *equal, last = range(len(parts))
+        groups = [equal[a : a + self.task.batch] for a in range(0, len(equal), self.task.batch)]
+        for group in [*groups, [last]]:
+            rows = np.stack([parts[i] for i in group])
+            border = rows.shape[1] // segment * segment
+            size = aligned(self.task.chunk, segment, len(rows))
+            state = feed(self.model, chunked(rows[:, :border], size), None, self.reading)
+            tails = [np.concatenate([row[border:], self.booksum.separator]) for row in rows]
+            keys = [[*key, i] for i in group]
+            found += [samples[0] for samples in self._generate(keys, state, tails, most, 1)]
+        return found
+
+
+def stack(states: list[Any]):
+    """One batch of states at segment borders; None where a document starts, or where all do."""
+    known = next((state for state in states if state is not None), None)
+    return None if known is None else type(known).stack(states)
+
+
+@contextmanager
+def fixed_gates(model, gate: float) -> Iterator[None]:
+    """Inside, every gate of the model's memories has this value, whatever it learned or depends on."""
+    gates = {"memory_gate": math.inf, "memory_gate_input": 0.0}
+    if 0 < gate < 1:
+        gates["memory_gate"] = math.log(gate / (1 - gate))
+    elif gate == 0:
+        gates["memory_gate"] = -math.inf
+    own = [(p, gates[n]) for m in model.memories for n, p in m.named_parameters(recurse=False) if n in gates]
+    kept = [p.detach().clone() for p, _ in own]
+    try:
+        for parameter, value in own:
+            parameter.data.fill_(value)
+        yield
+    finally:
+        for (parameter, _), before in zip(own, kept, strict=True):
+            parameter.data.copy_(before)

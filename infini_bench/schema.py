@@ -178,6 +178,7 @@ class PasskeyConfig(TaskConfig):
     digits: int = 5
     segments: int = 4  # training length, in segments of the model
     own_segment: float = 0.0  # training: share of rows with the needle in the question's own segment
+    text_share: float = 0.0  # training: share of rows with documents' text as filler
     lm_weight: float = 0.1  # of the haystack's own loss beside the answer's
     lengths: list[str] = field(default_factory=lambda: ["4K"])
     depths: list[str] = field(default_factory=lambda: ["start", "middle", "end_outside"])

@@ -92,15 +92,18 @@ class Haystack:
 
     def prompt(self, key: str, before: int, sentences: int) -> Prompt:
         """The prompt with ``before`` of ``sentences`` filler sentences in front of the needle."""
+        return self.hidden(key, self.cycle, 0, self.filler_tokens(before), self.filler_tokens(sentences))
+
+    def hidden(self, key: str, text: np.ndarray, place: int, first: int, filler: int) -> Prompt:
+        """The prompt with ``filler`` tokens of endless text from ``place`` on, ``first`` before the key."""
         needle = self._piece(NEEDLE.format(key=key))
         question, answer = self._question(key)
-        first, filler = self.filler_tokens(before), self.filler_tokens(sentences)
         start = len(self.head) + first
         pieces = (
             (self.head, 0, len(self.head)),
-            (self.cycle, 0, first),
+            (text, place % len(text), first),
             (needle, 0, len(needle)),
-            (self.cycle, first % len(self.cycle), filler - first),
+            (text, (place + first) % len(text), filler - first),
             (question, 0, len(question)),
         )
         asked = len(self.head) + filler + len(needle)

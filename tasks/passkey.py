@@ -32,6 +32,7 @@ from hashlib import sha256
 import numpy as np
 import torch
 
+from infini_bench import data
 from infini_bench.data import build_tokenizer
 from infini_bench.errors import UserError
 from infini_bench.metrics.intervals import Interval
@@ -61,19 +62,33 @@ class Passkey(Task):
     version = "1"
     score = ("exact_match", "token_accuracy")
 
+    def __init__(self, cfg, tokenizer=None):
+        super().__init__(cfg, tokenizer)
+        self.texts: dict[str, np.ndarray] = {}
+
     @property
     def fingerprint(self) -> str:
         wording = "\n".join([TASK_LINE, *FILLER, NEEDLE, QUESTION, str(self.task.digits), self.version])
-        return sha256(wording.encode()).hexdigest()[:16]
+        read = [data.fingerprint(self.documents(split)) for split in self.texts]  # as training's filler
+        return sha256("\n".join([wording, *read]).encode()).hexdigest()[:16]
+
+    def text(self, split: str) -> np.ndarray:
+        """All tokens of the documents of ``split``, one after another."""
+        if split not in self.texts:
+            store = data.token_store(self.cfg.data, self.documents(split), self.tokenizer)
+            if not len(store.all_tokens):
+                raise UserError(f'Split "{split}" has no text for task.text_share; set that to 0.')
+            self.texts[split] = store.all_tokens
+        return self.texts[split]
 
     @cached_property
     def haystack(self) -> Haystack:
         return Haystack(self.tokenizer, self.task.digits)
 
     def _build_tokenizer(self):
-        data = replace(self.cfg.data, vocab_size=min(self.cfg.data.vocab_size, VOCAB_SIZE))
+        small = replace(self.cfg.data, vocab_size=min(self.cfg.data.vocab_size, VOCAB_SIZE))
         texts = [prompt_text(digit * self.task.digits, 2, 5) for digit in "0123456789"]
-        return build_tokenizer(data, lambda: texts)
+        return build_tokenizer(small, lambda: texts)
 
     # Training ----------------------------------------------------------------------------------------------
 
@@ -82,6 +97,8 @@ class Passkey(Task):
 
         The number of filler sentences is uniform among those with which the answer ends in the last segment,
         and with which the needle fits there where it has to be.
+        In a share ``text_share`` of the rows, documents' text takes the filler's place: with a loss on it
+        (``lm_weight``) a pretrained model stays a language model while it learns to retrieve.
         Loss: mean over answer tokens + ``lm_weight`` x the mean over the others.
         """
         segment = self.cfg.memory.segment
@@ -103,6 +120,8 @@ class Passkey(Task):
         most = self.haystack.sentences(length)
         shorter = length - segment  # prompts up to this length end before the last segment
         least = self.haystack.sentences(shorter) + 1 if shorter >= self.haystack.shortest else 0
+        if self.task.text_share and rng.random() < self.task.text_share:
+            return self._masked(self._in_text(rng, length, segment, split), length)
         counts, earliest, share = range(min(least, most), most + 1), 0, self.task.own_segment
         if share and rng.random() < share:  # share 0 draws nothing: its rows are those of old runs
             sentences = int(rng.choice(self._near(counts, segment)))
@@ -111,6 +130,17 @@ class Passkey(Task):
             sentences = int(rng.integers(counts.start, counts.stop))
         key = self.haystack.key(rng)
         prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences)
+        return self._masked(prompt, length)
+
+    def _in_text(self, rng: np.random.Generator, length: int, segment: int, split: str) -> Prompt:
+        """A prompt in documents' text, which ends with its answer anywhere in the last segment."""
+        text, shortest = self.text(split), self.haystack.shortest
+        filler = int(rng.integers(max(length - segment + 1, shortest), length + 1)) - shortest
+        key, place = self.haystack.key(rng), int(rng.integers(len(text)))
+        return self.haystack.hidden(key, text, place, int(rng.integers(filler + 1)), filler)
+
+    def _masked(self, prompt: Prompt, length: int) -> tuple[np.ndarray, ...]:
+        """Prompt and answer, padded, and where the answer's targets are and where all others."""
         end = len(prompt) + len(prompt.answer)
         tokens = np.full(length, self.tokenizer.eos_id, np.int64)
         tokens[:end] = np.concatenate([prompt.tokens(), prompt.answer])

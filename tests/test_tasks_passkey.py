@@ -352,3 +352,23 @@ def test_memory_off_needs_the_last_segment_only(make, memory):
     assert torch.allclose(whole, short, atol=1e-5) or not model.has_memory
     rows = make(segment=8, lengths=["128"], depths=["start"], trials=2).evaluate(model)
     assert len(rows) == (4 if model.has_memory else 2)
+
+
+def test_a_share_of_the_training_rows_hides_the_key_in_documents_text(make):
+    task, plain = make(text_share=0.5, lm_weight=1.0), make(lm_weight=1.0)
+    alone = plain.fingerprint
+    assert task.fingerprint == alone
+    found = task.batch(0, 200, 4)
+    text = task.text("train")
+    cycle = set(task.haystack.cycle.tolist())
+    inside = [row for row in found.tokens.numpy() if len(set(row.tolist()) - cycle) > 40]
+    assert 80 < len(inside) < 120
+    windows = np.lib.stride_tricks.sliding_window_view(text, 8)
+    begins = [row[len(task.haystack.head) :][:8] for row in inside[:20]]
+    assert sum((windows == begin).all(1).any() for begin in begins) > 14  # the others begin with the needle
+    answers = found.task_weights.sum(1)
+    assert (answers > 0).all() and found.weights.sum().item() == pytest.approx(2.0, rel=1e-5)
+    ends = [np.flatnonzero(row)[-1] for row in found.task_weights.numpy()]
+    assert all(3 * SEGMENT <= end < 4 * SEGMENT for end in ends)
+    assert task.fingerprint != alone and plain.fingerprint == alone  # its rows depend on the documents
+    assert (make(text_share=0.0).batch(0, 5, 4).tokens == plain.batch(0, 5, 4).tokens).all()

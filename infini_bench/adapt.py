@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from infini_bench.cli.bridge import compose_run, quote
+from infini_bench.cli.bridge import compose_run, given, quote
 from infini_bench.errors import UserError
+from infini_bench.origin import find_origin
 from infini_bench.pretrained import is_own, looks_local, merge_lora
 from infini_bench.report.records import Record
+from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
+from infini_bench.unread import check_read
 
 STAGES = ("pretrain", "passkey", "needles", "booksum")
 
@@ -29,7 +32,7 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
             raise UserError(
                 f'There is no stage "{stage}"{suggest(stage, STAGES)}; choose {", ".join(STAGES)}.'
             )
-        compose_run(_words(model, stage, overrides))
+        check_read(given(overrides), [compose_run(_words(model, stage, overrides))])
     records: list[Record] = []
     for stage in stages:
         words = _words(model, stage, overrides)
@@ -59,13 +62,19 @@ def added(record: Record) -> str:
     )
 
 
-def export(path: Path, out: Path) -> None:
-    """A run's or checkpoint's model, LoRA merged, and its tokenizer as one Hugging Face folder."""
+def export(checkpoint: Path | str, out: Path) -> None:
+    """A model, LoRA merged, and its tokenizer as one Hugging Face folder.
+
+    checkpoint: as ``eval --checkpoint``, a folder or the name of a run or of a model with a finished run.
+    """
     from infini_bench.models import save_model
+    from infini_bench.show import quiet
     from infini_bench.train.checkpoint import load_checkpoint_model
 
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder.")
+    quiet()
+    path, _ = find_origin(RunConfig(checkpoint=str(checkpoint)))
     model, tokenizer, _ = load_checkpoint_model(path)
     merge_lora(model)
     save_model(model, out)

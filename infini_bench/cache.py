@@ -159,6 +159,14 @@ class MemoryCache(Cache):
         model's own, behind layers that hold one segment's keys and values."""
         return self.layers[-1].get_seq_length() if self.layers else 0
 
+    @property
+    def batch(self) -> int | None:
+        """Rows of the state; None while it holds no tensor, and so fits any batch."""
+        return next(
+            (len(x) for layer in self.layers for x in (layer.state or {}).values() if isinstance(x, Tensor)),
+            None,
+        )
+
     def copy(self) -> MemoryCache:
         """The same tensors in new layers: later calls replace states, they never write into them."""
         return MemoryCache([layer.map(lambda x: x) for layer in self.layers])

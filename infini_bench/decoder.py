@@ -155,10 +155,19 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         self.post_init()
 
     def forward(self, *args: Any, past_key_values: MemoryCache | None = None, **kwargs: Any):
-        """As LlamaModel.forward; ``use_cache`` without a cache starts an empty MemoryCache."""
-        ids = kwargs.get("input_ids")
+        """As LlamaModel.forward; ``use_cache`` without a cache starts an empty MemoryCache.
+
+        Raises ValueError for ids that are not (B, T) with T at least 1, or a state of another batch size.
+        """
+        ids = args[0] if args else kwargs.get("input_ids")
+        fed = kwargs.get("inputs_embeds") if ids is None else ids
+        if ids is not None and ids.dim() != 2:
+            raise ValueError(f"token ids have the shape (batch, tokens), not {tuple(ids.shape)}")
         if ids is not None and ids.shape[1] == 0:
             raise ValueError("a call needs at least one token; begin an empty prompt with one of your own")
+        rows = None if past_key_values is None else past_key_values.batch
+        if fed is not None and rows not in (None, len(fed)):
+            raise ValueError(f"the state is of {rows} rows, the tokens are of {len(fed)}: feed as many")
         wanted = kwargs.get("use_cache")
         if past_key_values is None and (self.config.use_cache if wanted is None else wanted):
             past_key_values = MemoryCache.empty(len(self.layers))

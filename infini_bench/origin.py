@@ -18,6 +18,7 @@ from infini_bench.files import read_json
 from infini_bench.report.records import read_records
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
+from infini_bench.unread import check_read
 
 Values = dict[str, Any]
 PACKAGE = Path(str(files("infini_bench")))
@@ -47,9 +48,10 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
                 return path, f"checkpoint {path}"
         run = latest_run(cfg, cfg.checkpoint)
         if run is None:
+            names = {path.stem for path in MODELS.glob("*.yaml")}
             raise UserError(
                 f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run'
-                f"{suggest(cfg.checkpoint, [path.stem for path in MODELS.glob('*.yaml')])}; "
+                f"{suggest(cfg.checkpoint, sorted(names - {cfg.checkpoint}))}; "
                 "`infini-bench ls runs` lists what there is."
             )
         return run, f"{run}, the latest finished run of {cfg.checkpoint}"
@@ -158,7 +160,9 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     inherited = ["model", "scale", "decoder", "memory", "base", "trainer"]
     if given is not None and "seed" not in given:
         inherited.append("seed")  # so that tables count the seeds of the models
-    return build_config({**asked, **{key: base[key] for key in inherited}})
+    evaluated = build_config({**asked, **{key: base[key] for key in inherited}})
+    check_read((key for key in given or () if key.startswith("task.")), [evaluated])
+    return evaluated
 
 
 def continued_run(cfg: RunConfig, given: Collection[str] | None) -> tuple[RunConfig, Path, Values]:

@@ -63,6 +63,8 @@ def answer(name: str, file: Path, prompt: str, tokens: int = 32, device: str = "
     if not ids.size:
         raise UserError("The prompt is empty; ask something.")
     state = MemoryCache.load(file, str(model.device))
+    if state.batch not in (None, 1):
+        raise UserError(f"{file} remembers {state.batch} documents side by side; give a file of one.")
     logits, state = prefill(model, [ids], state)
     said = generate(model, logits, state, tokens, eos_id=tokenizer.eos_id)[0]
     return tokenizer.decode(said)

@@ -30,6 +30,7 @@ from infini_bench.report.records import KILLED, Record, add_plan, config_hash, c
 from infini_bench.report.tables import print_tables, write_report
 from infini_bench.report.tidy import tidy
 from infini_bench.schema import RunConfig
+from infini_bench.unread import check_read
 from infini_bench.workers import Board, Relay, cores, run_all
 
 SAVED = "checkpoints/index.json"  # of a run folder that can be gone on with
@@ -137,9 +138,10 @@ def plan(
 ) -> list[Job]:
     """The jobs of a plan, checked: first seeds first, then in the order of tasks, settings and models.
 
-    models, seeds: unset = the plan's; a setting that names its own has the jobs that both allow.
+    models, seeds: unset = the plan's; a setting that names its own has the jobs that both allow. overrides: a
+    setting of a memory is refused if none of the jobs reads it.
     """
-    from infini_bench.cli.bridge import compose_run
+    from infini_bench.cli.bridge import compose_run, given
 
     plan = read_plan(what).at(scale)
     places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
@@ -158,6 +160,7 @@ def plan(
                 continue
             job = Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name)
             jobs.append((seed if seeds is None else seeds.index(seed), job))
+    check_read(given(overrides), [job.cfg for _, job in jobs])
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 

@@ -31,7 +31,7 @@ from infini_bench.origin import (
     untrained,
     weightless,
 )
-from infini_bench.progress import NullProgress, Progress
+from infini_bench.progress import Handle, NullProgress, Progress
 from infini_bench.report import records
 from infini_bench.report.records import Record
 from infini_bench.schema import RunConfig
@@ -48,7 +48,8 @@ def run_train(
     given: see `infini_bench.origin`. command: what to store as the command line; unset = ``sys.argv``.
     progress: where to show it; whoever gives one does all the showing, and nothing is printed here.
     A run that is recorded as done is not run again unless ``cfg.force``. After SIGINT or SIGTERM the record's
-    status is ``interrupted``; an exception is recorded as ``failed`` and raised again.
+    status is ``interrupted``; an exception is recorded as ``failed`` and raised again, but a UserError before
+    the first step leaves no record.
     """
     from infini_bench.train import train
     from infini_bench.train.log import curve
@@ -70,7 +71,7 @@ def run_train(
     if done := already_done(record, cfg, progress):
         return done
     quiet()
-    with recorded(record, cfg), progress or (Progress() if leads() else NullProgress()) as shown:
+    with recorded(record, cfg, progress or (Progress() if leads() else NullProgress())) as shown:
         result = train(cfg, folder, shown)
         record.status = "interrupted" if result.interrupted else "done"
         record.task_version = result.task_version
@@ -122,7 +123,7 @@ def run_eval(
         record = done
     else:
         quiet()
-        with recorded(record, cfg), progress or Progress() as shown:
+        with recorded(record, cfg, progress or Progress()) as shown:
             evaluate(record, cfg, path, shown)
             record.status = "done"
     if progress is None:
@@ -246,9 +247,23 @@ def already_done(record: Record, cfg: RunConfig, progress: Progress | None) -> R
     return done if here else None
 
 
+class Watched:
+    """A progress display that knows whether the work has begun: whether anybody asked it for a bar."""
+
+    def __init__(self, shown: Progress | NullProgress):
+        self.shown, self.begun = shown, False
+
+    def task(self, description: str, total: int) -> Handle:
+        self.begun = True
+        return self.shown.task(description, total)
+
+
 @contextmanager
-def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
-    """Whatever happens inside, the record is written with what it came to; exceptions go on."""
+def recorded(record: Record, cfg: RunConfig, progress: Progress | NullProgress) -> Iterator[Any]:
+    """Whatever happens inside, the record is written with what it came to; exceptions go on.
+
+    Only what the user can mend before any work has begun leaves no record: nothing was tried.
+    """
     folder = Path(cfg.records)
     with writing(folder):  # before hours of work, not after
         folder.mkdir(parents=True, exist_ok=True)
@@ -256,13 +271,16 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
     if leads():
         records.write_record(folder, record)
     record.error = None
-    device, began = torch_device(cfg.device), time.perf_counter()
+    device, began, work = torch_device(cfg.device), time.perf_counter(), Watched(progress)
     reset_peak(device)
+    mistaken = False
     try:
-        yield
+        with progress:
+            yield work
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.error = f"{type(error).__name__}: {error}"
+        mistaken = isinstance(error, UserError) and not work.begun
         if "allocate" in str(error) or isinstance(error, MemoryError):  # of the CPU or a GPU
             raise UserError(
                 "Not enough memory; lower decoder.dim, trainer.batch, task.batch or task.chunk."
@@ -272,5 +290,7 @@ def recorded(record: Record, cfg: RunConfig) -> Iterator[None]:
         inner = [row["value"] for row in record.metrics if row["metric"] == "peak_bytes"]  # counted anew
         record.seconds = time.perf_counter() - began
         record.peak_bytes = max(peak_bytes(device), *inner) if inner else peak_bytes(device)
-        if leads():
+        if leads() and not mistaken:
             records.write_record(folder, record)
+        elif leads():
+            (folder / f"{record.id}.jsonl").unlink(missing_ok=True)

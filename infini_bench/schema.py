@@ -40,6 +40,11 @@ FORMS = ("eager", "compiled", "triton")
 AGAINST = ("local", "full")
 
 
+def _of(*kinds: str, default: Any = None) -> Any:
+    """A field that only memories of these kinds read; see `infini_bench.unread`."""
+    return field(default=default, metadata={"kinds": kinds})
+
+
 @dataclass
 class MemoryConfig:
     """What an attention layer remembers beyond the tokens of its own segment.
@@ -55,32 +60,45 @@ class MemoryConfig:
 
     kind: str = "compressive"
     segment: int = 128  # N, tokens
-    update: str = "linear"  # compressive: linear (Eq. 8) | delta (Eq. 9) | delta_corrected | delta_token
-    features: str = "elu1"  # compressive: sigma of Eq. 7-9
-    normaliser: str = "sum"  # compressive: what a read is divided by: sum (Eq. 7) | mean | max | none | norm
-    decay: float | None = None  # compressive: share kept at a boundary, learned from here; unset = all
-    write_gate: bool = False  # compressive: each key's write strength depends on the key
-    gate_start: float = 0.0  # beta at the start, before the sigmoid of Eq. 10
-    gate_split: float = 0.0  # added to beta of every second head, subtracted from the others
-    gate_input: bool = False  # compressive: beta also depends on the query
-    gate_frozen: float | None = None  # compressive: g of all heads, 0 to 1, not trained; unset = learned
-    local: str = "block"  # compressive: attention beside the memory: block | sliding | xl | sparse | kernel
-    window: int | None = None  # sliding, sink: tokens a query sees, itself included; unset = 2N
-    sinks: int = 4  # sink: first tokens of the document that stay visible; at most N
-    stride: int = 16  # sparse: a query sees the last so many keys of its segment, and each so-many-th before
-    compressed: int | None = None  # compressed: slots, oldest first out; unset = N
-    rate: int = 4  # compressed: tokens a slot; divides N
-    compression: str = "conv"  # compressed: conv (learns by reconstructing attention) | mean | max
-    entries: int = 65536  # knn: keys and values stored, oldest first out
-    neighbours: int = 32  # knn: of them that a query attends to; retrieval: of all older keys
-    index: str = "auto"  # knn: who finds them: torch | faiss (CPU) | auto (faiss if it is there, on the CPU)
-    layer: int | None = None  # knn: the layer, from 0; unset = at three quarters of the depth
-    tokens: int = 16  # rmt, armt, autocompressor: memory tokens m that a segment writes
-    key_size: int = 16  # armt: of a query or key before its features, which are 6 times as many
+    # linear (Eq. 8) | delta (Eq. 9) | delta_corrected | delta_token
+    update: str = _of("compressive", default="linear")
+    features: str = _of("compressive", default="elu1")  # sigma of Eq. 7-9
+    # what a read is divided by: sum (Eq. 7) | mean | max | none | norm
+    normaliser: str = _of("compressive", default="sum")
+    decay: float | None = _of("compressive")  # share kept at a boundary, learned from here; unset = all
+    write_gate: bool = _of("compressive", default=False)  # each key's write strength depends on the key
+    # beta at the start, before the sigmoid of Eq. 10
+    gate_start: float = _of("compressive", "knn", default=0.0)
+    # added to beta of every second head, subtracted from the others
+    gate_split: float = _of("compressive", default=0.0)
+    gate_input: bool = _of("compressive", default=False)  # beta also depends on the query
+    gate_frozen: float | None = _of("compressive")  # g of all heads, 0 to 1, not trained; unset = learned
+    # attention beside the memory: block | sliding | xl | sparse | kernel
+    local: str = _of("compressive", default="block")
+    window: int | None = _of("sliding", "sink")  # tokens a query sees, itself included; unset = 2N
+    sinks: int = _of("sink", default=4)  # first tokens of the document that stay visible; at most N
+    # a query sees the last so many keys of its segment, and each so-many-th before
+    stride: int = _of("sparse", default=16)
+    compressed: int | None = _of("compressed")  # slots, oldest first out; unset = N
+    rate: int = _of("compressed", default=4)  # tokens a slot; divides N
+    # conv (learns by reconstructing attention) | mean | max
+    compression: str = _of("compressed", default="conv")
+    entries: int = _of("knn", default=65536)  # keys and values stored, oldest first out
+    # of them that a query attends to; retrieval: of all older keys
+    neighbours: int = _of("knn", "retrieval", default=32)
+    # who finds them: torch | faiss (CPU) | auto (faiss if it is there, on the CPU)
+    index: str = _of("knn", "retrieval", default="auto")
+    layer: int | None = _of("knn")  # from 0; unset = at three quarters of the depth
+    tokens: int = _of("rmt", "armt", "autocompressor", default=16)  # memory tokens m that a segment writes
+    # of a query or key before its features, which are 6 times as many
+    key_size: int = _of("armt", default=16)
     layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
-    gradient_depth: int | None = None  # segments that a gradient may cross; unset = all
-    options: dict[str, Any] = field(default_factory=dict)  # of a memory outside this package
-    backend: str = "eager"  # compressive: eager | triton (an error where it cannot run) | auto (where it can)
+    # segments that a gradient may cross; unset = all
+    gradient_depth: int | None = _of("compressive", "rmt", "armt", "autocompressor")
+    # of a memory outside this package, which may read every other field too
+    options: dict[str, Any] = field(default_factory=dict, metadata={"kinds": ()})
+    # eager | triton (an error where it cannot run) | auto (where it can)
+    backend: str = _of("compressive", default="eager")
 
 
 @dataclass

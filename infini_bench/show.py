@@ -13,13 +13,20 @@ from infini_bench.report.records import Record
 from infini_bench.units import format_length
 
 KEYS = ("dataset", "split", "length", "position", "metric", "n")
-FILE_WIDTH = 120  # characters, where the output is no terminal
+FILE_WIDTH = 1000  # characters, where the output is no terminal: every row of a table is one line
 SHADES = "·░▒▓█"  # of the keys that were asked for, found: none, ..., all
 PICTURED = ("passkey", "needles")
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def out() -> Console:
+    """Standard output for tables."""
+    console = Console()
+    console.width = console.width if console.is_terminal else FILE_WIDTH
+    return console
 
 
 def quiet() -> None:
@@ -66,9 +73,7 @@ def show_metrics(record: Record) -> None:
         table.add_column(name)
     for words, values in lines.items():
         table.add_row(*words, *(values.get(condition, "") for condition in conditions))
-    console = Console()
-    console.width = console.width if console.is_terminal else FILE_WIDTH
-    console.print(table)
+    out().print(table)
     if record.task in PICTURED:
         show_picture(record)
 
@@ -86,7 +91,7 @@ def show_picture(record: Record) -> None:
     """Keys found of keys asked, depth by length, a picture for each condition but the controls."""
     rows = [row for row in record.metrics if row["metric"] == "exact_match" and row["value"] is not None]
     rows = [row for row in rows if "memory_off" not in str(row["condition"])]
-    console = Console()
+    console = out()
     for condition in dict.fromkeys(row["condition"] for row in rows):
         cells = {(row["position"], row["length"]): row for row in rows if row["condition"] == condition}
         depths, lengths = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))

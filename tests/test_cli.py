@@ -51,6 +51,18 @@ def test_nothing_heavy_is_imported_before_work_begins(arguments):
     assert done.stderr.strip() == "[] 0"
 
 
+def test_the_hub_is_silent_about_its_retries(monkeypatch):
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)  # the other tests' commands have set it
+    program = (
+        "import logging, sys\nfrom infini_bench.cli.main import main\n"
+        "sys.argv = ['infini-bench', 'ls', 'data']\n"
+        "try: main()\nexcept SystemExit: import huggingface_hub.utils.logging\n"
+        "print(logging.getLogger('huggingface_hub.utils._http').getEffectiveLevel(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "40"
+
+
 def test_version_and_help():
     assert invoke("--version").stdout == f"infini-bench {__version__}\n"
     text = invoke("--help").stdout
@@ -125,7 +137,7 @@ def test_usage_errors_are_exit_code_2(arguments):
 
 
 def test_unexpected_errors_show_their_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "list_runs", lambda records: 1 / 0)
+    monkeypatch.setattr(cli.tables, "list_runs", lambda records: 1 / 0)
     assert isinstance(invoke("ls", "runs").exception, ZeroDivisionError)
 
 
@@ -133,13 +145,13 @@ def test_interruption_is_exit_code_130(monkeypatch):
     def interrupt(records):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "list_runs", interrupt)
+    monkeypatch.setattr(cli.tables, "list_runs", interrupt)
     assert invoke("ls", "runs").exit_code == 130
 
 
 def test_options_of_eval_become_overrides(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_launch", lambda verb, overrides, *rest: seen.append((verb, overrides)))
+    monkeypatch.setattr(cli.models, "launch", lambda verb, overrides, *rest: seen.append((verb, overrides)))
     invoke("eval", "passkey", "--length", "4K,1M", "--depths", "0,50%,end", "--trials", "3", "seed=1")
     invoke("eval", "lm", "--length", "4K", "--checkpoint", "runs/it's")
     invoke("eval", "booksum", "--length", "16K,512K", "--baseline", "map_reduce")

@@ -48,7 +48,7 @@ def there(trained, monkeypatch):
 
 @pytest.fixture
 def faked(tmp_path, monkeypatch):
-    """Training that takes no time: seed 1 fails, seed 2 by the user's fault, seed 3 is interrupted."""
+    """Training that takes no time: seed 1 fails, 2 by the user's fault, 3 stops, 5 errs before any work."""
     seen = []
 
     def train(cfg, folder, progress):
@@ -56,6 +56,8 @@ def faked(tmp_path, monkeypatch):
         if cfg.seed == 1:
             raise RuntimeError("no luck")
         if cfg.seed == 2:
+            progress.task("train", 1)
+        if cfg.seed in (2, 5):
             raise UserError("The disk is full.")
         folder.mkdir(parents=True)
         numbers = {
@@ -144,6 +146,13 @@ def test_a_shipped_model_goes_first(there):
     shutil.rmtree(shipped)
 
 
+def test_a_model_is_exported_by_its_name(there, tmp_path):
+    result = invoke("export", "infini_delta", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0 and (tmp_path / "out" / "model.safetensors").exists(), result.output
+    result = invoke("export", "infini_delt", "--out", str(tmp_path / "none"))
+    assert result.exit_code == 2 and '(did you mean "infini_delta"?)' in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -193,6 +202,12 @@ def test_a_users_mistake_during_the_run_is_recorded_too(faked):
     result = invoke("train", "seed=2")
     assert (result.exit_code, result.stderr) == (2, "error: The disk is full.\n")
     assert only_record().error == "UserError: The disk is full."
+
+
+def test_a_users_mistake_before_any_work_leaves_no_record(faked):
+    result = invoke("train", "seed=5")
+    assert (result.exit_code, result.stderr) == (2, "error: The disk is full.\n")
+    assert read_records("results/records") == []
 
 
 def test_an_interrupted_run_is_recorded_as_that(faked):

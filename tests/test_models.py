@@ -50,6 +50,19 @@ def test_any_cut_into_calls_gives_the_same_logits_and_state(model, ids, sizes):
         assert (state.tensors()[name] - x).abs().max() < 1e-4
 
 
+def test_ids_and_states_that_do_not_fit(model, ids):
+    with pytest.raises(ValueError, match=r"shape \(batch, tokens\), not \(37,\)"):
+        model.step(ids[0])
+    with pytest.raises(ValueError, match=r"shape \(batch, tokens\)"):
+        model.model(ids[0])
+    _, state = model.step(ids[:, : N + 1])
+    assert state.batch == 2 and MemoryCache.empty(2).batch is None
+    for other in (ids[:1], ids.repeat(2, 1)):
+        with pytest.raises(ValueError, match=f"the state is of 2 rows, the tokens are of {len(other)}"):
+            model.step(other, state)
+    model.step(ids[:1, :3], state.select_rows(torch.tensor([1])))
+
+
 def test_no_logit_depends_on_a_later_token_nor_on_another_row(model, ids):
     embeds = model.model.embed_tokens(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeds, use_cache=False).logits

@@ -96,6 +96,14 @@ def test_a_checkpoints_code_is_not_run_unless_the_user_names_it(there, monkeypat
         build_memory(MemoryConfig(kind="os:system"), 2, 2, 8)
 
 
+def test_a_refused_evaluation_leaves_no_record(there):
+    (run,) = Path("runs").iterdir()
+    before = read_records("results/records")
+    for words in (["lm", "force=true"], ["lm", "memory.kind=none.py:X"], ["recall"]):
+        assert invoke("eval", *words, "--checkpoint", str(run)).exit_code == 2
+    assert read_records("results/records") == before
+
+
 def test_named_again_it_is_evaluated_and_resumed(there):
     (run,) = Path("runs").iterdir()
     words = ["eval", "lm", "memory.kind=ema.py:EmaMemory", "--checkpoint", str(run), "force=true"]

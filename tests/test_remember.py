@@ -76,6 +76,10 @@ def test_another_models_memory_and_other_files_are_refused(tmp_path, book):
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-6
     assert identity(model) != MemoryCache.about(file)["fingerprint"]
+    several, about = MemoryCache.load(file).select_rows(torch.tensor([0, 0])), MemoryCache.about(file)
+    several.save(tmp_path / "two", about)
+    with pytest.raises(UserError, match="remembers 2 documents side by side"):
+        answer(str(first), tmp_path / "two", "x", device="cpu")
     plain = tmp_path / "plain.safetensors"
     model.step(torch.zeros(1, 3, dtype=torch.long))[1].save(plain)
     with pytest.raises(UserError, match="does not say which model wrote it"):

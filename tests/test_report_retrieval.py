@@ -6,9 +6,10 @@ import re
 import pytest
 from report_fakes import passkey, record, row, sheet_text
 
-from infini_bench.report.figures import drawn, svg
+from infini_bench.report.figures import svg
 from infini_bench.report.retrieval import effective_length, score
 from infini_bench.report.retrieval_figures import training
+from infini_bench.report.style import drawn
 from infini_bench.report.tidy import tidy
 from infini_bench.train.log import curve
 

@@ -18,3 +18,15 @@ def test_a_picture_says_k_of_n_by_depth_and_length(capsys):
     assert picture[0] == ["depth", "4K", "1M"]
     assert picture[1] == ["start", "████", "20/20", "████", "20/20"]
     assert picture[4] == ["end", "▒▒▒▒", "11/20"]
+
+
+def test_a_row_of_a_file_is_one_line(capsys):
+    record = passkey(on=100.0, off=0.0)
+    wide = (
+        "a condition with a name that is longer than a column of a narrow page would be, and then some more"
+    )
+    for condition in (wide, wide.upper()):
+        record.metrics.append(row("exact_match", 55.0, position="end", condition=condition, n=20))
+    show_metrics(record)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(wide in line and wide.upper() in line for line in lines)

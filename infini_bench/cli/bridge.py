@@ -36,8 +36,10 @@ from infini_bench import outside
 from infini_bench.cli import jobs
 from infini_bench.config import TASKS, build_config, known_keys, to_dict, unknown_setting
 from infini_bench.errors import UserError
+from infini_bench.origin import bare_base
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
+from infini_bench.unread import check_read
 
 # What Hydra raises for overrides that it cannot compose; the last for values of the wrong kind.
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
@@ -61,6 +63,18 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     return _named(build_config(container))
 
 
+def compose_runs(verb: str, overrides: Sequence[str], multirun: bool = False) -> list[RunConfig]:
+    """As `compose_run`, for each job of a sweep. Also refused is a ``memory`` setting that no job reads.
+
+    The memory of a checkpoint is not known here: `infini_bench.origin` judges what is given beside one.
+    """
+    runs = [compose_run(job) for job in (expand(overrides) if multirun else [overrides])]
+    trained = [cfg.resume or (verb == "eval" and not (cfg.task.untrained or bare_base(cfg))) for cfg in runs]
+    if not any(trained):
+        check_read(given(overrides), runs)
+    return runs
+
+
 def _named(cfg: RunConfig) -> RunConfig:
     """What the user's own words compose to, code outside the package included, is named by him."""
     if outside.is_outside(cfg.memory.kind):
@@ -79,6 +93,15 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             elif not override.is_sweep_override():  # an interval is for the sweeper that asked for it
                 axes.append([str(override.input_line)])
     return [[*job] for job in itertools.product(*axes)]
+
+
+def given(overrides: Sequence[str]) -> frozenset[str]:
+    """Dotted names of what the user set; choosing an option of a group sets the group's name."""
+    names = set()
+    for override in OverridesParser.create().parse_overrides([*overrides]):
+        key, value = override.key_or_group, override.value()
+        names |= {key, *(f"{key}.{name}" for name in value)} if isinstance(value, dict) else {key}
+    return frozenset(names)
 
 
 def search_path(config_dir: Path | None) -> list[str]:
@@ -170,7 +193,7 @@ def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show:
     show: ``job``, ``hydra`` or ``all`` prints the composed configuration instead.
     """
     overrides = [*overrides]
-    configs = [compose_run(job) for job in (expand(overrides) if multirun else [overrides])]
+    configs = compose_runs(verb, overrides, multirun)
     flags = ["--cfg", show] if show else ["--multirun"] if multirun else []
     sweep = Path(configs[0].runs) / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     if multirun and not show:
@@ -218,17 +241,11 @@ def _job(verb: str, cfg: DictConfig) -> None:
     def recompose(more: list[str]) -> RunConfig:
         return compose_run([*search, *overrides, *more])
 
-    job = jobs.Job(verb, _named(build_config(container)), overrides, _given(overrides), recompose)
+    job = jobs.Job(verb, _named(build_config(container)), overrides, given(overrides), recompose)
     if config.mode is RunMode.MULTIRUN:
         job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
     else:
         job.run()
-
-
-def _given(overrides: Sequence[str]) -> frozenset[str]:
-    """Dotted names of what the user set; choosing an option of a group sets the group's name."""
-    parsed = OverridesParser.create().parse_overrides([*overrides])
-    return frozenset(override.key_or_group for override in parsed)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from infini_bench.contract.subject import Verdict
 from infini_bench.errors import UserError
 from infini_bench.files import write_json
 from infini_bench.schema import MemoryConfig
-from infini_bench.show import FILE_WIDTH, quiet
+from infini_bench.show import out, quiet
 
 COLOURS = {"pass": "green", "FAIL": "red", "not applicable": "dim"}
 
@@ -84,5 +83,4 @@ def show(target: str, verdicts: Sequence[Verdict]) -> None:
     table.title_justify = "left"
     for v in verdicts:
         table.add_row(v.property, f"[{COLOURS[v.verdict]}]{v.verdict}[/]", escape(v.detail))
-    console = Console()
-    Console(width=None if console.is_terminal else FILE_WIDTH).print(table)
+    out().print(table)

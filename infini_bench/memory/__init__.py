@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from infini_bench import outside
-from infini_bench.config import check_memory
 from infini_bench.errors import UserError
 from infini_bench.memory.base import Memory, State
 from infini_bench.memory.compressed import CompressedMemory
@@ -14,6 +13,7 @@ from infini_bench.memory.local import KernelMemory, SparseMemory
 from infini_bench.memory.retrieval import RetrievalMemory
 from infini_bench.memory.tokens import AssociativeTokens, AutoCompressor, RecurrentTokens, TokenMemory
 from infini_bench.memory.window import SinkMemory, WindowMemory
+from infini_bench.rules import check_memory
 from infini_bench.schema import (
     BACKENDS,
     COMPRESSIONS,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infini_bench.report import paper
 from infini_bench.report.booksum import spread
 from infini_bench.report.cells import Line, Row, grouped
-from infini_bench.report.probe_figures import COLOURS, MARKERS, _axes, _finished
+from infini_bench.report.style import grid, legend, look
 from infini_bench.report.tidy import weightless
 from infini_bench.units import format_length
 
@@ -34,7 +34,7 @@ def booksum_figure(rows: list[Row]) -> Figure | None:
     if not groups:
         return None
     names = list(dict.fromkeys(label(row) for row in wanted))
-    figure, axes = _axes(len(groups), 2, 4.6, 3.4)
+    figure, axes = grid(len(groups), 2, (4.6, 3.4))
     for (left, right), group in zip(axes, groups, strict=True):
         first = group[0]
         _level(left, names, group)
@@ -58,7 +58,7 @@ def booksum_figure(rows: list[Row]) -> Figure | None:
         right.set_title("on the books that the shorter input cuts, n beside", fontsize=8)
         left.set_ylabel("overall")
         right.set_ylabel("gain over next shorter")
-    return _finished(figure, axes)
+    return legend(figure, axes.flat)
 
 
 def label(row: Row) -> str:
@@ -71,21 +71,18 @@ def label(row: Row) -> str:
 def _level(ax: Axes, names: list[str], rows: Line) -> None:
     for row in rows:
         if weightless(row["config"]):
-            style: dict[str, Any] = {
-                "color": COLOURS[names.index(label(row)) % len(COLOURS)],
-                "linestyle": "--",
-                "linewidth": 1,
-            }
-            ax.axhline(row["value"], label=label(row), **style)
+            color = look(names.index(label(row)))["color"]
+            ax.axhline(row["value"], label=label(row), color=color, linestyle="--", linewidth=1)
 
 
 def _curves(ax: Axes, names: list[str], rows: Line, counted: bool = False) -> None:
     for line in grouped([{**row, "name": label(row)} for row in rows], ("name",)):
         line = sorted(line, key=lambda row: row["length"])
-        number = names.index(line[0]["name"])
-        color, x = COLOURS[number % len(COLOURS)], [row["length"] for row in line]
-        look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.3}
-        ax.plot(x, [row["value"] for row in line], color=color, label=line[0]["name"], **look)
+        style, x = look(names.index(line[0]["name"])), [row["length"] for row in line]
+        color = style["color"]
+        ax.plot(
+            x, [row["value"] for row in line], label=line[0]["name"], markersize=4, linewidth=1.3, **style
+        )
         band = [row for row in line if row["ci_low"] is not None]
         low, high = ([row[key] for row in band] for key in ("ci_low", "ci_high"))
         ax.fill_between([row["length"] for row in band], low, high, color=color, alpha=0.15, linewidth=0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infini_bench.report.cells import Row, grouped
-from infini_bench.report.probe_figures import COLOURS, MARKERS, _axes, _finished
+from infini_bench.report.style import grid, legend, look
 from infini_bench.units import format_length
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ def efficiency_figure(rows: list[Row]) -> Figure:
     rows = [{**row, "shape": shape(row), "name": name(row)} for row in rows if row["value"]]
     names = list(dict.fromkeys(row["name"] for row in rows))
     groups = grouped(rows, ("scale", "device", "protocol", "shape"))
-    figure, axes = _axes(max(len(groups), 1), len(PANELS), 3.4, 3.0)
+    figure, axes = grid(max(len(groups), 1), len(PANELS), (3.4, 3.0))
     for line, group in zip(axes, groups, strict=False):
         for ax, (metric, position) in zip(line, PANELS, strict=True):
             shown = [row for row in group if (row["metric"], row["position"]) == (metric, position)]
             _panel(ax, names, shown, *PANELS[metric, position])
         title = f"{group[0]['shape']}, {group[0]['protocol']}, {group[0]['device']}"
         line[0].set_title(title, fontsize=8, loc="left")
-    return _finished(figure, axes)
+    return legend(figure, axes.flat)
 
 
 def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float) -> None:
@@ -56,12 +56,11 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
         ax.set_axis_off()
         return
     for line in grouped(rows, ("name",)):
-        number = names.index(line[0]["name"])
-        color = COLOURS[number % len(COLOURS)]
-        look: dict[str, Any] = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+        style = look(names.index(line[0]["name"]))
+        color = style["color"]
         line = sorted(line, key=lambda row: row["length"])
         x, y = [row["length"] for row in line], [row["value"] / unit for row in line]
-        ax.plot(x, y, label=line[0]["name"], linewidth=1.3, markersize=3.5, **look)
+        ax.plot(x, y, label=line[0]["name"], linewidth=1.3, markersize=3.5, **style)
         band = [row for row in line if row["ci_low"] is not None]
         low, high = ([row[key] / unit for row in band] for key in ("ci_low", "ci_high"))
         ax.fill_between([row["length"] for row in band], low, high, color=color, alpha=0.2, linewidth=0)

@@ -1,20 +1,15 @@
 """Figures from tidy rows, as SVG: one function a table, ``rows -> Figure``, named in FIGURES.
 
-The same rows give the same bytes: no date, no random ids, text as text. Lines differ in colour (Okabe and
-Ito, safe for colour-blind readers), in marker and in dashes, so that they can be told apart in grey, too.
+Here those of the diagnostics; the others' functions stand in modules of their own.
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from infini_bench.report import (
@@ -26,18 +21,8 @@ from infini_bench.report import (
 )
 from infini_bench.report.cells import Line, Row, find, grouped
 from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
+from infini_bench.report.style import dashes, drawn, heat, legend, look, panels
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-DASHES = ("-", "--", "-.", ":")
-PANEL = (4.4, 3.2)  # inches
-STYLE: dict[str, Any] = {
-    "svg.hashsalt": "infini-bench",
-    "svg.fonttype": "none",
-    "font.size": 9.0,
-    "axes.grid": True,
-}
-STYLE |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 LENGTH = ("task.segments", "trainer.batch", "trainer.curriculum")  # differ with the training length
 SHEET = ("scale", "device", "dataset")
 
@@ -45,31 +30,6 @@ SHEET = ("scale", "device", "dataset")
 def svg(name: str, rows: list[Row]) -> str | None:
     """The figure of a table, None if it has none or nothing to show."""
     return drawn(lambda: FIGURES[name](rows)) if name in FIGURES and rows else None
-
-
-def drawn(draw: Callable[[], Figure | None]) -> str | None:
-    """The SVG of the figure that ``draw`` makes in our style; None if it makes none."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        for key, value in STYLE.items():
-            matplotlib.rcParams[key] = value  # type: ignore[index]
-        figure = draw()
-        if figure is None:
-            return None
-        text = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def panels(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` axes in rows of ``columns``."""
-    columns = min(columns, count)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, **options).ravel()
-    for unused in axes[count:]:
-        unused.set_axis_off()
-    return figure, [*axes[:count]]
 
 
 Names = dict[tuple[str, str], str]  # of a figure's lines, by model and variant
@@ -102,14 +62,14 @@ def curve(axes: Axes, names: Names, rows: list[Row], x: list[float]) -> None:
     number = _number(names, rows[0])
     order = np.argsort(x)
     values = {key: np.array([_float(rows[i][key]) for i in order]) for key in ("value", "ci_low", "ci_high")}
-    style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
+    style = look(number)
     axes.plot(
         np.array(x)[order],
         values["value"],
-        marker=MARKERS[number % len(MARKERS)],
         markersize=4,
         label=[*names.values()][number],
         **style,
+        **dashes(number),
     )
     axes.fill_between(
         np.array(x)[order], values["ci_low"], values["ci_high"], alpha=0.15, color=style["color"]
@@ -141,17 +101,6 @@ def trained_marks(axes: Axes, places: set[int]) -> None:
         axes.annotate(f"trained to {x} ", (x, 50), rotation=90, ha="right", va="center", fontsize=7)
 
 
-def legend(figure: Figure, axes: list[Axes]) -> None:
-    """One legend for all panels, below them; each name once."""
-    found = [pair for each in axes for pair in zip(*each.get_legend_handles_labels(), strict=True)]
-    names = {name: handle for handle, name in found if name != "chance"}
-    names |= {name: handle for handle, name in found if name == "chance"}
-    letters = 15 * figure.get_figwidth()  # that a line holds, symbols as eight
-    columns = max(1, int(letters // (8 + max(map(len, names), default=0))))
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
-    figure.legend([*names.values()], [*names], loc="outside lower center", ncols=columns, frameon=False)
-
-
 def _place(row: Row) -> str:
     return f"{row['dataset']}, {row['scale']}, {row['device']}"
 
@@ -172,8 +121,7 @@ def recall(rows: list[Row]) -> Figure:
     for each, group in zip(axes, groups, strict=True):
         _recall_panel(each, labels(kept), group)
         each.set_title(f"{group[0]['condition']} filler: {_place(group[0])}", fontsize=8)
-    legend(figure, axes)
-    return figure
+    return legend(figure, axes)
 
 
 def _recall_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
@@ -201,8 +149,7 @@ def mqar(rows: list[Row]) -> Figure:
         percent_axes(each, group, "pairs")
         each.set_title(f"asked {group[0]['position']} segments later: {_place(group[0])}", fontsize=8)
         each.set_ylabel("right values, %")
-    legend(figure, axes)
-    return figure
+    return legend(figure, axes)
 
 
 def features(rows: list[Row]) -> Figure:
@@ -230,7 +177,7 @@ SHOWN = (64, 1024)  # distances with a heat map
 
 
 def _heat(axes: Axes, rows: list[Row], metric: str, match: Row, limits: tuple[float, float] | None) -> None:
-    """Values at (feature map, normaliser); a dash where there is none."""
+    """Values at (feature map, normaliser)."""
 
     def setting(row: Row, name: str) -> str:
         return str(row["config"]["memory"].get(name, "sum"))
@@ -245,14 +192,7 @@ def _heat(axes: Axes, rows: list[Row], metric: str, match: Row, limits: tuple[fl
             )
     finite = values[np.isfinite(values)]
     low, high = limits or ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0))
-    axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        dark = np.isfinite(value) and value - low <= 0.5 * (high - low)
-        text = "—" if np.isnan(value) else f"{value:.0f}" if limits else f"{value:.3f}"
-        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
-    axes.set_xticks(range(len(norms)), norms)
-    axes.set_yticks(range(len(maps)), maps)
-    axes.grid(False)
+    heat(axes, values, (maps, norms), (low, high), 0 if limits else 3)
 
 
 def variants(rows: list[Row]) -> Figure:
@@ -268,8 +208,7 @@ def variants(rows: list[Row]) -> Figure:
     for each, (filler, group) in zip(axes, parts, strict=False):
         (_recall_panel if filler else _bits_panel)(each, labels(rows), group)
         each.set_title(f"{group[0]['model']} {filler}: {_place(group[0])}", fontsize=8)
-    legend(figure, axes)
-    return figure
+    return legend(figure, axes)
 
 
 def _bits_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
@@ -277,13 +216,9 @@ def _bits_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
     for place, row in enumerate(rows):
         if row["value"] is not None:
             number = _number(names, row)
-            style: dict[str, Any] = {
-                "color": COLORS[number % len(COLORS)],
-                "marker": MARKERS[number % len(MARKERS)],
-            }
             low, high = (_float(row[key]) for key in ("ci_low", "ci_high"))
             error = [[np.nan_to_num(row["value"] - low)], [np.nan_to_num(high - row["value"])]]
-            axes.errorbar([row["value"]], [place], xerr=error, capsize=2, **style)
+            axes.errorbar([row["value"]], [place], xerr=error, capsize=2, **look(number))
     axes.set_yticks(
         range(len(rows)),
         [[*names.values()][_number(names, row)].partition(" ")[2] or row["model"] for row in rows],

@@ -6,13 +6,13 @@ A figure function takes tidy rows of its table and returns a matplotlib Figure; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infini_bench.report import gates, paper
 from infini_bench.report.cells import Line, Row, find, grouped
-from infini_bench.report.probe_figures import COLOURS, DASHES, MARKERS, _axes, _finished
+from infini_bench.report.style import COLOURS, dashes, grid, heat, legend, look
 from infini_bench.units import format_length
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def position_figure(rows: list[Row]) -> Figure:
     shown = [row for row in own if int(row["position"]) >= LEAST]
     groups = grouped(shown, SHEET)
     names = list(dict.fromkeys(map(_name, shown)))
-    figure, axes = _axes(max(len(groups), 1), 2, 5.4, 3.2)
+    figure, axes = grid(max(len(groups), 1), 2, (5.4, 3.2))
     for (left, right), group in zip(axes, groups, strict=False):
         lines = grouped(group, ("model", "variant"))
         for line in lines:
@@ -57,7 +57,7 @@ def position_figure(rows: list[Row]) -> Figure:
         right.set_ylabel(f"less {FLOOR}'s")
         _positions(left, group)
         _positions(right, group)
-    return _finished(figure, axes)
+    return legend(figure, axes.flat)
 
 
 def _positions(ax: Axes, rows: list[Row]) -> None:
@@ -86,12 +86,8 @@ def _less(line: Line, floor: Line) -> Line:
 
 def _curve(ax: Axes, line: Line, number: int) -> None:
     points = sorted((int(row["position"]), row["value"]) for row in line)
-    style: dict[str, Any] = {
-        "color": COLOURS[number % len(COLOURS)],
-        "dashes": DASHES[number // len(COLOURS) % len(DASHES)],
-    }
-    marker = MARKERS[number % len(MARKERS)]
-    ax.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=_name(line[0]), **style)
+    style = look(number) | dashes(number // len(COLOURS))
+    ax.plot(*zip(*points, strict=True), markersize=3, label=_name(line[0]), **style)
 
 
 def gates_figure(rows: list[Row]) -> Figure:
@@ -99,7 +95,7 @@ def gates_figure(rows: list[Row]) -> Figure:
     lines = gates.lines_of(rows)
     columns = min(len(lines) + 1, 4)
     blocks = -(-(len(lines) + 1) // columns)
-    figure, axes = _axes(2 * blocks, columns, 3.2, 2.6)
+    figure, axes = grid(2 * blocks, columns, (3.2, 2.6))
     for ax in axes.flat:
         ax.set_axis_off()
     _heat(axes[0, 0], paper.FIGURE3, "Munkhdalai et al. 2024, Figure 3\n(rows as printed)")
@@ -111,22 +107,15 @@ def gates_figure(rows: list[Row]) -> Figure:
         title = f"{_name(row)}\n{row['dataset']}, {row['scale']}, seed {extra['seed']}"
         _heat(axes[2 * block, column], extra["gates"], title)
         _way(axes[2 * block + 1, column], line)
-    finished = _finished(figure, axes)
-    for ax in axes.flat:
-        ax.grid(not ax.images)  # no lines through the numbers of a heat map
-    return finished
+    return legend(figure, axes.flat)
 
 
 def _heat(ax: Axes, values: gates.Gates, title: str) -> None:
     ax.set_axis_on()
-    ax.imshow(np.array(values), cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(np.array(values)):
-        color = "white" if value < 0.5 else "black"
-        ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=6, color=color)
+    numbers = [[str(n + 1) for n in range(count)] for count in (len(values), len(values[0]))]
+    heat(ax, np.array(values), (numbers[0], numbers[1]), (0, 1), 1, 6)
     ax.set_title(title, fontsize=7)
     ax.set(xlabel="head", ylabel="layer")
-    ax.set_xticks(range(len(values[0])), [str(n + 1) for n in range(len(values[0]))])
-    ax.set_yticks(range(len(values)), [str(n + 1) for n in range(len(values))])
 
 
 def _way(ax: Axes, line: Line) -> None:
@@ -134,11 +123,7 @@ def _way(ax: Axes, line: Line) -> None:
     ax.set_axis_on()
     for number, kind in enumerate(gates.KINDS):
         points = gates.history(line, kind)
-        style: dict[str, Any] = {
-            "color": COLOURS[number],
-            "dashes": DASHES[number % len(DASHES)],
-            "marker": MARKERS[number],
-        }
+        style = look(number) | dashes(number)
         ax.plot(*zip(*points, strict=True), markersize=3, label=kind.replace("_", " "), **style)
     ax.set(xlabel="step", ylabel="heads, %", ylim=(-3, 103))
 

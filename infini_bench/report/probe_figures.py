@@ -11,7 +11,8 @@ from fractions import Fraction
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from infini_bench.report.cells import Line, Row
+from infini_bench.report.cells import Line, Row, grouped
+from infini_bench.report.style import dashes, grid, legend, look
 from infini_bench.schema import KEYS
 from infini_bench.units import format_length
 
@@ -19,17 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, but for its yellow: told apart also by those who see fewer colours
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
-MARKERS = "osD^vPX*<>hd"
-DASHES = ((), (4, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # of writes in a segment, or of variants
-
 
 def footprint_figure(rows: list[Row]) -> Figure:
     """Floats carried against tokens read, one panel a scale; what carries nothing is named below."""
-    panels = _split(rows, ("scale", "device"))
-    figure, axes = _axes(1, len(panels), 5.6, 3.8)
-    for ax, own in zip(axes[0], panels.values(), strict=True):
+    panels = grouped(rows, ("scale", "device"))
+    figure, axes = grid(1, len(panels), (5.6, 3.8))
+    for ax, own in zip(axes[0], panels, strict=True):
         floats = [row for row in own if row["metric"] == "state_floats"]
         empty = _curves(ax, floats, "length", lambda line: (_label(line[0]), _look(rows, line[0]["model"])))
         ax.set(xscale="log", yscale="log", title=f"scale {own[0]['scale']}", xlabel="tokens read")
@@ -40,7 +36,7 @@ def footprint_figure(rows: list[Row]) -> Figure:
         if empty:
             ax.set_title(f"carry nothing: {', '.join(empty)}", fontsize=7, loc="left", y=-0.24)
     axes[0][0].set_ylabel("floats that cross a boundary")
-    return _finished(figure, axes, legend=False)
+    return figure
 
 
 def capacity_figure(rows: list[Row]) -> Figure:
@@ -52,16 +48,16 @@ def capacity_figure(rows: list[Row]) -> Figure:
     cuts = sorted(
         {row["protocol"] for row in rows}, key=lambda name: (not name[0].isdigit(), len(name), name)
     )
-    groups = _split(rows, ("scale", "device", "variant"))
+    groups = grouped(rows, ("scale", "device", "variant"))
     metrics = {"cosine": "cosine", "relative_error": "relative error"}
-    figure, axes = _axes(2 * len(groups), len(kinds), 2.5, 2.2, sharey="row")
+    figure, axes = grid(2 * len(groups), len(kinds), (2.5, 2.2), sharey="row")
 
     def style(line: Line) -> tuple[str, dict[str, Any]]:
         cut = line[0]["protocol"]
-        look = _look(rows, line[0]["model"]) | {"dashes": DASHES[cuts.index(cut) % len(DASHES)]}
+        look = _look(rows, line[0]["model"]) | dashes(cuts.index(cut))
         return f"{line[0]['model']}, {cut}", look
 
-    for g, own in enumerate(groups.values()):
+    for g, own in enumerate(groups):
         for (m, metric), (column, kind) in product(enumerate(metrics), enumerate(kinds)):
             ax = axes[2 * g + m][column]
             shown = [row for row in own if (row["metric"], row["condition"]) == (metric, kind)]
@@ -80,15 +76,15 @@ def capacity_figure(rows: list[Row]) -> Figure:
         variant = own[0]["variant"] or "as in the paper"
         for m, title in enumerate(metrics.values()):
             axes[2 * g + m][0].set_ylabel(f"{title}\n({variant})" if len(groups) > 1 else title)
-    return _finished(figure, axes)
+    return legend(figure, axes.flat)
 
 
 def reach_figure(rows: list[Row]) -> Figure:
     """Gradient norm against segments crossed, both logarithmic; exact zeros lie on a line below."""
-    groups = _split(rows, ("scale", "device"))
+    groups = grouped(rows, ("scale", "device"))
     fillers = list(dict.fromkeys(row["condition"] for row in rows))
-    figure, axes = _axes(len(groups), len(fillers), 4.6, 3.8, sharey="row")
-    for g, own in enumerate(groups.values()):
+    figure, axes = grid(len(groups), len(fillers), (4.6, 3.8), sharey="row")
+    for g, own in enumerate(groups):
         norms = [row for row in own if row["metric"] == "gradient_norm"]
         floor = 0.3 * min((row["value"] for row in norms if row["value"]), default=1.0)
         for column, filler in enumerate(fillers):
@@ -110,7 +106,7 @@ def reach_figure(rows: list[Row]) -> Figure:
             text = "exactly 0" + (f"; at every distance: {', '.join(none)}" if none else "")
             ax.annotate(text, (ticks[0], floor), (0, -9), textcoords="offset points", fontsize=7)
         axes[g][0].set_ylabel("gradient norm at the write")
-    return _finished(figure, axes)
+    return legend(figure, axes.flat)
 
 
 FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
@@ -118,13 +114,6 @@ FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
     "diag_memory": capacity_figure,
     "diag_gradients": reach_figure,
 }
-
-
-def _axes(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.6), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def _curves(
@@ -139,7 +128,7 @@ def _curves(
     floor: where a zero is drawn on a logarithmic axis; unset: as it is.
     """
     empty = []
-    for line in _split(rows, ("model", "variant", "protocol")).values():
+    for line in grouped(rows, ("model", "variant", "protocol")):
         label, look = style(line)
         line = sorted((row for row in line if row["value"] is not None), key=lambda row: float(row[x]))
         if not any(row["value"] for row in line):
@@ -158,8 +147,7 @@ def _curves(
 def _look(rows: list[Row], model: str) -> dict[str, Any]:
     """Colour and marker of a model among those of the figure."""
     names = sorted({row["model"]: None for row in rows}, key=lambda name: not name.startswith("infini"))
-    index = names.index(model)
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    return look(names.index(model))
 
 
 def _label(row: Row) -> str:
@@ -170,8 +158,8 @@ def _end_labels(ax: Axes, rows: list[Row]) -> None:
     """Names at the right end of a logarithmic panel's lines, moved apart; equal ends share a line of text."""
     low, high = (math.log(limit) for limit in ax.get_ylim())
     place = -1.0
-    for (value,), same in sorted(_split(rows, ("value",)).items()):
-        place = max((math.log(value) - low) / (high - low), place + 0.055)
+    for same in sorted(grouped(rows, ("value",)), key=lambda same: same[0]["value"]):
+        place = max((math.log(same[0]["value"]) - low) / (high - low), place + 0.055)
         spot: dict[str, Any] = {
             "xycoords": "axes fraction",
             "va": "center",
@@ -180,27 +168,3 @@ def _end_labels(ax: Axes, rows: list[Row]) -> None:
         }
         ax.annotate(",\n".join(_label(row) for row in same), (1.02, place), **spot)
         place += 0.045 * (len(same) - 1)
-
-
-def _finished(figure: Figure, axes: Any, legend: bool = True) -> Figure:
-    """Light grid, no box, and one legend for all panels."""
-    named: dict[str, Any] = {}
-    for ax in axes.flat:
-        ax.grid(color="#e5e5e5", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-        handles, labels = ax.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    if named and legend:
-        columns = min(len(named), 3)
-        figure.legend(
-            named.values(), named, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-        )
-    return figure
-
-
-def _split(rows: list[Row], keys: tuple[str, ...]) -> dict[tuple, list[Row]]:
-    """Rows by equal ``keys``, in order of first appearance."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from infini_bench.report.cells import Line, Row, grouped
 from infini_bench.report.records import Record
+from infini_bench.report.style import heat, panels
 from infini_bench.report.tidy import POSITIONS, rank
 from infini_bench.units import format_length
 
-MAP = "cividis"
 COLUMNS = 4
 RETRIEVAL = ("passkey", "needles")
 
@@ -23,14 +23,9 @@ def heat_maps(rows: list[Row]) -> Figure:
     """Exact match at (depth, length): a map for each model, variant, machine and condition; no controls."""
     keys = [row for row in rows if row["metric"] == "exact_match" and "memory_off" not in row["condition"]]
     lines = grouped(keys, ("scale", "device", "dataset", "model", "variant", "protocol", "condition"))
-    columns = min(COLUMNS, len(lines)) or 1
-    count = -(-len(lines) // columns) or 1
-    figure = Figure(figsize=(3.4 * columns, 2.4 * count), layout="constrained")
-    axes = figure.subplots(count, columns, squeeze=False).ravel()
+    figure, axes = panels(max(len(lines), 1), COLUMNS, (3.4, 2.4))
     for each, line in zip(axes, lines, strict=False):
         _heat(each, line)
-    for unused in axes[len(lines) :]:
-        unused.set_axis_off()
     return figure
 
 
@@ -41,13 +36,7 @@ def _heat(axes: Axes, line: Line) -> None:
     for row in line:
         if row["value"] is not None:
             values[depths.index(row["position"]), lengths.index(row["length"])] = row["value"]
-    axes.imshow(values, cmap=MAP, vmin=0, vmax=100, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        text = "—" if np.isnan(value) else f"{value:.0f}"
-        axes.text(j, i, text, ha="center", va="center", color="white" if value <= 50 else "black", fontsize=8)
-    axes.set_xticks(range(len(lengths)), [format_length(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), depths)
-    axes.grid(False)
+    heat(axes, values, (depths, map(format_length, lengths)), (0, 100))
     first = line[0]
     device = first["device"].split(",")[0][:24]
     place = first["base"] or first["dataset"]
@@ -67,14 +56,9 @@ def training(records: list[Record]) -> Figure | None:
     runs = [r for r in runs if r.train.get("curve") and r.train["curve"][0]["gates"]]
     if not runs:
         return None
-    columns = min(COLUMNS, len(runs))
-    count = -(-len(runs) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.8 * count), layout="constrained")
-    axes = figure.subplots(count, columns, squeeze=False).ravel()
-    for each, run in zip(axes, runs, strict=False):
+    figure, axes = panels(len(runs), COLUMNS, (3.6, 2.8))
+    for each, run in zip(axes, runs, strict=True):
         _curve(each, run)
-    for unused in axes[len(runs) :]:
-        unused.set_axis_off()
     return figure
 
 

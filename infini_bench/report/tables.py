@@ -12,9 +12,10 @@ from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.report import claims, paper, render, retrieval_figures
 from infini_bench.report.evidence import Evidence
-from infini_bench.report.figures import drawn, svg
+from infini_bench.report.figures import svg
 from infini_bench.report.layouts import sheets
 from infini_bench.report.records import Record, current, read_records
+from infini_bench.report.style import drawn
 from infini_bench.report.tidy import COLUMNS, NAMES, tidy
 from infini_bench.units import suggest
 

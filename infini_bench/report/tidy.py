@@ -13,7 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from statistics import mean, variance
 from typing import Any
@@ -25,6 +25,7 @@ from infini_bench.report.adapted import language, rooted
 from infini_bench.report.compare import booksum_deltas, compressions, deltas, longer, mean_interval
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
+from infini_bench.unread import reads
 
 Row = dict[str, Any]
 
@@ -269,7 +270,8 @@ def _text(value: Any) -> str:
 def _setup(record: Record) -> dict[str, str]:
     """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``.
 
-    A setting younger than the record has its default, which is how the run behaved.
+    A setting younger than the record has its default, which is how the run behaved; one that its memory does
+    not read is left out.
     """
     flat: dict[str, str] = {}
 
@@ -284,6 +286,10 @@ def _setup(record: Record) -> dict[str, str]:
     without = {*UNHASHED, "seed", *(WEIGHTS if weightless(record.config) else ())}
     for config in (known, record.config):
         walk("", {key: value for key, value in config.items() if key not in without})
+    given = record.config.get("memory", {})
+    memory = MemoryConfig(**{f.name: given[f.name] for f in fields(MemoryConfig) if f.name in given})
+    for name in (f.name for f in fields(MemoryConfig) if not reads(memory, f.name)):
+        flat.pop(f"memory.{name}", None)
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})

@@ -76,6 +76,15 @@ def test_a_newer_measurement_of_the_same_run_replaces_the_older():
     assert pick(tidy([new, old]), "token_ppl")["value"] == 20.0
 
 
+def test_a_newer_measurement_of_fewer_trials_does_not():
+    many = passkey(id="a", started="2026-01-01")
+    few = passkey(id="b", started="2026-01-02", config={"task.trials": 2})
+    for metric in few.metrics:
+        metric["n"] = 2
+    shown = [row for row in tidy([many, few]) if row["metric"] == "exact_match"]
+    assert {row["n"] for row in shown} == {20} and {*shown[0]["records"]} == {"a"}
+
+
 def test_lengths_measured_in_two_runs_share_a_line():
     rows = tidy([passkey(lengths=(512,)), passkey(lengths=(4096,))])
     assert {r["variant"] for r in rows} == {None}

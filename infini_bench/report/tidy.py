@@ -107,8 +107,11 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     """
     measured = measurements(records)
     cells: dict[tuple, dict[tuple[int, int], Row]] = defaultdict(dict)
-    for row in measured:  # oldest first, so a newer measurement of the same seed replaces an older one
-        cells[tuple(row[key] for key in CELL)][row["seed"]] = row
+    for row in measured:  # oldest first: a newer one of the same seed replaces one of no more trials
+        by_seed = cells[tuple(row[key] for key in CELL)]
+        before = by_seed.get(row["seed"])
+        if before is None or row["metric"] not in PROPORTIONS or row["n"] >= before["n"]:
+            by_seed[row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
     pairs = chain(deltas(measured), longer(measured), booksum_deltas(measured))
     rows += [_summed_up(group, values) for group, values in pairs]

@@ -30,6 +30,7 @@ from infini_bench.report.records import KILLED, Record, add_plan, config_hash, c
 from infini_bench.report.tables import print_tables, write_report
 from infini_bench.report.tidy import tidy
 from infini_bench.schema import RunConfig
+from infini_bench.units import suggest
 from infini_bench.unread import check_read
 from infini_bench.workers import Board, Relay, cores, run_all
 
@@ -146,6 +147,7 @@ def plan(
     plan = read_plan(what).at(scale)
     places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
     jobs: list[tuple[int, Job]] = []
+    named: set[str] = set()
     for (task, own), setting, model in product(plan.tasks.items(), plan.settings(), models or plan.models):
         if setting.models is not None and model not in setting.models:
             continue
@@ -156,10 +158,13 @@ def plan(
             name = " ".join([task, model, *([setting.name] if setting.name else []), f"seed {seed}"])
             parts = [task, model, re.sub(r"[^\w.=-]+", "-", setting.name), f"seed{seed}"]
             log = out / "logs" / f"{'-'.join(part for part in parts if part)}.txt"
+            named |= set(name.split())
             if not set(only.split()) <= set(name.split()):
                 continue
             job = Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name)
             jobs.append((seed if seeds is None else seeds.index(seed), job))
+    for word in (word for word in only.split() if word not in named):
+        raise UserError(f'No run of {what} has "{word}" in its name{suggest(word, sorted(named))}.')
     check_read(given(overrides), [job.cfg for _, job in jobs])
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 

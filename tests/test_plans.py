@@ -119,6 +119,8 @@ def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):
     assert jobs[2].cfg.data.path == f"{tmp_path}/it's"
     assert {job.cfg.model for job in plan("x", "gpu", tmp_path, (2, 7), None, data=tmp_path)} == {"rmt"}
     assert len(plan("x", "smoke", tmp_path, None, None, data=tmp_path, only="rmt 2")) == 2
+    with pytest.raises(UserError, match=r'No run of x has "rmtt" in its name \(did you mean "rmt"\?\)'):
+        plan("x", "smoke", tmp_path, None, None, data=tmp_path, only="rmtt 2")
 
 
 def test_jobs_of_a_grid_have_names_and_logs_of_their_own(tmp_path, monkeypatch):

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from infini_bench.data import Tokenizer
 from infini_bench.errors import UserError
+
+from .base import Batch, mean_over_rows
 
 TASK_LINE = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -68,6 +71,26 @@ def side_by_side(prompts: list[Prompt], start: int, stop: int, size: int) -> Ite
     """Chunks (prompts, t <= size) of prompts of one length, from token start to stop."""
     for a in range(start, stop, size):
         yield np.stack([prompt.tokens(a, min(a + size, stop)) for prompt in prompts])
+
+
+Example = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def training_row(prompt: Prompt, length: int, eos_id: int) -> Example:
+    """Prompt and answer padded to (length,), and masks (length - 1,) of the answer's targets and others."""
+    end = len(prompt) + len(prompt.answer)
+    tokens = np.full(length, eos_id, np.int64)
+    tokens[:end] = np.concatenate([prompt.tokens(), prompt.answer])
+    answer, rest = np.zeros((2, length - 1), np.float32)
+    rest[: len(prompt) - 1] = 1
+    answer[len(prompt) - 1 : end - 1] = 1
+    return tokens, answer, rest
+
+
+def training_batch(rows: list[Example], lm_weight: float) -> Batch:
+    """Loss: mean over the answers' tokens + ``lm_weight`` x the mean over the others."""
+    tokens, answer, rest = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return Batch(tokens, mean_over_rows(answer) + lm_weight * mean_over_rows(rest), answer)
 
 
 class Haystack:

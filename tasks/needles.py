@@ -49,8 +49,8 @@ from infini_bench.progress import NullProgress
 from infini_bench.stream import feed
 from infini_bench.units import parse_length
 
-from .base import Batch, Row, Task, aligned, evaluating, has_controls, mean_over_rows
-from .haystack import FILLER, Prompt, side_by_side
+from .base import Batch, Row, Task, aligned, evaluating, has_controls
+from .haystack import FILLER, Example, Prompt, side_by_side, training_batch, training_row
 from .needle_prompts import BEFORE, NEEDLE, QUESTION, QUESTIONS, Kind, Needles, Text, prompt
 
 
@@ -112,12 +112,9 @@ class NeedlesTask(Task):
         """``segments`` segments of inputs, padded behind the answer."""
         length = (segments or self.task.segments) * self.cfg.memory.segment + 1
         examples = [self._example(number, length, split) for number in range(cursor, cursor + rows)]
-        tokens, answer, rest = (torch.from_numpy(np.stack(part)) for part in zip(*examples, strict=True))
-        weights = mean_over_rows(answer) + self.task.lm_weight * mean_over_rows(rest)
-        return Batch(tokens, weights, answer)
+        return training_batch(examples, self.task.lm_weight)
 
-    def _example(self, number: int, length: int, split: str) -> tuple[np.ndarray, ...]:
-        """Tokens (length,), and masks (length - 1,) of the answer's targets and of all others."""
+    def _example(self, number: int, length: int, split: str) -> Example:
         task, segment = self.task, self.cfg.memory.segment
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
         text = self.text(task.train_fillers[rng.integers(len(task.train_fillers))], split)
@@ -135,12 +132,7 @@ class NeedlesTask(Task):
         least = max(trial.size, border + 2 + (trial.near + len(trial.answer) if near else 0))
         end = int(rng.integers(min(least, length), length + 1))
         made = prompt(trial, text, end, rng.random(), rng, border if near else 0)
-        tokens = np.full(length, self.tokenizer.eos_id, np.int64)
-        tokens[:end] = np.concatenate([made.tokens(), made.answer])
-        answer, rest = np.zeros((2, length - 1), np.float32)
-        rest[: len(made) - 1] = 1
-        answer[len(made) - 1 : end - 1] = 1
-        return tokens, answer, rest
+        return training_row(made, length, self.tokenizer.eos_id)
 
     # Evaluation --------------------------------------------------------------------------------------------
 

@@ -41,8 +41,20 @@ from infini_bench.progress import NullProgress
 from infini_bench.stream import feed, generate, prefill
 from infini_bench.units import parse_depth, parse_length
 
-from .base import Batch, Row, Task, aligned, evaluating, forced, has_controls, mean_over_rows
-from .haystack import FILLER, NEEDLE, QUESTION, TASK_LINE, Haystack, Prompt, prompt_text, side_by_side
+from .base import Batch, Row, Task, aligned, evaluating, forced, has_controls
+from .haystack import (
+    FILLER,
+    NEEDLE,
+    QUESTION,
+    TASK_LINE,
+    Example,
+    Haystack,
+    Prompt,
+    prompt_text,
+    side_by_side,
+    training_batch,
+    training_row,
+)
 
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
 
@@ -110,18 +122,15 @@ class Passkey(Task):
                 f"fills that many segments of {segment} tokens."
             )
         examples = [self._example(number, length, segment, split) for number in range(cursor, cursor + rows)]
-        tokens, answer, rest = (torch.from_numpy(np.stack(part)) for part in zip(*examples, strict=True))
-        weights = mean_over_rows(answer) + self.task.lm_weight * mean_over_rows(rest)
-        return Batch(tokens, weights, answer)
+        return training_batch(examples, self.task.lm_weight)
 
-    def _example(self, number: int, length: int, segment: int, split: str) -> tuple[np.ndarray, ...]:
-        """Tokens (length,), and masks (length - 1,) of the answer's targets and of all others."""
+    def _example(self, number: int, length: int, segment: int, split: str) -> Example:
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
         most = self.haystack.sentences(length)
         shorter = length - segment  # prompts up to this length end before the last segment
         least = self.haystack.sentences(shorter) + 1 if shorter >= self.haystack.shortest else 0
         if self.task.text_share and rng.random() < self.task.text_share:
-            return self._masked(self._in_text(rng, length, segment, split), length)
+            return training_row(self._in_text(rng, length, segment, split), length, self.tokenizer.eos_id)
         counts, earliest, share = range(min(least, most), most + 1), 0, self.task.own_segment
         if share and rng.random() < share:  # share 0 draws nothing: its rows are those of old runs
             sentences = int(rng.choice(self._near(counts, segment)))
@@ -130,7 +139,7 @@ class Passkey(Task):
             sentences = int(rng.integers(counts.start, counts.stop))
         key = self.haystack.key(rng)
         prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences)
-        return self._masked(prompt, length)
+        return training_row(prompt, length, self.tokenizer.eos_id)
 
     def _in_text(self, rng: np.random.Generator, length: int, segment: int, split: str) -> Prompt:
         """A prompt in documents' text, which ends with its answer anywhere in the last segment."""
@@ -138,16 +147,6 @@ class Passkey(Task):
         filler = int(rng.integers(max(length - segment + 1, shortest), length + 1)) - shortest
         key, place = self.haystack.key(rng), int(rng.integers(len(text)))
         return self.haystack.hidden(key, text, place, int(rng.integers(filler + 1)), filler)
-
-    def _masked(self, prompt: Prompt, length: int) -> tuple[np.ndarray, ...]:
-        """Prompt and answer, padded, and where the answer's targets are and where all others."""
-        end = len(prompt) + len(prompt.answer)
-        tokens = np.full(length, self.tokenizer.eos_id, np.int64)
-        tokens[:end] = np.concatenate([prompt.tokens(), prompt.answer])
-        answer, rest = np.zeros((2, length - 1), np.float32)
-        rest[: len(prompt) - 1] = 1
-        answer[len(prompt) - 1 : end - 1] = 1
-        return tokens, answer, rest
 
     def _near(self, counts: range, segment: int) -> list[int]:
         """Numbers of filler sentences with which the needle can stand in the segment of the prompt's end."""

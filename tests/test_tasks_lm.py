@@ -223,8 +223,6 @@ def one_by_one(model, documents):
 def test_memories_are_exchanged_side_by_side_as_one_by_one(memory):
     """Lengths that divide by the segment or not, shorter than one, and far longer than the donor's."""
     model = awake(build_model(DecoderConfig(dim=32, init_std=0.2), memory, 64)).eval()
-    if not model.has_memory:
-        pytest.skip("nothing to exchange")
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 64, length) for length in (41, 5, 16, 90, 24, 9, 33)]
     expected = one_by_one(model, documents)

@@ -70,6 +70,7 @@ _RULES: dict[str, Rule] = {
     "task.lm_weight": _NOT_NEGATIVE,
     "task.own_segment": _SHARE,
     "task.text_share": _SHARE,
+    "task.crossing": _SHARE,
     "task.symbols": (lambda value: value >= 2, "2 or more"),
     "task.fillers": _some_of(schema.FILLERS),
     "task.train_fillers": _some_of(schema.FILLERS),

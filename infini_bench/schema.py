@@ -30,6 +30,7 @@ SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
 NEEDLES = ("number", "uuid", "multikey", "multivalue")
+ANY_ALIGNMENT = "any alignment"  # of the protocol of passkey rows with task.any_alignment
 QUESTIONS = ("after", "before")
 PROTOCOLS = ("prefix", "whole_book")
 EXTRACTIVE = ("lead", "random", "lexrank", "oracle")  # summaries of a book's own sentences, by no model

@@ -50,6 +50,7 @@ from infini_bench.errors import UserError
 from infini_bench.metrics.intervals import Interval
 from infini_bench.metrics.retrieval import exact_match, token_accuracy
 from infini_bench.progress import NullProgress
+from infini_bench.schema import ANY_ALIGNMENT
 from infini_bench.stream import feed, generate, prefill_rows
 from infini_bench.units import parse_depth, parse_length
 
@@ -68,7 +69,6 @@ from .haystack import (
     training_row,
 )
 
-ANY_ALIGNMENT = "any alignment"  # in the protocol's name
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
 
 
@@ -239,8 +239,8 @@ class Passkey(Task):
             )
         if self.haystack.filler_tokens(cell.sentences) < cell.segment - 1:
             raise UserError(
-                f"Ask for longer passkey prompts than {cell.length} tokens, or leave out task.any_alignment: it "
-                f"cuts their filler by up to a segment, {cell.segment} tokens."
+                f"Ask for passkey prompts longer than {cell.length} tokens, or leave out task.any_alignment: "
+                f"it cuts their filler by up to a segment, {cell.segment} tokens."
             )
         return int((trial + rng.random()) * cell.segment / self.task.trials)
 

@@ -286,16 +286,15 @@ class Passkey(Task):
             parts.append((expected, generated, forced(model, logits, state, expected)))
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _score(
-        self, cell: Cell, condition: str, extra: dict, crossing, expected, generated, best
-    ) -> list[Row]:
+    def _score(self, cell: Cell, condition: str, extra: dict, crossing, expected, generated, best):
         """Rows of one condition. crossing: (trials,), where question and answer lie in two segments."""
-        columns = {"length": cell.length, "position": cell.depth}
-        columns |= {"condition": condition, "protocol": self.task.protocol}
+        protocol = self.task.protocol
         if self.task.any_alignment:
-            columns["protocol"] += f", {ANY_ALIGNMENT}"
+            protocol += f", {ANY_ALIGNMENT}"
             found = (generated == expected).all(1)[crossing]
             extra = {**extra, "crossing": [int(found.sum()), len(found)]}
+        columns = {"length": cell.length, "position": cell.depth}
+        columns |= {"condition": condition, "protocol": protocol}
         exact, tokens = exact_match(generated, expected), token_accuracy(best, expected)
         digits = self.task.digits
         chance = 100 / (9 * 10 ** (digits - 1))

@@ -24,7 +24,8 @@ it starts in the segment in which the prompt ends, at a uniform place in front o
 share one row in S of S segments shows this, and a model may never learn to look there. Whole filler sentences
 put the question at few places of a segment (27 of 128, which ones depends on the length); with
 ``train_any_alignment`` the filler is cut to any number of tokens, and all places are equally frequent. In a
-share ``crossing`` question and answer lie in two segments, in the others as often as chance has it.
+share ``crossing`` question and answer lie in two segments (rows of one have no border), in the others as often
+as chance has it. In documents' text all places are equally frequent at all times.
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
@@ -139,7 +140,7 @@ class Passkey(Task):
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
         if self.task.text_share and rng.random() < self.task.text_share:
             return training_row(self._in_text(rng, length, segment, split), length, self.tokenizer.eos_id)
-        kind = self._kind(rng)
+        kind = self._kind(rng, borders=length > segment + 1)
         forms = self.forms(kind, length, segment)
         sentences, shorter = forms[rng.integers(len(forms))]
         earliest = self.haystack.earliest(sentences, segment, shorter) if kind == "own_segment" else 0
@@ -147,13 +148,13 @@ class Passkey(Task):
         prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences, shorter)
         return training_row(prompt, length, self.tokenizer.eos_id)
 
-    def _kind(self, rng: np.random.Generator) -> str:
-        """``own_segment``, ``crossing`` or ``any``."""
+    def _kind(self, rng: np.random.Generator, borders: bool) -> str:
+        """``own_segment``, ``crossing`` or ``any``. borders: whether rows have any to cross."""
         own, crossing = self.task.own_segment, self.task.crossing
         if not own + crossing:  # draws nothing: its rows are those of old runs
             return "any"
         drawn = rng.random()
-        return "own_segment" if drawn < own else "crossing" if drawn < own + crossing else "any"
+        return "own_segment" if drawn < own else "crossing" if borders and drawn < own + crossing else "any"
 
     def _in_text(self, rng: np.random.Generator, length: int, segment: int, split: str) -> Prompt:
         """A prompt in documents' text, which ends with its answer anywhere in the last segment."""

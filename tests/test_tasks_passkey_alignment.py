@@ -88,6 +88,8 @@ def test_shares_of_the_rows_cross_a_border_or_have_the_needle_in_the_questions_s
     assert set(begins[crossing] % N) == set(range(N - 11, N))
     near_ends = begins[near] % N
     assert set(near_ends[near_ends < N - 11]) == set(range(min(near_ends), N - 11))
+    task = make(crossing=1.0, train_any_alignment=True, segment=128)
+    assert len(set(places(task, 60, 1)[0])) > 20  # rows of one segment have no border to cross
     hay = make().haystack
     assert min(begins - needles) == hay.bare - len(hay.head) - 11  # the needle directly before the question
 

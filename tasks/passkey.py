@@ -24,8 +24,8 @@ it starts in the segment in which the prompt ends, at a uniform place in front o
 share one row in S of S segments shows this, and a model may never learn to look there. Whole filler sentences
 put the question at few places of a segment (27 of 128, which ones depends on the length); with
 ``train_any_alignment`` the filler is cut to any number of tokens, and all places are equally frequent. In a
-share ``crossing`` question and answer lie in two segments (rows of one have no border), in the others as often
-as chance has it. In documents' text all places are equally frequent at all times.
+share ``crossing`` question and answer lie in two segments (rows of one have no border), in the others as
+often as chance has it. In documents' text all places are equally frequent at all times.
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from infini_bench.errors import UserError
+from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.memory import build_memory, reference
+from infini_bench.memory.kernels import backend
 from infini_bench.memory.kernels.backend import choose
-from infini_bench.schema import MemoryConfig
+from infini_bench.models import build_model
+from infini_bench.schema import DecoderConfig, MemoryConfig
 
 GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -227,6 +230,29 @@ def test_the_operators_keep_their_promises_to_the_compiler():
     gate = torch.sigmoid(beta).detach().requires_grad_()
     x = (q.requires_grad_(), local.requires_grad_(), gate, before, norms, 1, "elu1")
     torch.library.opcheck(ops._read, x, test_utils=tests)
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_a_layer_with_kernels_compiles_to_one_graph(update, monkeypatch):
+    asked = []
+
+    def ask(*device):
+        torch._dynamo.graph_break()  # as the driver's answer would be one, if it were traced
+        asked.append(device)
+
+    monkeypatch.setattr(backend, "_asked", ask)
+    memory = MemoryConfig(segment=N, update=update, backend="triton")
+    model = build_model(DecoderConfig(layers=2, dim=H * D, heads=H, kv_heads=G, ffn=8), memory, 50).to(DEVICE)
+    x = torch.randn(1, 3 * N, H * D, device=DEVICE, dtype=DTYPES[0], requires_grad=True)
+    rope = tuple(t.to(x) for t in model.model.rotary_emb(x, torch.arange(N, device=DEVICE)[None]))
+    compiled = torch.compile(MemoryDecoderLayer.body, fullgraph=True, dynamic=False, backend="aot_eager")
+    for layer in model.to(DTYPES[0]).model.layers:
+        out, state = compiled(layer, x, rope, None, None)
+        expected, same = layer.body(x, rope, None, None)
+        assert torch.equal(out, expected) and torch.equal(state["M"], same["M"])
+        (ours,), (theirs,) = (torch.autograd.grad(y.float().square().sum(), x) for y in (out, expected))
+        assert distance(ours, theirs.double()) < 1e-5
+    assert asked
 
 
 @pytest.mark.parametrize(

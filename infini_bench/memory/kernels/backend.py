@@ -31,8 +31,13 @@ HEEDED = {
 }  # fmt: skip
 
 
-@cache
+@torch.compiler.assume_constant_result  # it asks the driver: traced, that would cut every layer in parts
 def _of_device(device: torch.device, shared: int) -> str | None:
+    return _asked(device, shared)
+
+
+@cache
+def _asked(device: torch.device, shared: int) -> str | None:
     if not find_spec("triton"):
         return "triton is not installed (pip install 'infini-bench[gpu]')"
     if device.type != "cuda":

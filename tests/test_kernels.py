@@ -263,11 +263,11 @@ def test_a_layer_with_kernels_compiles_to_one_graph(update, monkeypatch):
     ],
 )
 def test_a_backend_that_cannot_run_is_an_error_only_where_it_was_asked_for(change, why):
-    for backend in ("triton", "auto", "eager"):
-        mem = build_memory(MemoryConfig(segment=N, backend=backend, **change), H, G, D).to(DEVICE)
+    for asked in ("triton", "auto", "eager"):
+        mem = build_memory(MemoryConfig(segment=N, backend=asked, **change), H, G, D).to(DEVICE)
         x = [t.flatten(1, 2) for t in inputs(DTYPES[0])[:3]]
         rope = [torch.ones(1, N, D, device=DEVICE, dtype=DTYPES[0])] * 2
-        if backend == "triton":
+        if asked == "triton":
             with pytest.raises(UserError, match=why):
                 mem(*x, rope)
         else:

@@ -99,7 +99,7 @@ class MemoryConfig:
     # of a memory outside this package, which may read every other field too
     options: dict[str, Any] = field(default_factory=dict, metadata={"kinds": ()})
     # eager | triton (an error where it cannot run) | auto (where it can)
-    backend: str = _of("compressive", default="eager")
+    backend: str = _of("compressive", default="auto")
 
 
 @dataclass

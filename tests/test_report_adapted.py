@@ -54,6 +54,14 @@ def test_bits_per_byte_before_and_after_stand_in_the_row_of_the_keys():
     assert "Bits/byte of embedded (validation): before, of the pretrained" in sheet.caption
 
 
+def test_text_cut_to_a_length_makes_no_column_of_that_length():
+    records = chain()
+    for row in records[-1].metrics:
+        row["length"] = 65536
+    titles, sheet = sheet_text(records, "table3_passkey")
+    assert "64K" not in titles and "bits/byte, after" in titles and "needle at start/middle" in sheet.caption
+
+
 def test_models_from_scratch_have_no_such_columns_and_a_zero_shot_has_no_after():
     titles, _ = sheet_text([passkey(), language(bits=2.0)], "table3_passkey")
     assert not [title for title in titles if "bits/byte" in title]

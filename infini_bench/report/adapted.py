@@ -71,4 +71,5 @@ def _corpus(record: Record) -> tuple:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    return next(row for row in record.metrics if (row["metric"], row["condition"]) == (METRIC, None))
+    row = next(row for row in record.metrics if (row["metric"], row["condition"]) == (METRIC, None))
+    return {**row, "length": None}  # in these tables a length is a prompt's

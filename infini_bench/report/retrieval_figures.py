@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,6 +16,7 @@ from infini_bench.report.tidy import POSITIONS, rank
 from infini_bench.units import format_length
 
 COLUMNS = 4
+LAYERS = 4  # whose gates a panel tells apart
 RETRIEVAL = ("passkey", "needles")
 
 
@@ -76,28 +77,35 @@ def _curve(axes: Axes, record: Record) -> None:
     right = axes.twinx()
     right.grid(False)
     right.spines["right"].set_visible(True)
-    low, mean, high = (
-        np.array([point["gates"][name] for point in points]).T for name in ("min", "mean", "max")
-    )
-    colors = _colors(len(mean))
-    for layer, color in enumerate(colors):
-        right.plot(tokens, mean[layer], color=color, linewidth=1.2)
-        right.fill_between(tokens, low[layer], high[layer], color=color, alpha=0.15)
+    axes.set_zorder(right.get_zorder() + 1)  # the loss in front of the gates
+    axes.patch.set_visible(False)
     right.set(ylim=(0, 1))
-    right.set_ylabel("gate: mean of heads, least to most")
+    right.set_ylabel("gate")
+    lines, words = _gates(right, tokens, [point["gates"] for point in points])
     config = record.config
-    name = f"{config['model']} on {record.task}, {config['scale']}, seed {record.seed}"
-    axes.set_title(f"{name}\n{record.id[:15]}; dotted: longer rows", fontsize=7)
-    last = len(colors) - 1  # between the first layer and this one from dark to light
-    shown = range(last + 1) if last < 4 else (0, last)
-    lines, words = right.get_lines(), [f"layer {i}" for i in shown]
-    axes.legend([loss, *(lines[i] for i in shown)], ["loss", *words], fontsize=6)
+    base = (config.get("base") or {}).get("model")
+    name = f"{config['model']} on {record.task}, {config['scale']}, seed {record.seed}, {record.id[:15]}"
+    start = f"{base.removesuffix('.gguf')}; " if base else ""
+    axes.set_title(f"{name}\n{start}dotted: longer rows", fontsize=7)
+    axes.legend([loss, *lines], ["loss", *words], fontsize=6)
 
 
-def _colors(count: int) -> list[tuple[float, ...]]:
-    """From the first layer's to the last's."""
-    scale = matplotlib.colormaps["viridis"]
-    return [scale(i / max(count - 1, 1) * 0.85) for i in range(count)]
+def _gates(axes: Axes, tokens: list[float], gates: list[dict]) -> tuple[list[Artist], list[str]]:
+    """Each layer's mean and spread of heads; of more than `LAYERS` layers, all layers' together."""
+    low, mean, high = (np.array([each[name] for each in gates]).T for name in ("min", "mean", "max"))
+    if len(mean) > LAYERS:
+        (line,) = axes.plot(tokens, np.median(mean, 0), color="tab:green", linewidth=1.2)
+        bands = [(low.min(0), high.max(0), 0.12), (mean.min(0), mean.max(0), 0.3)]
+        heads, layers = (
+            axes.fill_between(tokens, *ends, color="tab:green", alpha=alpha, linewidth=0)
+            for *ends, alpha in bands
+        )
+        return [line, layers, heads], ["layers' mean gates, median", "least to most", "of all heads"]
+    lines: list[Artist] = []
+    for layer, color in enumerate(("tab:purple", "tab:green", "tab:orange", "tab:blue")[: len(mean)]):
+        lines += axes.plot(tokens, mean[layer], color=color, linewidth=1.2)
+        axes.fill_between(tokens, low[layer], high[layer], color=color, alpha=0.15, linewidth=0)
+    return lines, [f"layer {i}, mean of heads" for i in range(len(mean))]
 
 
 FIGURES = {"table3_passkey": heat_maps, "table3_hard": heat_maps}

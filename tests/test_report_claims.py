@@ -127,7 +127,11 @@ def test_keys_at_a_million():
     assert verdicts([passkey("transformer_xl", lengths=(MILLION,))])["passkey_1m"][0] == OPEN
     assert verdicts([passkey(lengths=(4096,))])["passkey_1m"][0] == OPEN
     based = passkey("infini_delta", on=95.0, lengths=(MILLION,), config={"base": {"model": "smollm2"}})
-    assert verdicts([based])["plug_and_play"][0] == YES and verdicts([near])["plug_and_play"][0] == OPEN
+    assert verdicts([near])["plug_and_play"][0] == OPEN
+    lost = passkey("infini_linear", on=5.0, lengths=(MILLION,), config={"base": {"model": "smollm2"}})
+    verdict, sentence = verdicts([based, lost])["plug_and_play"]
+    assert verdict == YES and sentence.startswith("infini_delta in smollm2 at 1M tokens: at least 95 %")
+    assert verdicts([lost])["plug_and_play"][0] == NO
 
 
 def gated(name, values, **changes):

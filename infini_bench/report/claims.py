@@ -177,7 +177,7 @@ CLAIMS = [
         PAPER,
         "A pretrained model takes the memory up by continued training and then handles 1M tokens.",
         "Needs `adapt` and its passkey rows at 1M tokens.",
-        on.adapted,
+        on.key_at_a_million("curriculum", ("start", "middle", "end_outside"), pretrained=True),
     ),
     Claim(
         "rouge_grows",

@@ -19,7 +19,7 @@ SCALES = ("gpu", "paper")
 INFINI = ("infini_linear", "infini_delta")  # the paper's two
 MILLION = 1024 * 1024
 FOUND, LOST = 90.0, 20.0  # percent: a key counts as found from here on, and as not found up to there
-LINE = ("model", "variant", "scale", "device")
+LINE = ("model", "variant", "scale", "device", "dataset", "base")
 DIVERGED = "gave loss"  # in the error of a training whose loss or gradient was no number
 
 
@@ -156,10 +156,13 @@ def smaller(model: str, rival: str, times: float, scale: str = "paper") -> Rule:
 # --- retrieval ------------------------------------------------------------------------------------------
 
 
-def key_at_a_million(protocol: str, positions: tuple[str, ...], models: tuple[str, ...] = ()) -> Rule:
+def key_at_a_million(
+    protocol: str, positions: tuple[str, ...], models: tuple[str, ...] = (), pretrained: bool = False
+) -> Rule:
     """At each position of a 1M-token haystack the key is found, and with the memory off it is not.
 
     models: all of these do it; none given: some Infini memory does. Of a model's trainings the best counts.
+    pretrained: only what a pretrained model was given counts.
     The paper's score is token accuracy; exact match is asked for here, which is harder.
     """
 
@@ -167,6 +170,7 @@ def key_at_a_million(protocol: str, positions: tuple[str, ...], models: tuple[st
         place = {"protocol": protocol, "length": MILLION, "position": positions}
         cells = evidence.find("table3_passkey", "exact_match", condition="constant", **place)
         cells = [row for row in cells if row["model"].startswith("infini")]
+        cells = [row for row in cells if row["base"] or not pretrained]
         lines = [line for line in grouped(cells, LINE) if {row["position"] for row in line} == {*positions}]
         lines.sort(key=lambda line: min(row["value"] for row in line), reverse=True)
         wanted = models or tuple(line[0]["model"] for line in lines[:1])
@@ -177,7 +181,8 @@ def key_at_a_million(protocol: str, positions: tuple[str, ...], models: tuple[st
         off = evidence.find("table3_passkey", "exact_match", condition="memory_off", **place)
         off = [row for row in off if any(_same_line(row, other) for other in on)]
         least, most = min(row["value"] for row in on), max((row["value"] for row in off), default=None)
-        text = f"{' and '.join(wanted)} at 1M tokens: at least {least:.0f} % of keys at each of "
+        where = f" in {on[0]['base']}" if pretrained else ""
+        text = f"{' and '.join(wanted)}{where} at 1M tokens: at least {least:.0f} % of keys at each of "
         text += ", ".join(positions) + (
             "." if most is None else f", at most {most:.0f} % with the memory off."
         )
@@ -254,20 +259,6 @@ def grows_with_input(models: tuple[str, ...] = INFINI) -> Rule:
         return _finding(last["ci_low"] > first["ci_high"], f"{text}{last['length']:,}.", rows)
 
     return rule
-
-
-def adapted(evidence: Evidence) -> Finding | None:
-    """A pretrained model with a memory added finds keys at 1M tokens."""
-    match = {"length": MILLION, "condition": "constant", "position": ("start", "middle", "end_outside")}
-    rows = evidence.find("table3_passkey", "exact_match", **match)
-    rows = [row for row in rows if (row["config"].get("base") or {}).get("model")]
-    if not rows:
-        return None
-    least = min(row["value"] for row in rows)
-    text = (
-        f"Pretrained models with a memory added find at least {least:.0f} % of keys in each of {len(rows)} "
-    )
-    return _finding(least >= FOUND, f"{text}cells at 1M tokens.", rows)
 
 
 def constant_time(models: tuple[str, ...] = INFINI, within: float = 1.1) -> Rule:

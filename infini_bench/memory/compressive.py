@@ -113,9 +113,8 @@ class CompressiveMemory(Memory):
             read, gate = self.read(q, prefixes), self.gate(q)
             if self.cfg.gate_input and not self.training:
                 self.gate_values = gate  # of the last call, for whoever wants to see what opens it
-            mixed = gate * read + (1 - gate) * dot.float()
-            known = (b.ages() > 0)[..., None, None, None]
-            out = torch.where(known, mixed, dot.float()).to(dot.dtype)
+            known = (b.ages() > 0)[..., None, None, None]  # the first segment has nothing to read
+            out = torch.lerp(dot.float(), read, gate * known).to(dot.dtype)
         return out, {**past, **self.carried(prefixes, b.full)}
 
     def fused(self, b: Blocks, dot: Tensor, carry: State) -> tuple[Tensor, State]:

@@ -68,6 +68,8 @@ _RULES: dict[str, Rule] = {
     "memory.backend": _one_of(schema.BACKENDS),
     "memory.gate_start": _ANY,
     "memory.gate_split": _ANY,
+    "memory.write_start": _ANY,
+    "memory.write_split": _ANY,
     "memory.gradient_depth": _NOT_NEGATIVE,
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),

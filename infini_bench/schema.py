@@ -68,6 +68,9 @@ class MemoryConfig:
     normaliser: str = _of("compressive", default="sum")
     decay: float | None = _of("compressive")  # share kept at a boundary, learned from here; unset = all
     write_gate: bool = _of("compressive", default=False)  # each key's write strength depends on the key
+    # its bias at the start, before the sigmoid; and what every second KV head has more, the others less
+    write_start: float = _of("compressive", default=2.0)
+    write_split: float = _of("compressive", default=0.0)
     # beta at the start, before the sigmoid of Eq. 10
     gate_start: float = _of("compressive", "knn", default=0.0)
     # added to beta of every second head, subtracted from the others

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs of results/tables/efficiency.md on a GPU, one command each. Records go to results/records; a run that
 # is recorded as done is not repeated, so that the script can be started again. One part alone, each meant for
-# less than ten minutes on an H200: results/efficiency.sh operator | vs | smollm | model | rivals.
-# vs needs: pip install infini-transformer-pytorch
+# less than ten minutes on an H200: results/efficiency.sh operator | vs | smollm | model | rivals; cpu is for two
+# CPU cores. vs and cpu need: pip install infini-transformer-pytorch
 part=${1:-all}
 bench=${BENCH:-infini-bench}
 wanted() { [[ $part == all || $part == "$1" ]]; }
@@ -38,6 +38,17 @@ if wanted rivals; then
   for models in transformer_xl,memorizing,compressive,sink local_sliding,local_sparse,local_kernel \
     infini_delta_token,rmt,armt,autocompressor; do
     $bench profile --scale gpu --lengths $lengths --models $models 'task.against=[]' task.repeats=3 task.seconds=10
+  done
+fi
+
+# The same package at its own sizes (feed-forward: 682 hidden units) on a CPU: as both are by default, then in
+# bf16 with ours compiled. Seven repetitions in turns.
+if wanted cpu; then
+  for form in float32,false bf16,true; do
+    $bench profile --scale laptop --models infini_linear --vs infini-transformer-pytorch --lengths 8K \
+      'task.modes=[forward]' decoder.layers=4 decoder.dim=256 decoder.heads=8 decoder.head_dim=128 decoder.ffn=680 \
+      memory.segment=2048 data.vocab_size=256 'task.against=[]' task.repeats=7 task.seconds=45 \
+      trainer.precision=${form%,*} trainer.compile=${form#*,}
   done
 fi
 

@@ -27,6 +27,9 @@ put the question at few places of a segment (27 of 128, which ones depends on th
 share ``crossing`` question and answer lie in two segments (rows of one have no border), in the others as
 often as chance has it. In documents' text all places are equally frequent at all times.
 
+* ``write_strength`` (memories with a write gate): mean strength of the keys of one prompt's needle
+  (``position``) and of its ``filler``, at the shortest length; ``extra["heads"]``: by layer and KV head.
+
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
 the prompt's last segment is read; left out for models without a memory that could be switched off.
@@ -41,6 +44,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import sha256
 from statistics import median_low
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +73,7 @@ from .haystack import (
     training_batch,
     training_row,
 )
+from .writing import write_strengths
 
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
 
@@ -104,6 +109,10 @@ class Passkey(Task):
         if split not in self.texts:
             self.texts[split] = self.all_tokens(split, "set task.text_share=0")
         return self.texts[split]
+
+    @property
+    def protocol(self) -> str:
+        return f"{self.task.protocol}, {ANY_ALIGNMENT}" if self.task.any_alignment else self.task.protocol
 
     @cached_property
     def haystack(self) -> Haystack:
@@ -207,7 +216,21 @@ class Passkey(Task):
                 state = feed(model, side_by_side(made[cell][:1], read, starts[cell], size), state, bar)
                 read = starts[cell]
                 rows[cell] = self._rows(cell, made[cell], model, state, read, bar)
-        return [row for cell in made for row in rows[cell]]
+            written = self._written(min(made, key=lambda cell: cell.length), model)
+        return [*(row for cell in made for row in rows[cell]), *written]
+
+    def _written(self, cell: Cell, model) -> list[Row]:
+        """What a write gate makes of a cell's first prompt."""
+        prompt = self.prompts(cell)[0]
+        found = write_strengths(model, prompt, aligned(self.task.chunk, model.segment))
+        columns: dict[str, Any] = {"length": cell.length, "condition": "constant", "n": 1}
+        columns["protocol"] = self.protocol
+        return [
+            self.row(
+                "write_strength", float(w.mean()), position=place, extra={"heads": w.tolist()}, **columns
+            )
+            for place, w in found.items()
+        ]
 
     def cells(self, segment: int) -> list[Cell]:
         """The grid in the order asked for."""
@@ -289,13 +312,11 @@ class Passkey(Task):
 
     def _score(self, cell: Cell, condition: str, extra: dict, crossing, expected, generated, best):
         """Rows of one condition. crossing: (trials,), where question and answer lie in two segments."""
-        protocol = self.task.protocol
         if self.task.any_alignment:
-            protocol += f", {ANY_ALIGNMENT}"
             found = (generated == expected).all(1)[crossing]
             extra = {**extra, "crossing": [int(found.sum()), len(found)]}
         columns = {"length": cell.length, "position": cell.depth}
-        columns |= {"condition": condition, "protocol": protocol}
+        columns |= {"condition": condition, "protocol": self.protocol}
         exact, tokens = exact_match(generated, expected), token_accuracy(best, expected)
         digits = self.task.digits
         chance = 100 / (9 * 10 ** (digits - 1))

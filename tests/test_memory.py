@@ -217,8 +217,16 @@ def test_a_memory_that_does_not_exist_is_named(wrong):
 
 
 def test_split_gates_start_on_both_sides():
-    mem = build_memory(MemoryConfig(gate_start=0.5, gate_split=2.0), 4, 2, 8)
+    starts = {
+        "gate_start": 0.5,
+        "gate_split": 2.0,
+        "write_gate": True,
+        "write_start": -1.0,
+        "write_split": 3.0,
+    }
+    mem = build_memory(MemoryConfig(**starts), 4, 2, 8)
     assert mem.memory_gate.tolist() == [-1.5, 2.5, -1.5, 2.5]
+    assert mem.memory_write[:, -1].tolist() == [-4.0, 2.0] and not mem.memory_write[:, :-1].any()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])

@@ -21,6 +21,7 @@ Beyond the paper:
                      2307.08621). Delta subtracts what its own normaliser reads.
     decay            M and z are scaled by sigmoid(logit) of their KV head before a segment is written.
     write_gate       a key is written with strength w_t = sigmoid(u k_t + c), u and c of its KV head; else 1.
+                     c starts at 2, strength 0.88, or where write_start and write_split say.
     gate_input       beta becomes beta + u q_t, u of its head.
 
 M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
@@ -49,7 +50,6 @@ from infini_bench.schema import MemoryConfig
 
 EPS = 1e-6  # floor of the normaliser, where hardly any written key shares a feature with the query
 CHUNK = 64  # keys whose triangular system delta_token solves at once
-WRITE_START = 2.0  # c of the write gate at the start: keys are written with strength 0.88
 
 
 class CompressiveMemory(Memory):
@@ -81,13 +81,14 @@ class CompressiveMemory(Memory):
     def reset_parameters(self) -> None:
         """Gates at their start, nothing yet dependent on keys or queries."""
         sign = torch.arange(self.heads, device=self.memory_gate.device) % 2 * 2.0 - 1.0
+        write = self.cfg.write_start + self.cfg.write_split * sign[: self.kv_heads]
         self.memory_gate.copy_(self.cfg.gate_start + self.cfg.gate_split * sign)
         if self.cfg.gate_frozen is not None:
             self.memory_gate.fill_(self.cfg.gate_frozen).logit_()  # 0 and 1 are infinite, and exact
         if self.cfg.gate_input:
             self.memory_gate_input.zero_()
         if self.cfg.write_gate:
-            self.memory_write.zero_()[:, -1] = WRITE_START
+            self.memory_write.zero_()[:, -1] = write
         if self.cfg.decay is not None:
             self.memory_decay.fill_(self.cfg.decay).logit_()
 

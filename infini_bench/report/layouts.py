@@ -142,7 +142,7 @@ def _failures(records: Iterable[Record]) -> dict[str, list[str]]:
 
 
 def _table3(rows: list[Row]) -> list[Column]:
-    keys = [row for row in rows if row["length"] is not None]
+    keys = [row for row in rows if row["metric"] == "exact_match"]
     lengths, places = sorted({row["length"] for row in keys}), _places(keys)
     bits = [row["condition"] for row in rows if row["metric"] == adapted.METRIC]
     return [
@@ -199,8 +199,8 @@ def _printed_passkey(model: str) -> str:
 
 
 def _caption3(rows: list[Row]) -> str:
-    keys = [row for row in rows if row["length"] is not None]
-    task, trials = rows[0]["config"]["task"], {row["n"] for row in rows if row["metric"] == "exact_match"}
+    keys = [row for row in rows if row["metric"] == "exact_match"]
+    task, trials = rows[0]["config"]["task"], {row["n"] for row in keys}
     counts = str(min(trials)) if len(trials) == 1 else f"{min(trials)} to {max(trials)}"
     return (
         f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(keys))}, {counts} trials "

@@ -86,7 +86,15 @@ COVERAGE = (
 )
 # What makes a memory another one than the paper's: named in the variant even where nothing else differs.
 DEFINING = (
-    *("memory.features", "memory.normaliser", "memory.decay", "memory.write_gate", "memory.gradient_depth"),
+    *(
+        "memory.features",
+        "memory.normaliser",
+        "memory.decay",
+        "memory.write_gate",
+        "memory.write_start",
+        "memory.write_split",
+        "memory.gradient_depth",
+    ),
     *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),
 )
 # Settings that the shape in a row of `efficiency` names; its runs need no variant for them.

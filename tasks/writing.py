@@ -1,0 +1,48 @@
+"""How strongly a memory with a write gate writes a needle, and how strongly everything else.
+
+Over a million tokens a memory keeps what it does not overwrite: whether a model has learned to leave filler
+out says more about the length that it can bear than its score at the lengths of its training.
+
+Shapes: B batch, T tokens of a call, L layers, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from infini_bench.stream import feed
+
+from .haystack import Prompt, side_by_side
+
+
+@torch.no_grad()
+def write_strengths(model, prompt: Prompt, size: int) -> dict[str, Tensor]:
+    """Mean strength w (compressive.py) of the keys of ``needle`` and of ``filler``, all the rest of a prompt.
+
+    (L, G) float32 on the CPU each; empty for a model whose memories have no write gate. size: tokens a call.
+    """
+    gated = [memory for memory in model.modules() if getattr(memory, "memory_write", None) is not None]
+    if not gated:
+        return {}
+    sums, place = torch.zeros(2, len(gated), gated[0].kv_heads), torch.arange(len(prompt))
+    needle, read = (place >= prompt.needle[0]) & (place < prompt.needle[1]), 0
+
+    def note(layer: int, memory, args: tuple) -> None:
+        w_BTG = memory.strength(args[1].float())[..., 0].float().cpu()
+        here = needle[read : read + w_BTG.shape[1]]
+        sums[0, layer] += w_BTG[0, here].sum(0)
+        sums[1, layer] += w_BTG[0, ~here].sum(0)
+
+    hooks = [memory.register_forward_pre_hook(partial(note, i)) for i, memory in enumerate(gated)]
+    try:
+        state = None
+        for ids in side_by_side([prompt], 0, len(prompt), size):
+            state = feed(model, [ids], state)
+            read += ids.shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {"needle": sums[0] / needle.sum(), "filler": sums[1] / (~needle).sum()}

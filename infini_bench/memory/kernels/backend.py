@@ -20,7 +20,8 @@ from infini_bench.schema import MemoryConfig
 
 log = logging.getLogger(__name__)
 
-UPDATES = ("linear", "delta")
+UPDATES = ("linear", "delta", "delta_token")
+FEATURES = ("elu1", "relu2", "exp")
 SIZES = (16, 32, 64, 128)
 SHARED = (96 << 10, 192 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
@@ -47,7 +48,8 @@ def _of_device(device: torch.device, shared: int) -> str | None:
 def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
     """Why the kernels cannot run here; None if they can."""
     size, dtypes = b.q_BSQHD.shape[-1], {x.dtype for x in (b.q_BSQHD, b.k_BSKGD, b.v_BSKGD)}
-    plain = MemoryConfig()
+    token = cfg.update == "delta_token"  # alone it has no z, and a write gate
+    plain = MemoryConfig(normaliser="none", write_gate=cfg.write_gate) if token else MemoryConfig()
     names = (f.name for f in fields(cfg) if f.name not in HEEDED)
     other = next((name for name in names if getattr(cfg, name) != getattr(plain, name)), None)
     known = {torch.bfloat16, torch.float16}
@@ -55,6 +57,8 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
         known.add(torch.float32)  # only Triton's interpreter comes here; the tests want exact sums of it
     if cfg.update not in UPDATES:
         return f"there is no kernel for memory.update={cfg.update}"
+    if cfg.features not in FEATURES:
+        return f"there is no kernel for memory.features={cfg.features}"
     if other is not None:
         return f"there is no kernel for memory.{other}={getattr(cfg, other)}"
     if size not in SIZES:

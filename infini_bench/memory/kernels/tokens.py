@@ -24,6 +24,7 @@ from infini_bench.memory.kernels.pieces import (
     EPS,
     dense,
     dot,
+    dot3,
     halves,
     load,
     number,
@@ -54,17 +55,6 @@ def unit(x, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def strength(x, gate, d, D: tl.constexpr, GATED: tl.constexpr):
-    """u and sigmoid(u x + c) of every row; gate: u and c of one KV head. 1 without a gate."""
-    u = d * 0.0
-    w = tl.zeros([x.shape[0]], tl.float32) + 1
-    if GATED:
-        u = tl.load(gate + d)
-        w = 1 / (1 + tl.exp(-tl.sum(x * u[None, :], 1) - tl.load(gate + D)))
-    return u, w
-
-
-@triton.jit
 def solve_kernel(
     k, gate, K, L, w, N, G, C, plane, plane_L,
     kb, ks, kn: tl.constexpr, kh,
@@ -82,8 +72,10 @@ def solve_kernel(
     rows = chunk * ROWS + n[:, None]
     x = load(k + b * kb + s * ks + g * kh, rows * kn + d[None, :], rows, N, EVEN).to(tl.float32)
     f, inverse, _ = unit(x, FEATURES)
-    _, p = strength(x, gate + g * (D + 1), d, D, GATED)
-    p = tl.where(chunk * ROWS + n < N, p, 0.0)
+    p = tl.where(chunk * ROWS + n < N, 1.0, 0.0)
+    if GATED:
+        gate += g * (D + 1)
+        p /= 1 + tl.exp(-tl.sum(x * tl.load(gate + d)[None, :], 1) - tl.load(gate + D))
     at = ((b * (tl.num_programs(0) // C) + s) * G + g) * C + chunk
     tl.store(w + at * ROWS + n, p)
     f = f * inverse[:, None]
@@ -130,20 +122,21 @@ def chunks_kernel(
 ):  # fmt: skip
     """COLUMNS columns through the chunks of a segment, from x (B, S + 1, G, D, D) float32.
 
-    From slot s of x to the state before every chunk, into y (B, S, G, C, D, D) as halves; BACK, from slot
-    s + 1 to the gradient after every chunk. MAP: from [0 | I] to [U | P], U into slot s + 1 of x and I - P into
-    y (B, S, G, D, D) as halves.
+    From slot s of x to the state before every chunk, into y (B, S, G, C, D, D) as halves, transposed; BACK, from
+    slot s + 1 to the gradient after every chunk. MAP: from [0 | I] to [U | P], U into slot s + 1 of x and I - P
+    into y (B, S, G, D, D) as halves. All is computed transposed: what one product leaves in registers is then
+    the next one's left operand, and does not pass through shared memory.
     """
     s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    n, f, m = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[:, None], tl.arange(0, ROWS)[None, :]
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inner, segments = f * D + column % D, tl.num_programs(0)
-    at = (b * segments + s) * G + g
-    slot = ((b * (segments + 1) + s) * G + g) * D * D
+    n, f, m = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :], tl.arange(0, ROWS)[None, :]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inner, column = f * D + (column % D)[:, None], column[:, None]
+    at = (b * tl.num_programs(0) + s) * G + g
+    slot = ((b * (tl.num_programs(0) + 1) + s) * G + g) * D * D
     ours = (tl.program_id(2) + 1) * COLUMNS <= D  # and not the columns of P, to which nothing is added
-    K += at * C * ROWS * D + n * D + tl.arange(0, D)[None, :]
+    K += at * C * ROWS * D + n * D + f
     L += at * C * ROWS * ROWS + n * ROWS + m
-    w += at * C * ROWS + n
+    w += at * C * ROWS + m
     v += b * vb + s * vs + g * vh + column % D
     if MAP:
         state = tl.where(f == column - D, 1.0, 0.0)
@@ -153,24 +146,24 @@ def chunks_kernel(
         j = C - 1 - i if BACK else i
         high, low = halves(state, WORK)
         if not MAP:
-            kept = y + (at * C + j) * D * D + inner
+            kept = y + (at * C + j) * D * D + column * D + f
             tl.store(kept, high)
             if SPLIT:
                 tl.store(kept + plane_y, low)
         key, solved, p = tl.load(K + j * ROWS * D), tl.load(L + j * ROWS * ROWS), tl.load(w + j * ROWS)
         key_low = tl.load(K + plane + j * ROWS * D) if SPLIT else key
         solved_low = tl.load(L + plane_L + j * ROWS * ROWS) if SPLIT else solved
-        e = -product(key, key_low, high, low, SPLIT, SPLIT, WORK)
+        e = -product(high, low, tl.trans(key), tl.trans(key_low), SPLIT, SPLIT, WORK)
         if BACK:
             high, low = halves(e, WORK)
-            e = p * product(tl.trans(solved), tl.trans(solved_low), high, low, SPLIT, SPLIT, WORK)
+            e = p * product(high, low, solved, solved_low, SPLIT, SPLIT, WORK)
         else:
-            row = j * ROWS + n
+            row = j * ROWS + m
             e += tl.load(v + row * vn, mask=ours & (row < N) & (column < D), other=0.0).to(tl.float32)
             high, low = halves(p * e, WORK)
-            e = product(solved, solved_low, high, low, SPLIT, SPLIT, WORK)
+            e = product(high, low, tl.trans(solved), tl.trans(solved_low), SPLIT, SPLIT, WORK)
         high, low = halves(e, WORK)
-        state += product(tl.trans(key), tl.trans(key_low), high, low, SPLIT, SPLIT, WORK)
+        state = dot3(high, low, key, key_low, state, SPLIT, SPLIT, WORK)
     if MAP:
         if ours:
             tl.store(x + slot + G * D * D + inner, state)
@@ -218,7 +211,8 @@ def maps(x: Solved, v: Tensor, M: Tensor, A: Tensor) -> None:
 
 def states(x: Solved, v: Tensor, M: Tensor, back: bool = False) -> Tensor:
     """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, from that before every segment,
-    M (B, P, G, D, D); or, ``back``, the gradient after every chunk from M, the gradients after segments."""
+    M (B, P, G, D, D); or, ``back``, the gradient after every chunk from M, the gradients after segments. Each is
+    transposed."""
     planes, *each, _, size = x.K.shape
     y = x.K.new_empty(planes, *each, size, size)
     _chunks(x, v, M.contiguous(), y, "back" if back else "states")

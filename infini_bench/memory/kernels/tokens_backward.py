@@ -1,9 +1,10 @@
 """Gradients of keys, values and the write gate, where a segment is written key by key (``tokens``).
 
-For a chunk with M before it and T = dL/dM after it, R = V - K M, E = L (w R) and Y = L^T K T:
-    dV = w Y        dA = -tril(Y E^T, -1), of A = tril(w K K^T, -1)
-    dw = sum_D Y R + sum_D K (dA K)        dK = E T^T - (w Y) M^T + w (dA K) + dA^T (w K)
-then through the norm, sigma and the gate's sigmoid to the raw keys, u and c. All chunks at once.
+For a chunk with M before it and T = dL/dM after it, R = V - K M and E = L (w R):
+    dV = w L^T K T        B = -tril(dV E^T, -1), dL/d(K K^T) where L needs it
+    w dw = sum_D dV R + sum_j B_ij (K K^T)_ij        dK = E T^T - dV M^T + (B + B^T) K
+then through the norm and sigma to the raw keys, and through w = sigmoid(u k + c), of slope w (1 - w), to those
+and to u and c. All chunks at once.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from infini_bench.memory.kernels.pieces import (
     store,
     strides,
 )
-from infini_bench.memory.kernels.tokens import Solved, states, strength, unit
+from infini_bench.memory.kernels.tokens import Solved, states, unit
 from infini_bench.memory.kernels.tuning import shape
 
 
 @triton.jit
 def tokens_backward_kernel(
-    k, v, gate, L, M, T, dk, dv, dgate, N, G, C, plane, plane_L,
+    k, v, gate, K, L, w, M, T, dk, dv, dgate, N, G, C, plane_K, plane_L, plane,
     kb, ks, kn: tl.constexpr, kh, vb, vs, vn: tl.constexpr, vh,
     eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
@@ -45,53 +46,50 @@ def tokens_backward_kernel(
     at = ((b * (tl.num_programs(0) // C) + s) * G + g) * C + chunk
     v += b * vb + s * vs + g * vh
     dv += b * fb + s * fs + g * fh
-    x = load(k + b * kb + s * ks + g * kh, rows * kn + d[None, :], rows, N, EVEN).to(tl.float32)
-    f, inverse, norm = unit(x, FEATURES)
-    u, p = strength(x, gate + g * (D + 1), d, D, GATED)
-    p = tl.where(chunk * ROWS + n < N, p, 0.0)[:, None]
-    key = f * inverse[:, None]
-    k_high, k_low = halves(key, WORK)
-    tile = at * ROWS * ROWS + n[:, None] * ROWS + m[None, :]
-    l_high = tl.load(L + tile)
-    l_low = tl.load(L + plane_L + tile) if SPLIT else l_high
+    K += at * ROWS * D + n[:, None] * D + d[None, :]
+    L += at * ROWS * ROWS + n[:, None] * ROWS + m[None, :]
+    k_high, l_high = tl.load(K), tl.load(L)
+    k_low = tl.load(K + plane_K) if SPLIT else k_high
+    l_low = tl.load(L + plane_L) if SPLIT else l_high
+    p = tl.load(w + at * ROWS + n)
     to_k = tl.zeros([ROWS, D], tl.float32)
-    to_A = tl.zeros([ROWS, ROWS], tl.float32)
+    to_B = tl.zeros([ROWS, ROWS], tl.float32)
     to_w = tl.zeros([ROWS], tl.float32)
     for first in tl.range(0, D, COLUMNS, num_stages=STAGES):
         c = first + tl.arange(0, COLUMNS)
-        tile = at * D * D + d[:, None] * D + c[None, :]
-        high = tl.load(M + tile)
-        low = tl.load(M + plane + tile) if SPLIT else high
-        t_high = tl.load(T + tile)
+        tile = at * D * D + c[:, None] * D + d[None, :]
+        c = c[None, :]
+        m_high, t_high = tl.load(M + tile), tl.load(T + tile)
+        m_low = tl.load(M + plane + tile) if SPLIT else m_high
         t_low = tl.load(T + plane + tile) if SPLIT else t_high
-        r = load(v, rows * vn + c[None, :], rows, N, EVEN).to(tl.float32)
-        r -= product(k_high, k_low, high, low, SPLIT, SPLIT, WORK)
-        e_high, e_low = halves(p * r, WORK)
+        r = load(v, rows * vn + c, rows, N, EVEN).to(tl.float32)
+        r -= product(k_high, k_low, tl.trans(m_high), tl.trans(m_low), SPLIT, SPLIT, WORK)
+        e_high, e_low = halves(p[:, None] * r, WORK)
         e_high, e_low = halves(product(l_high, l_low, e_high, e_low, SPLIT, SPLIT, WORK), WORK)
-        y_high, y_low = halves(product(k_high, k_low, t_high, t_low, SPLIT, SPLIT, WORK), WORK)
-        y = product(tl.trans(l_high), tl.trans(l_low), y_high, y_low, SPLIT, SPLIT, WORK)
+        to_k = dot3(e_high, e_low, t_high, t_low, to_k, SPLIT, SPLIT, WORK)
+        y = product(k_high, k_low, tl.trans(t_high), tl.trans(t_low), SPLIT, SPLIT, WORK)
+        y_high, y_low = halves(y, WORK)
+        y = product(tl.trans(l_high), tl.trans(l_low), y_high, y_low, SPLIT, SPLIT, WORK) * p[:, None]
+        store(dv, rows * fn + c, y, rows, N, EVEN)
         to_w += tl.sum(y * r, 1)
         y_high, y_low = halves(-y, WORK)
-        to_A = dot3(y_high, y_low, tl.trans(e_high), tl.trans(e_low), to_A, SPLIT, SPLIT, WORK)
-        to_k = dot3(e_high, e_low, tl.trans(t_high), tl.trans(t_low), to_k, SPLIT, SPLIT, WORK)
-        y *= p
-        store(dv, rows * fn + c[None, :], y, rows, N, EVEN)
-        y_high, y_low = halves(-y, WORK)
-        to_k = dot3(y_high, y_low, tl.trans(high), tl.trans(low), to_k, SPLIT, SPLIT, WORK)
-    a_high, a_low = halves(tl.where(n[:, None] > m[None, :], to_A, 0.0), WORK)
-    through = product(a_high, a_low, k_high, k_low, SPLIT, SPLIT, WORK)
-    to_w += tl.sum(key * through, 1)
-    k_high, k_low = halves(p * key, WORK)
-    to_k += p * through
-    to_k = dot3(tl.trans(a_high), tl.trans(a_low), k_high, k_low, to_k, SPLIT, SPLIT, WORK)
-    along = tl.where(norm > EPS, tl.sum(to_k * key, 1), 0.0)[:, None]
-    to_x = (to_k - along * key) * inverse[:, None] * slope(x, f, FEATURES)
+        to_B = dot3(y_high, y_low, tl.trans(e_high), tl.trans(e_low), to_B, SPLIT, SPLIT, WORK)
+        to_k = dot3(y_high, y_low, m_high, m_low, to_k, SPLIT, SPLIT, WORK)
+    to_B = tl.where(n[:, None] > m[None, :], to_B, 0.0)
+    overlap = product(k_high, k_low, tl.trans(k_high), tl.trans(k_low), SPLIT, SPLIT, WORK)
+    to_w += tl.sum(to_B * overlap, 1)
+    b_high, b_low = halves(to_B + tl.trans(to_B), WORK)
+    to_k = dot3(b_high, b_low, k_high, k_low, to_k, SPLIT, SPLIT, WORK)
+    x = load(k + b * kb + s * ks + g * kh, rows * kn + d[None, :], rows, N, EVEN).to(tl.float32)
+    f, inverse, norm = unit(x, FEATURES)
+    along = tl.where(norm > EPS, tl.sum(to_k * f, 1) * inverse * inverse, 0.0)[:, None]
+    to_x = (to_k - along * f) * inverse[:, None] * slope(x, f, FEATURES)
     if GATED:
-        change = to_w[:, None] * p * (1 - p)  # 0 behind the segment's last key
-        to_x += change * u[None, :]
+        to_w *= 1 - p  # 0 behind the segment's last key, as y
+        to_x += to_w[:, None] * tl.load(gate + g * (D + 1) + d)[None, :]
         dgate += at * (D + 1)
-        tl.store(dgate + d, tl.sum(change * x, 0))
-        tl.store(dgate + D, tl.sum(tl.sum(change, 1), 0))
+        tl.store(dgate + d, tl.sum(to_w[:, None] * x, 0))
+        tl.store(dgate + D, tl.sum(to_w, 0))
     store(dk + b * eb + s * es + g * eh, rows * en + d[None, :], to_x, rows, N, EVEN)
 
 
@@ -108,8 +106,8 @@ def tokens_backward(
     before, after = states(x, v, M), states(x, v, T, back=True)
     parts = gate.new_empty(batch, segments, groups, count, gate.shape[1])
     tokens_backward_kernel[(segments * count, batch * groups)](
-        k, v, gate, x.L, before, after, dk, dv, parts, n, groups, count, before[0].numel(), x.L[0].numel(),
-        *strides(k, v, dk, dv),
+        k, v, gate, *x, before, after, dk, dv, parts, n, groups, count,
+        *(y[0].numel() for y in (x.K, x.L, before)), *strides(k, v, dk, dv),
         D=size, COLUMNS=min(t.rows, size), ROWS=rows, EVEN=n % rows == 0, FEATURES=features,
         GATED=gate.shape[1] > 0, SPLIT=len(x.L) > 1, WORK=number(k)["WORK"], STAGES=t.stages,
         num_warps=t.warps, maxnreg=t.regs,

@@ -170,9 +170,10 @@ def test_bfloat16_products_keep_what_both_halves_hold():
     assert distance(new_M, ideal[1]) < 2**-14 and distance(new_z, ideal[2]) < 2**-14
 
 
-def document(backend, update, tokens):
+def document(backend, update, tokens, **more):
     dtype, size = DTYPES[0], 64 if GPU else D
-    mem = build_memory(MemoryConfig(segment=N, update=update, backend=backend), H, G, size).to(DEVICE)
+    cfg = MemoryConfig(segment=N, update=update, backend=backend, **more)
+    mem = build_memory(cfg, H, G, size).to(DEVICE)
     with torch.no_grad():
         mem.memory_gate.copy_(torch.linspace(-1, 1, H))
     torch.manual_seed(1)
@@ -234,6 +235,11 @@ def test_the_operators_keep_their_promises_to_the_compiler():
     [
         ({"update": "delta_corrected"}, "no kernel for memory.update=delta_corrected"),
         ({"gradient_depth": 2}, "no kernel for memory.gradient_depth=2"),
+        ({"features": "gelu"}, "no kernel for memory.features=gelu"),
+        ({"write_gate": True}, "no kernel for memory.write_gate=True"),
+        ({"normaliser": "none"}, "no kernel for memory.normaliser=none"),
+        ({"update": "delta_token", "normaliser": "norm"}, "no kernel for memory.normaliser=norm"),
+        ({"update": "delta_token", "normaliser": "none", "decay": 0.9}, "no kernel for memory.decay=0.9"),
     ],
 )
 def test_a_backend_that_cannot_run_is_an_error_only_where_it_was_asked_for(change, why):

@@ -3,27 +3,20 @@ interpreter."""
 
 import pytest
 import torch
-
-from infini_bench.errors import UserError
-from infini_bench.memory import build_memory, reference
-from infini_bench.schema import MemoryConfig
-
-pytest.importorskip("triton", reason="triton is not installed")
-
-from test_kernels import (  # noqa: E402
+from test_kernels import (
     DEVICE,
     DTYPES,
     GPU,
-    D,
-    G,
-    H,
     N,
     distance,
+    document,
     inputs,
     run,
     runs,  # noqa: F401
     two_levels_from_five_segments,  # noqa: F401
 )
+
+from infini_bench.memory import reference
 
 
 def exact(q, k, v, local, beta, M, gate, done, written, features):
@@ -87,7 +80,7 @@ def test_blocks_of_columns_go_through_the_chunks_apart(monkeypatch):
     kernels("relu2", DTYPES[0], segments=2, n=37, size=32, written=2, done=1, heads=1, groups=1)
 
 
-def kernels(features, dtype, written, done=0, gated=True, repeat=False, **shape):
+def kernels(features, dtype, written, done=0, gated=True, **shape):
     """At most 1.5 times the eager error; its float32 results may miss by 2^-15 of their norm."""
     from infini_bench.memory.kernels import ops
 
@@ -119,3 +112,78 @@ def kernels(features, dtype, written, done=0, gated=True, repeat=False, **shape)
     for name, a, b, c in zip(NAMES, ours, eager, ideal, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert distance(a, c) <= 1.5 * distance(b, c) + (2e-6 if dtype == torch.float32 else 2**-15), name
+
+
+def test_bfloat16_products_keep_what_both_halves_hold():
+    """In the interpreter too, which cuts where a GPU rounds: through many chunks of repeated keys."""
+    from infini_bench.memory.kernels import ops
+
+    _, k, v, *_ = inputs(torch.bfloat16, segments=5, n=150)
+    k[:, :, 75:] = k[:, :, :75]
+    gate = torch.randn(k.shape[3], k.shape[4] + 1, device=DEVICE)
+    M = torch.randn(2, k.shape[3], *[k.shape[4]] * 2, device=DEVICE)
+    new, _ = ops.write(k, v, M, M[..., :0, 0], 5, "delta_token", "elu1", gate)
+    beta = torch.zeros(k.shape[3], device=DEVICE)
+    _, ideal = exact(*(x.double() for x in (k, k, v, v, beta, M, gate)), 0, 5, "elu1")
+    assert distance(new[:, 5], ideal) < 2**-13
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_document_cut_into_calls_equals_the_token_by_token_reference(gated):
+    more = {"normaliser": "none", "features": "relu2", "write_gate": gated}
+    mem, (q, k, v), rope = document("triton", "delta_token", 3 * N + 7, **more)
+    wanted = {"memory_gate": mem.memory_gate}
+    if gated:
+        wanted["memory_write"] = mem.memory_write
+        torch.nn.init.normal_(mem.memory_write, std=0.5)
+    outs, state, at = [], None, 0
+    for call in (N // 2, 1, 2 * N, 3 * N + 7):
+        part = slice(at, min(at + call, q.shape[1]))
+        out, state = mem(q[:, part], k[:, part], v[:, part], rope, state)
+        outs.append(out)
+        at = part.stop
+    out = torch.cat(outs, 1)
+    row = [x[0].double().cpu() for x in (q, k, v)]
+    params = {name: x.double().cpu() for name, x in wanted.items()}
+    local = reference.window(*row, N, "block")
+    expected, M, _ = (x[None] for x in reference.compressive(*row, mem.cfg, params, local))
+    near = 2e-2 if GPU else 2e-6
+    assert distance(out.cpu(), expected) < near and distance(state["M"].cpu(), M) < near
+    assert "z" not in state
+    weight = torch.randn_like(expected)
+    leaves = [q, k, v, *wanted.values()]
+    ours = torch.autograd.grad((out * weight.to(out)).sum(), leaves)
+    theirs = torch.autograd.grad((expected * weight).sum(), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        assert distance(a, b.double()) < 2 * near
+
+
+def test_keys_without_any_feature_and_keys_not_written_leave_the_memory_alone():
+    """ReLU^2 of negative keys is zero; and a gate may be as good as shut: no gradient is NaN."""
+    from infini_bench.memory.kernels import ops
+
+    q, k, v, local, beta, M, _ = inputs(DTYPES[0], done=1)
+    q[:, 1], k[:, 0] = -q[:, 1].abs(), -k[:, 0].abs()
+    gate = torch.zeros(k.shape[3], k.shape[4] + 1, device=DEVICE)
+    gate[1, -1] = -60.0
+    leaves = [x.requires_grad_() for x in (q, k, v, local, M, gate)]
+    before, z = ops.write(k, v, M, M[..., :0, 0], 2, "delta_token", "relu2", gate)
+    out = ops.read(q, local, torch.sigmoid(beta), before, z, 1, "relu2")
+    assert torch.equal(before[:, 1], before[:, 0])
+    assert torch.equal(before[:, 2, 1], before[:, 0, 1]) and not torch.equal(before[:, 2], before[:, 0])
+    for x in torch.autograd.grad((out.float() ** 2).sum() + (before**2).sum(), leaves):
+        assert x.isfinite().all()
+
+
+def test_the_operators_keep_their_promises_to_the_compiler():
+    from infini_bench.memory.kernels import ops
+
+    q, k, v, local, beta, M, _ = inputs(DTYPES[0], done=1)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    gate = torch.randn(k.shape[3], k.shape[4] + 1, device=DEVICE)
+    x = [t.requires_grad_() for t in (k, v, gate, M)]
+    torch.library.opcheck(ops._write_tokens, (*x, 2, "relu2"), test_utils=tests)
+    before = ops.write(k, v, M, M[..., :0, 0], 2, "delta_token", "relu2", gate)[0].detach().requires_grad_()
+    share = torch.sigmoid(beta).detach().requires_grad_()
+    x = (q.requires_grad_(), local.requires_grad_(), share, before, before[..., :0, 0], 1, "relu2")
+    torch.library.opcheck(ops._read, x, test_utils=tests)

@@ -1,14 +1,19 @@
 """The kernels as differentiable operators, ``write`` and ``read``, opaque to ``torch.compile``.
 
 Bytes (device memory, B1 T131072 bf16, one pass over q, k, v or o = 268 MB, 65 us at the 4.1 TB/s that a copy
-reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512).
+reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512; of
+delta_token, whose keys go through in chunks of 64, one over the chunks' systems is L = 128 / D passes, and one
+over the states at all chunks Y = D / 32).
     local attention alone (the floor)      q k v -> o                             4
     write, Linear                          k v -> U; U -> M                       2 + 3 X
     write, Delta                           + k -> A; A U twice -> M               3 + 7 X
+    write, delta_token                     k -> K L; K L v -> A U; A U twice -> M 6 + 2 L + 7 X
     read                                   q A_dot M -> out                       3 + X
     read, backward                         q A_dot dO M -> dq dA_dot dM           5 + 2 X
     write, backward, Linear                dM -> T; k v T -> dk dv                4 + 3 X
     write, backward, Delta                 + A dM twice -> T; T M -> B; k B; B    5 + 11 X
+    write, backward, delta_token           A dM twice -> T; k -> K L; K L v M,
+                                           K L T -> Y; k v K L Y Y -> dk dv       14 + 4 L + 7 X + 4 Y
 Measured there (us a call of the forward pass), and what its bytes take at 4.1 TB/s:
                                                        H8 D128 N2048   H16 D64 N512
     attention, cuDNN                       4             994   262       489   262
@@ -241,7 +246,8 @@ def read(
 ) -> Tensor:
     """gate * A_mem + (1 - gate) * local, (B, S, Q, H, D) (Eq. 7, 10); S at most P.
 
-    z of no features, (B, P, G, 0): A_mem is unit-norm features times M. gate: after the sigmoid, float32. done: segments before the first one; the document's first is ungated.
+    z of no features, (B, P, G, 0): A_mem is unit-norm features times M. gate: after the sigmoid, float32.
+    done: segments before the first one; the document's first is ungated.
     """
     return _read(q_BSQHD, local_BSQHD, gate_H, M_BPGDD, z_BPGD, done, features)
 
@@ -263,7 +269,8 @@ def infini_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call of Infini-attention beside its local part: outputs, and M and z after segment ``written``.
 
-    q, k: raw, before any position embedding; z and write_gate: see ``write``. Equals ``CompressiveMemory.segments`` for rows that agree.
+    q, k: raw, before any position embedding; z and write_gate: see ``write``. Equals
+    ``CompressiveMemory.segments`` for rows that agree.
     """
     M, z = write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update, features, write_gate_GE)
     out = read(q_BSQHD, local_BSQHD, gate_H, M, z, done, features)

@@ -38,8 +38,8 @@ CHUNK = 64  # keys whose triangular system is solved at once
 
 
 class Solved(NamedTuple):
-    """K (planes, B, S, G, C, CHUNK, D) and L (planes, B, S, G, C, CHUNK, CHUNK): high and low half, or float32
-    itself; w (B, S, G, C, CHUNK) float32, 0 behind the segment's last key."""
+    """K (planes, B, S, G, C, CHUNK, D) and L (planes, B, S, G, C, CHUNK, CHUNK): both halves, or float32 itself;
+    w (B, S, G, C, CHUNK) float32, 0 behind the segment's last key."""
 
     K: Tensor
     L: Tensor
@@ -122,10 +122,10 @@ def chunks_kernel(
 ):  # fmt: skip
     """COLUMNS columns through the chunks of a segment, from x (B, S + 1, G, D, D) float32.
 
-    From slot s of x to the state before every chunk, into y (B, S, G, C, D, D) as halves, transposed; BACK, from
-    slot s + 1 to the gradient after every chunk. MAP: from [0 | I] to [U | P], U into slot s + 1 of x and I - P
-    into y (B, S, G, D, D) as halves. All is computed transposed: what one product leaves in registers is then
-    the next one's left operand, and does not pass through shared memory.
+    From slot s of x to the state before every chunk, into y (B, S, G, C, D, D) as halves, transposed; BACK,
+    from slot s + 1 to the gradient after every chunk. MAP: from [0 | I] to [U | P], U into slot s + 1 of x
+    and I - P into y (B, S, G, D, D) as halves. All is computed transposed: what one product leaves in
+    registers is then the next one's left operand, and does not pass through shared memory.
     """
     s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     n, f, m = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :], tl.arange(0, ROWS)[None, :]
@@ -210,9 +210,9 @@ def maps(x: Solved, v: Tensor, M: Tensor, A: Tensor) -> None:
 
 
 def states(x: Solved, v: Tensor, M: Tensor, back: bool = False) -> Tensor:
-    """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, from that before every segment,
-    M (B, P, G, D, D); or, ``back``, the gradient after every chunk from M, the gradients after segments. Each is
-    transposed."""
+    """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that before
+    every segment, M (B, P, G, D, D); or, ``back``, the gradient after every chunk, where M has that of every
+    slot. D / 32 times the bytes of bfloat16 keys."""
     planes, *each, _, size = x.K.shape
     y = x.K.new_empty(planes, *each, size, size)
     _chunks(x, v, M.contiguous(), y, "back" if back else "states")

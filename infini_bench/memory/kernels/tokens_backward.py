@@ -1,10 +1,10 @@
 """Gradients of keys, values and the write gate, where a segment is written key by key (``tokens``).
 
 For a chunk with M before it and T = dL/dM after it, R = V - K M and E = L (w R):
-    dV = w L^T K T        B = -tril(dV E^T, -1), dL/d(K K^T) where L needs it
+    dV = w L^T K T                                  B = -tril(dV E^T, -1)
     w dw = sum_D dV R + sum_j B_ij (K K^T)_ij        dK = E T^T - dV M^T + (B + B^T) K
-then through the norm and sigma to the raw keys, and through w = sigmoid(u k + c), of slope w (1 - w), to those
-and to u and c. All chunks at once.
+where B is the gradient of K K^T through L; then through the norm and sigma to the raw keys, and through
+w = sigmoid(u k + c), of slope w (1 - w), to those and to u and c. All chunks at once.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def tokens_backward_kernel(
 def tokens_backward(
     k: Tensor, v: Tensor, gate: Tensor, x: Solved, M: Tensor, T: Tensor, features: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v (B, S, N, G, D) and gate from the memories before all segments, M (B, P, G, D, D), and
-    the gradients of all of them, T."""
+    """Gradients of k, v (B, S, N, G, D) and gate from the memory before every segment, M (B, P, G, D, D), and
+    the whole gradient of every slot of it, T."""
     batch, _, n, groups, size = k.shape
     _, _, segments, _, count, rows, _ = x.K.shape
     k, v, gate, t = dense(k), dense(v), gate.contiguous(), shape("tokens_backward", size, k.dtype)

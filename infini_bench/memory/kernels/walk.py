@@ -51,9 +51,9 @@ def walk_kernel(
     """Steps [j C, j C + C) of the walk over S steps, for COLUMNS columns.
 
     A (B, S, G, D, D) as halves, the low one ``plane`` elements behind; x and y (B, S + 1, G, D, D) float32.
-    Step i reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices, and A. It starts from start[j],
-    start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into start[j + 1] and
-    I - P into last[j], last (B, groups, G, D, D) as halves.
+    Step i reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices, and takes A^T. It starts
+    from start[j], start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into
+    start[j + 1] and I - P into last[j], last (B, groups, G, D, D) as halves.
     """
     j, g, b = tl.program_id(0).to(tl.int64), tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
     groups = tl.num_programs(0)

@@ -1,9 +1,9 @@
 """The kernels as differentiable operators, ``write`` and ``read``, opaque to ``torch.compile``.
 
 Bytes (device memory, B1 T131072 bf16, one pass over q, k, v or o = 268 MB, 65 us at the 4.1 TB/s that a copy
-reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512; of
-delta_token, whose keys go through in chunks of 64, one over the chunks' systems is L = 128 / D passes, and one
-over the states at all chunks Y = D / 32).
+reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512).
+delta_token's keys go through in chunks of 64: K and a state are float32's bytes, L = 128 / D passes are the
+chunks' triangular systems, Y = D / 32 the states at all chunks.
     local attention alone (the floor)      q k v -> o                             4
     write, Linear                          k v -> U; U -> M                       2 + 3 X
     write, Delta                           + k -> A; A U twice -> M               3 + 7 X
@@ -149,7 +149,8 @@ def _write_tokens_backward(dM, k, v, gate, before, taken, features):
         )
     T = walks.walk(taken, dM, back=True)
     solved = tokens.solve(k, gate, written, features)
-    return *tokens_backward(k, v, gate, solved, before, T, features), T[:, 0].clone()
+    states = tokens.states(solved, v, before), tokens.states(solved, v, T, back=True)
+    return *tokens_backward(k, v, gate, solved, *states, features), T[:, 0].clone()
 
 
 @_write_tokens_backward.register_fake

@@ -38,7 +38,7 @@ CHUNK = 64  # keys whose triangular system is solved at once
 
 
 class Solved(NamedTuple):
-    """K (planes, B, S, G, C, CHUNK, D) and L (planes, B, S, G, C, CHUNK, CHUNK): both halves, or float32 itself;
+    """K (planes, B, S, G, C, CHUNK, D) and L (planes, B, S, G, C, CHUNK, CHUNK), as halves or float32 itself;
     w (B, S, G, C, CHUNK) float32, 0 behind the segment's last key."""
 
     K: Tensor
@@ -211,8 +211,8 @@ def maps(x: Solved, v: Tensor, M: Tensor, A: Tensor) -> None:
 
 def states(x: Solved, v: Tensor, M: Tensor, back: bool = False) -> Tensor:
     """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that before
-    every segment, M (B, P, G, D, D); or, ``back``, the gradient after every chunk, where M has that of every
-    slot. D / 32 times the bytes of bfloat16 keys."""
+    every segment, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot.
+    D / 32 times the bytes of bfloat16 keys."""
     planes, *each, _, size = x.K.shape
     y = x.K.new_empty(planes, *each, size, size)
     _chunks(x, v, M.contiguous(), y, "back" if back else "states")

@@ -26,7 +26,7 @@ from infini_bench.memory.kernels.pieces import (
     store,
     strides,
 )
-from infini_bench.memory.kernels.tokens import Solved, states, unit
+from infini_bench.memory.kernels.tokens import Solved, unit
 from infini_bench.memory.kernels.tuning import shape
 
 
@@ -96,18 +96,16 @@ def tokens_backward_kernel(
 def tokens_backward(
     k: Tensor, v: Tensor, gate: Tensor, x: Solved, M: Tensor, T: Tensor, features: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v (B, S, N, G, D) and gate from the memory before every segment, M (B, P, G, D, D), and
-    the whole gradient of every slot of it, T."""
+    """Gradients of k, v (B, S, N, G, D) and gate; M, T: ``states`` and, ``back``, their gradients."""
     batch, _, n, groups, size = k.shape
     _, _, segments, _, count, rows, _ = x.K.shape
     k, v, gate, t = dense(k), dense(v), gate.contiguous(), shape("tokens_backward", size, k.dtype)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     dk[:, segments:], dv[:, segments:] = 0, 0
-    before, after = states(x, v, M), states(x, v, T, back=True)
     parts = gate.new_empty(batch, segments, groups, count, gate.shape[1])
     tokens_backward_kernel[(segments * count, batch * groups)](
-        k, v, gate, *x, before, after, dk, dv, parts, n, groups, count,
-        *(y[0].numel() for y in (x.K, x.L, before)), *strides(k, v, dk, dv),
+        k, v, gate, *x, M, T, dk, dv, parts, n, groups, count, x.K[0].numel(), x.L[0].numel(), M[0].numel(),
+        *strides(k, v, dk, dv),
         D=size, COLUMNS=min(t.rows, size), ROWS=rows, EVEN=n % rows == 0, FEATURES=features,
         GATED=gate.shape[1] > 0, SPLIT=len(x.L) > 1, WORK=number(k)["WORK"], STAGES=t.stages,
         num_warps=t.warps, maxnreg=t.regs,

@@ -210,9 +210,9 @@ def maps(x: Solved, v: Tensor, M: Tensor, A: Tensor) -> None:
 
 
 def states(x: Solved, v: Tensor, M: Tensor, back: bool = False) -> Tensor:
-    """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that before
-    every segment, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot.
-    D / 32 times the bytes of bfloat16 keys."""
+    """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that of every
+    slot, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot. D / 32 times
+    the bytes of bfloat16 keys."""
     planes, *each, _, size = x.K.shape
     y = x.K.new_empty(planes, *each, size, size)
     _chunks(x, v, M.contiguous(), y, "back" if back else "states")

@@ -127,13 +127,19 @@ def chunks_kernel(
     and I - P into y (B, S, G, D, D) as halves. All is computed transposed: what one product leaves in
     registers is then the next one's left operand, and does not pass through shared memory.
     """
-    s, b, g = tl.program_id(0).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    BLOCKS: tl.constexpr = (2 * D if MAP else D) // COLUMNS  # neighbours, to share K and L
+    s, segments = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.num_programs(0) // BLOCKS
+    b, g, first = (
+        (tl.program_id(1) // G).to(tl.int64),
+        tl.program_id(1) % G,
+        tl.program_id(0) % BLOCKS * COLUMNS,
+    )
     n, f, m = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :], tl.arange(0, ROWS)[None, :]
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inner, column = f * D + (column % D)[:, None], column[:, None]
-    at = (b * tl.num_programs(0) + s) * G + g
-    slot = ((b * (tl.num_programs(0) + 1) + s) * G + g) * D * D
-    ours = (tl.program_id(2) + 1) * COLUMNS <= D  # and not the columns of P, to which nothing is added
+    column = first + tl.arange(0, COLUMNS)[:, None]
+    inner = f * D + column % D
+    at = (b * segments + s) * G + g
+    slot = ((b * (segments + 1) + s) * G + g) * D * D
+    ours = first < D  # and not the columns of P, to which nothing is added
     K += at * C * ROWS * D + n * D + f
     L += at * C * ROWS * ROWS + n * ROWS + m
     w += at * C * ROWS + m
@@ -197,7 +203,7 @@ def _chunks(x: Solved, v: Tensor, start: Tensor, y: Tensor, form: str) -> None:
     _, batch, segments, groups, count, rows, size = x.K.shape
     v, t = dense(v), shape("chunks", size, x.K.dtype)
     columns = min(t.rows, size)
-    chunks_kernel[(segments, batch * groups, (2 if form == "map" else 1) * size // columns)](
+    chunks_kernel[(segments * ((2 if form == "map" else 1) * size // columns), batch * groups)](
         *x, v, start, y, v.shape[2], groups, count, x.K[0].numel(), x.L[0].numel(), y[0].numel(), *strides(v),
         D=size, COLUMNS=columns, ROWS=rows, MAP=form == "map", BACK=form == "back", SPLIT=len(x.K) > 1,
         WORK=number(x.K)["WORK"], STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs,
@@ -210,9 +216,9 @@ def maps(x: Solved, v: Tensor, M: Tensor, A: Tensor) -> None:
 
 
 def states(x: Solved, v: Tensor, M: Tensor, back: bool = False) -> Tensor:
-    """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that of every
-    slot, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot. D / 32 times
-    the bytes of bfloat16 keys."""
+    """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that of
+    every slot, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot. It takes
+    D / 32 times the bytes of bfloat16 keys."""
     planes, *each, _, size = x.K.shape
     y = x.K.new_empty(planes, *each, size, size)
     _chunks(x, v, M.contiguous(), y, "back" if back else "states")

@@ -26,6 +26,8 @@ from infini_bench.memory.kernels.pieces import (
     dot,
     dot3,
     halves,
+    keep,
+    kept,
     load,
     number,
     product,
@@ -79,12 +81,10 @@ def solve_kernel(
     at = ((b * (tl.num_programs(0) // C) + s) * G + g) * C + chunk
     tl.store(w + at * ROWS + n, p)
     f = f * inverse[:, None]
-    high, low = halves(f, WORK)
-    tile = at * ROWS * D + n[:, None] * D + d[None, :]
-    tl.store(K + tile, high)
+    keep(K + at * ROWS * D + n[:, None] * D + d[None, :], plane, f, WORK, SPLIT)
+    high = f.to(WORK)
     overlap = tl.zeros([ROWS, ROWS], tl.float32)
     if SPLIT:
-        tl.store(K + plane + tile, low)
         overlap = dot(high, tl.trans((2 * (f - high.to(tl.float32))).to(WORK)), overlap, WORK)
     overlap = dot(high, tl.trans(high), overlap, WORK)
     overlap = (overlap + tl.trans(overlap)) * 0.5  # of high high^T + 2 high low^T
@@ -106,11 +106,7 @@ def solve_kernel(
         solved += product(y_high, y_low, i_high, i_low, SPLIT, SPLIT, WORK)
         i_high, i_low = halves(solved, WORK)
         solved -= product(x_high, x_low, i_high, i_low, SPLIT, SPLIT, WORK)
-    tile = at * ROWS * ROWS + n[:, None] * ROWS + m[None, :]
-    high, low = halves(solved, WORK)
-    tl.store(L + tile, high)
-    if SPLIT:
-        tl.store(L + plane_L + tile, low)
+    keep(L + at * ROWS * ROWS + n[:, None] * ROWS + m[None, :], plane_L, solved, WORK, SPLIT)
 
 
 @triton.jit
@@ -148,17 +144,15 @@ def chunks_kernel(
         state = tl.where(f == column - D, 1.0, 0.0)
     else:
         state = tl.load(x + slot + (G * D * D if BACK else 0) + inner)
-    for i in tl.range(0, C, num_stages=STAGES):
+        y += at * C * D * D + column * D + f
+    for i in tl.range(0, C if MAP else C - 1, num_stages=STAGES):
         j = C - 1 - i if BACK else i
-        high, low = halves(state, WORK)
         if not MAP:
-            kept = y + (at * C + j) * D * D + column * D + f
-            tl.store(kept, high)
-            if SPLIT:
-                tl.store(kept + plane_y, low)
-        key, solved, p = tl.load(K + j * ROWS * D), tl.load(L + j * ROWS * ROWS), tl.load(w + j * ROWS)
-        key_low = tl.load(K + plane + j * ROWS * D) if SPLIT else key
-        solved_low = tl.load(L + plane_L + j * ROWS * ROWS) if SPLIT else solved
+            keep(y + j * D * D, plane_y, state, WORK, SPLIT)
+        key, key_low = kept(K + j * ROWS * D, plane, SPLIT)
+        solved, solved_low = kept(L + j * ROWS * ROWS, plane_L, SPLIT)
+        p = tl.load(w + j * ROWS)
+        high, low = halves(state, WORK)
         e = -product(high, low, tl.trans(key), tl.trans(key_low), SPLIT, SPLIT, WORK)
         if BACK:
             high, low = halves(e, WORK)
@@ -170,14 +164,12 @@ def chunks_kernel(
             e = product(high, low, tl.trans(solved), tl.trans(solved_low), SPLIT, SPLIT, WORK)
         high, low = halves(e, WORK)
         state = dot3(high, low, key, key_low, state, SPLIT, SPLIT, WORK)
-    if MAP:
-        if ours:
-            tl.store(x + slot + G * D * D + inner, state)
-        else:
-            high, low = halves(tl.where(f == column - D, 1.0, 0.0) - state, WORK)
-            tl.store(y + at * D * D + inner, high)
-            if SPLIT:
-                tl.store(y + plane_y + at * D * D + inner, low)
+    if not MAP:
+        keep(y + (0 if BACK else C - 1) * D * D, plane_y, state, WORK, SPLIT)
+    elif ours:
+        tl.store(x + slot + G * D * D + inner, state)
+    else:
+        keep(y + at * D * D + inner, plane_y, tl.where(f == column - D, 1.0, 0.0) - state, WORK, SPLIT)
 
 
 def solve(k: Tensor, gate: Tensor, segments: int, features: str) -> Solved:
@@ -217,8 +209,8 @@ def maps(x: Solved, v: Tensor, M: Tensor, A: Tensor) -> None:
 
 def states(x: Solved, v: Tensor, M: Tensor, back: bool = False) -> Tensor:
     """The memory before every chunk, (planes, B, P-1, G, C, D, D) as halves, each transposed, from that of
-    every slot, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot. It takes
-    D / 32 times the bytes of bfloat16 keys."""
+    every slot, M (B, P, G, D, D); or, ``back``, the gradient after every chunk from that of every slot. It
+    takes D / 32 times the bytes of bfloat16 keys."""
     planes, *each, _, size = x.K.shape
     y = x.K.new_empty(planes, *each, size, size)
     _chunks(x, v, M.contiguous(), y, "back" if back else "states")

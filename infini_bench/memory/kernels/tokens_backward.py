@@ -19,6 +19,7 @@ from infini_bench.memory.kernels.pieces import (
     dense,
     dot3,
     halves,
+    kept,
     load,
     number,
     product,
@@ -48,9 +49,8 @@ def tokens_backward_kernel(
     dv += b * fb + s * fs + g * fh
     K += at * ROWS * D + n[:, None] * D + d[None, :]
     L += at * ROWS * ROWS + n[:, None] * ROWS + m[None, :]
-    k_high, l_high = tl.load(K), tl.load(L)
-    k_low = tl.load(K + plane_K) if SPLIT else k_high
-    l_low = tl.load(L + plane_L) if SPLIT else l_high
+    k_high, k_low = kept(K, plane_K, SPLIT)
+    l_high, l_low = kept(L, plane_L, SPLIT)
     p = tl.load(w + at * ROWS + n)
     to_k = tl.zeros([ROWS, D], tl.float32)
     to_B = tl.zeros([ROWS, ROWS], tl.float32)
@@ -59,9 +59,8 @@ def tokens_backward_kernel(
         c = first + tl.arange(0, COLUMNS)
         tile = at * D * D + c[:, None] * D + d[None, :]
         c = c[None, :]
-        m_high, t_high = tl.load(M + tile), tl.load(T + tile)
-        m_low = tl.load(M + plane + tile) if SPLIT else m_high
-        t_low = tl.load(T + plane + tile) if SPLIT else t_high
+        m_high, m_low = kept(M + tile, plane, SPLIT)
+        t_high, t_low = kept(T + tile, plane, SPLIT)
         r = load(v, rows * vn + c, rows, N, EVEN).to(tl.float32)
         r -= product(k_high, k_low, tl.trans(m_high), tl.trans(m_low), SPLIT, SPLIT, WORK)
         e_high, e_low = halves(p[:, None] * r, WORK)

@@ -53,9 +53,9 @@ CASES = {
 }
 if GPU:
     CASES |= {
-        "D64": {"segments": 30, "n": 512, "size": 64, "written": 29, "heads": 6, "groups": 2, "done": 1},
-        "D128": {"segments": 3, "n": 2048, "size": 128, "written": 3},
-        "D128 odd": {"segments": 5, "n": 1000, "size": 128, "written": 4, "heads": 3, "groups": 1},
+        "D64": {"segments": 26, "n": 130, "size": 64, "written": 25, "heads": 6, "groups": 2, "done": 1},
+        "D128": {"segments": 2, "n": 2048, "size": 128, "written": 2},
+        "D128 odd": {"segments": 3, "n": 500, "size": 128, "written": 2, "heads": 3, "groups": 1},
     }
 
 

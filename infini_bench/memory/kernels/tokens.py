@@ -125,11 +125,8 @@ def chunks_kernel(
     """
     BLOCKS: tl.constexpr = (2 * D if MAP else D) // COLUMNS  # neighbours, to share K and L
     s, segments = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.num_programs(0) // BLOCKS
-    b, g, first = (
-        (tl.program_id(1) // G).to(tl.int64),
-        tl.program_id(1) % G,
-        tl.program_id(0) % BLOCKS * COLUMNS,
-    )
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    first = tl.program_id(0) % BLOCKS * COLUMNS
     n, f, m = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :], tl.arange(0, ROWS)[None, :]
     column = first + tl.arange(0, COLUMNS)[:, None]
     inner = f * D + column % D
@@ -159,7 +156,7 @@ def chunks_kernel(
             e = p * product(high, low, solved, solved_low, SPLIT, SPLIT, WORK)
         else:
             row = j * ROWS + m
-            e += tl.load(v + row * vn, mask=ours & (row < N) & (column < D), other=0.0).to(tl.float32)
+            e += tl.load(v + row * vn, mask=ours & (row < N), other=0.0).to(tl.float32)
             high, low = halves(p * e, WORK)
             e = product(high, low, tl.trans(solved), tl.trans(solved_low), SPLIT, SPLIT, WORK)
         high, low = halves(e, WORK)

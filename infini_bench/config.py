@@ -19,6 +19,7 @@ from infini_bench.rules import (
     check_memory,
     check_needles,
     check_pairs,
+    check_passkey,
     check_sources,
     check_value,
 )
@@ -86,6 +87,8 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
         check_booksum(cfg.task)
     if isinstance(cfg.task, PasskeyConfig | NeedlesConfig):
         cfg.task.depths = [parse_depth(depth) for depth in cfg.task.depths]
+    if isinstance(cfg.task, PasskeyConfig):
+        check_passkey(cfg.task)
     if isinstance(cfg.task, NeedlesConfig):
         check_needles(cfg.task)
     return cfg

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
-from infini_bench.memory import Memory, build_memory, build_tokens
+from infini_bench.layer import MemoryDecoderLayer
+from infini_bench.memory import Memory, build_tokens
 from infini_bench.memory.tokens import TokenMemory, ZeroLinear
 from infini_bench.recurrent import AssociativeLayer, SegmentRun
 from infini_bench.registry import MODEL_TYPE
@@ -88,38 +90,6 @@ class SegmentRotary(nn.Module):
         return self.inner(x, torch.arange(span, device=x.device)[None])
 
 
-class MemoryAttention(LlamaAttention):
-    """Llama's projections around a ``Memory``."""
-
-    def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-        depth = (layer_idx, config.num_hidden_layers)
-        if config.qkv_bias:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                plain = getattr(self, name)
-                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
-        self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim, *depth)
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: MemoryCache | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """hidden_states (B, T, dim) -> (B, T, dim); the cache's layer gets the new state."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        state = None if layer is None else layer.state
-        out, new = self.memory(q, k, v, position_embeddings, state, attention_mask)
-        if layer is not None:
-            layer.state = new
-        return self.o_proj(out.flatten(2)), None
-
-
 class MemoryLlamaPreTrained(LlamaPreTrainedModel):
     """What both classes share; a separate base because inner models dispatch their own ``_init_weights``."""
 
@@ -143,12 +113,10 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         config._attn_implementation = IMPLEMENTATION
         super().__init__(config)
         memory, depth = MemoryConfig(**config.memory), config.num_hidden_layers
-        if memory.kind == "armt":
-            self.layers = nn.ModuleList(AssociativeLayer(config, index) for index in range(depth))
-        attentions = [MemoryAttention(config, index) for index in range(config.num_hidden_layers)]
-        for layer, attention in zip(self.layers, attentions, strict=True):
-            layer.self_attn = attention
-        spans = [attention.memory.span for attention in attentions]
+        kind = AssociativeLayer if memory.kind == "armt" else MemoryDecoderLayer
+        layers = [kind(config, index) for index in range(depth)]
+        self.layers = nn.ModuleList(layers)
+        spans = [layer.self_attn.memory.span for layer in layers]
         longest = None if None in spans else max(span for span in spans if span is not None)
         self.rotary_emb = SegmentRotary(self.rotary_emb, longest)  # type: ignore[assignment]
         self.recurrence = build_tokens(memory, config.hidden_size, depth)
@@ -218,9 +186,8 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
             model_kwargs["past_key_values"] = MemoryCache.empty(len(self.model.layers))
 
     def compile_layers(self) -> None:
-        """torch.compile the parts that all layers share, each once for all layers; in place.
+        """torch.compile the layers' ``body``, once for all of them; in place.
 
-        Whole layers would be compiled anew for each layer index, and the Delta scan makes that minutes.
         Shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in minutes.
         Raises UserError for a model whose segments all differ in length.
         """
@@ -229,14 +196,9 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
                 "trainer.compile=true cannot be: an AutoCompressor's segments grow with each one."
             )
         torch._dynamo.config.recompile_limit = 64
+        body = torch.compile(MemoryDecoderLayer.body, dynamic=False)
         for layer in self.model.layers:
-            for part in (
-                layer.self_attn.memory,
-                layer.mlp,
-                layer.input_layernorm,
-                layer.post_attention_layernorm,
-            ):
-                part.compile(dynamic=False)
+            layer.body = MethodType(body, layer)
 
     @property
     def memories(self) -> list[Any]:

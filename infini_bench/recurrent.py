@@ -11,25 +11,27 @@ Shapes: B batch, T tokens of the call, K tokens of a round, R read tokens, m wri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
 
 from infini_bench.cache import MemoryCache, MemoryLayer
+from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.memory.base import State
 from infini_bench.memory.blocks import Count
 from infini_bench.memory.tokens import Association, Associations, TokenMemory
 from infini_bench.schema import MemoryConfig
 
+if TYPE_CHECKING:
+    from infini_bench.decoder import MemoryLlamaConfig
 
-class AssociativeLayer(LlamaDecoderLayer):
+
+class AssociativeLayer(MemoryDecoderLayer):
     """A decoder layer that reads its `Association` before it runs and writes to it afterwards (ARMT)."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int):
+    def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.index = layer_idx
         self.association = Association(MemoryConfig(**config.memory), config.hidden_size)
 
     def forward(  # type: ignore[override]

@@ -11,7 +11,14 @@ from typing import Any
 from infini_bench import schema
 from infini_bench.errors import UserError
 from infini_bench.outside import is_outside
-from infini_bench.schema import BooksumConfig, MemoryConfig, MQARConfig, NeedlesConfig, RunConfig
+from infini_bench.schema import (
+    BooksumConfig,
+    MemoryConfig,
+    MQARConfig,
+    NeedlesConfig,
+    PasskeyConfig,
+    RunConfig,
+)
 from infini_bench.units import parse_length
 
 Rule = tuple[Callable[[Any], bool], str]  # what must hold, and how to say so after "must be"
@@ -70,6 +77,7 @@ _RULES: dict[str, Rule] = {
     "task.lm_weight": _NOT_NEGATIVE,
     "task.own_segment": _SHARE,
     "task.text_share": _SHARE,
+    "task.crossing": _SHARE,
     "task.symbols": (lambda value: value >= 2, "2 or more"),
     "task.fillers": _some_of(schema.FILLERS),
     "task.train_fillers": _some_of(schema.FILLERS),
@@ -173,6 +181,14 @@ def check_pairs(task: MQARConfig) -> None:
     if task.vocabulary // 2 < most:
         raise UserError(
             f"task.vocabulary={task.vocabulary} has {task.vocabulary // 2} keys: too few for {most} pairs."
+        )
+
+
+def check_passkey(task: PasskeyConfig) -> None:
+    if task.own_segment + task.crossing > 1:
+        raise UserError(
+            f"task.own_segment={task.own_segment} and task.crossing={task.crossing} are shares of the same "
+            "rows; together they must be at most 1."
         )
 
 

@@ -30,6 +30,7 @@ SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
 NEEDLES = ("number", "uuid", "multikey", "multivalue")
+ANY_ALIGNMENT = "any alignment"  # of the protocol of passkey rows with task.any_alignment
 QUESTIONS = ("after", "before")
 PROTOCOLS = ("prefix", "whole_book")
 EXTRACTIVE = ("lead", "random", "lexrank", "oracle")  # summaries of a book's own sentences, by no model
@@ -179,12 +180,15 @@ class PasskeyConfig(TaskConfig):
     segments: int = 4  # training length, in segments of the model
     own_segment: float = 0.0  # training: share of rows with the needle in the question's own segment
     text_share: float = 0.0  # training: share of rows with documents' text as filler
+    train_any_alignment: bool = False  # training: questions start at any place of a segment, evenly
+    crossing: float = 0.0  # training: share of rows whose question and answer lie in two segments
     lm_weight: float = 0.1  # of the haystack's own loss beside the answer's
     lengths: list[str] = field(default_factory=lambda: ["4K"])
     depths: list[str] = field(default_factory=lambda: ["start", "middle", "end_outside"])
     trials: int = 10
     batch: int = 10  # trials run side by side
     chunk: int = 8192
+    any_alignment: bool = False  # trials up to a segment shorter: questions at any place of it, evenly
     controls: bool = True  # memory off
     protocol: str = "curriculum"  # the name of the training protocol in the table
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infini_bench.report.records import Record
+from infini_bench.schema import ANY_ALIGNMENT
 from infini_bench.units import format_length
 
 KEYS = ("dataset", "split", "length", "position", "metric", "n")
@@ -60,6 +61,7 @@ def show_metrics(record: Record) -> None:
     facts = [
         f"{key} {_cell(rows[0][key])}" for key in KEYS if key not in varying and rows[0].get(key) is not None
     ]
+    facts += [ANY_ALIGNMENT] if str(rows[0].get("protocol")).endswith(ANY_ALIGNMENT) else []
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(tuple(_cell(row.get(key)) for key in varying), {})

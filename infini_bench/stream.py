@@ -53,15 +53,18 @@ def feed(model, chunks: Iterable[np.ndarray], state: State = None, progress: Han
 
 
 @torch.no_grad()
-def prefill_rows(model, rows: list[np.ndarray], state: State = None) -> tuple[Tensor, State]:
+def prefill_rows(
+    model, rows: list[np.ndarray], state: State = None, progress: Handle | None = None
+) -> tuple[Tensor, State]:
     """As `prefill`, for rows (t,) of different lengths that are short enough for one call."""
     width = max(map(len, rows))
     ids_BT = np.stack([np.pad(row.astype(np.int64), (width - len(row), 0)) for row in rows])
     if all(len(row) == width for row in rows):
-        return prefill(model, [ids_BT], state)
+        return prefill(model, [ids_BT], state, progress)
     mask_BT = np.stack([np.arange(width) >= width - len(row) for row in rows])
     mask = torch.from_numpy(mask_BT).to(model.device)
     logits, state = model.step(_tensor(ids_BT, model), state, keep="last", mask=mask)
+    _advance(progress, np.concatenate(rows))
     return logits[:, -1], state
 
 

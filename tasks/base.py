@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infini_bench.data import Document, Tokenizer, build_tokenizer, load_documents
+from infini_bench.data import Document, Tokenizer, build_tokenizer, load_documents, token_store
+from infini_bench.errors import UserError
 from infini_bench.metrics.intervals import Interval
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.schema import RunConfig
@@ -88,6 +89,13 @@ class Task(ABC):
         if split not in self._documents:
             self._documents[split] = load_documents(self.cfg.data, split, pairs=pairs)
         return self._documents[split]
+
+    def all_tokens(self, split: str, instead: str, tokenizer: Tokenizer | None = None) -> np.ndarray:
+        """Tokens of all documents of ``split``, end to end. instead: what to do where there are none."""
+        found = token_store(self.cfg.data, self.documents(split), tokenizer or self.tokenizer)
+        if not len(found.all_tokens):
+            raise UserError(f'Split "{split}" has no text to hide anything in; {instead}.')
+        return found.all_tokens
 
     def _build_tokenizer(self) -> Tokenizer:
         return build_tokenizer(self.cfg.data, lambda: (d.text for d in self.documents("train")))

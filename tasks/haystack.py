@@ -66,6 +66,14 @@ class Prompt:
             offset += length
         return np.concatenate(parts)
 
+    def border(self, segment: int) -> int:
+        """Where the segment starts in which the prompt ends."""
+        return (len(self) - 1) // segment * segment
+
+    def crosses(self, segment: int) -> bool:
+        """Whether question and answer, but for its last token, which is never read, lie in two segments."""
+        return self.question // segment != (len(self) + len(self.answer) - 2) // segment
+
 
 def side_by_side(prompts: list[Prompt], start: int, stop: int, size: int) -> Iterator[np.ndarray]:
     """Chunks (prompts, t <= size) of prompts of one length, from token start to stop."""
@@ -113,9 +121,13 @@ class Haystack:
         low = 10 ** (self.digits - 1)
         return str(rng.integers(low, 10 * low))
 
-    def prompt(self, key: str, before: int, sentences: int) -> Prompt:
-        """The prompt with ``before`` of ``sentences`` filler sentences in front of the needle."""
-        return self.hidden(key, self.cycle, 0, self.filler_tokens(before), self.filler_tokens(sentences))
+    def prompt(self, key: str, before: int, sentences: int, shorter: int = 0) -> Prompt:
+        """The prompt with ``before`` of ``sentences`` filler sentences in front of the needle.
+
+        The filler breaks off ``shorter`` tokens early; a needle that would stand behind its end stands there.
+        """
+        filler = self.filler_tokens(sentences) - shorter
+        return self.hidden(key, self.cycle, 0, min(self.filler_tokens(before), filler), filler)
 
     def hidden(self, key: str, text: np.ndarray, place: int, first: int, filler: int) -> Prompt:
         """The prompt with ``filler`` tokens of endless text from ``place`` on, ``first`` before the key."""
@@ -157,18 +169,27 @@ class Haystack:
         cycles, rest = divmod(room, len(self.cycle))
         return cycles * len(FILLER) + int(np.searchsorted(self.ends, rest, side="right")) - 1
 
-    def earliest(self, sentences: int, segment: int) -> int:
+    def exactly(self, length: int) -> tuple[int, int]:
+        """The fewest filler sentences, and by how many tokens they break off, that give ``length`` tokens."""
+        sentences = self.sentences(length)
+        if self.shortest + self.filler_tokens(sentences) < length:
+            sentences += 1
+        return sentences, self.shortest + self.filler_tokens(sentences) - length
+
+    def earliest(self, sentences: int, segment: int, shorter: int = 0) -> int:
         """The fewest filler sentences with which the needle starts in the segment in which the prompt ends.
 
         More than ``sentences`` where the needle, directly before the question, would start before it.
         """
-        border = (self.bare + self.filler_tokens(sentences) - 1) // segment * segment
-        cycles, rest = divmod(max(border - len(self.head), 0), len(self.cycle))
-        return cycles * len(FILLER) + int(np.searchsorted(self.ends, rest))
+        filler = self.filler_tokens(sentences) - shorter
+        needed = max((self.bare + filler - 1) // segment * segment - len(self.head), 0)
+        cycles, rest = divmod(needed, len(self.cycle))
+        found = cycles * len(FILLER) + int(np.searchsorted(self.ends, rest))
+        return found if needed <= filler else max(found, sentences + 1)
 
-    def place(self, depth: str, sentences: int, segment: int) -> int:
+    def place(self, depth: str, sentences: int, segment: int, shorter: int = 0) -> int:
         """Filler sentences in front of the needle at a depth, as tasks/passkey.py defines it."""
-        prompt = self.prompt("1" * self.digits, sentences, sentences)
+        prompt = self.prompt("1" * self.digits, sentences, sentences, shorter)
         if depth == "end":
             if prompt.needle[0] // segment != (len(prompt) - 1) // segment:
                 raise self._impossible("end", "needle and question in one segment", prompt, segment)
@@ -183,7 +204,7 @@ class Haystack:
         start, stop = prompt.needle
         wanted = prompt.question // segment - 1
         for before in range(sentences, -1, -1):
-            back = self.filler_tokens(sentences) - self.filler_tokens(before)
+            back = max(start - len(self.head) - self.filler_tokens(before), 0)
             first, last = (start - back) // segment, (stop - 1 - back) // segment
             if first == last == wanted:
                 return before

@@ -101,10 +101,7 @@ class NeedlesTask(Task):
     def _text(self, filler: str, split: str) -> Text:
         if filler == "constant":
             return Text.constant(self.tokenizer)
-        store = data.token_store(self.cfg.data, self.documents(split), self.tokenizer)
-        if not len(store.all_tokens):
-            raise UserError(f'Split "{split}" has no text to hide needles in; use another one.')
-        return Text(store.all_tokens, self.tokenizer)
+        return Text(self.all_tokens(split, "use another one"), self.tokenizer)
 
     # Training ----------------------------------------------------------------------------------------------
 

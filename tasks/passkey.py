@@ -8,13 +8,24 @@ Depths: a percentage p puts p % of the filler sentences (rounded) in front of th
 ``end_outside``: the last place where the needle lies wholly in the segment before the one in which the
 question starts. Segments are the model's, counted from the prompt's start.
 
+A length puts the question at one place of its segment, the same in all trials. With ``any_alignment`` the
+filler of trial i of T breaks off s tokens early, s uniform over part i of the T equal parts of a segment:
+questions start at all places of a segment evenly, and some, or their answers, run over its border. A needle
+that would stand behind the filler's end stands there; ``end_outside`` is found for each trial; ``end`` is
+refused (100 is directly before the question). ``any alignment`` is part of these rows' protocol, and their
+``extra["crossing"]`` is [keys found, trials] where question and answer lie in two segments.
+
 * ``exact_match``: percent of trials whose greedily generated answer tokens all are right.
 * ``token_accuracy``: percent of answer tokens that are the most probable one, teacher-forced; chance is 10 %
   (11 % for the first digit).
 
 Training: the needle's depth is uniform over the filler, except in a share ``own_segment`` of the rows: there
 it starts in the segment in which the prompt ends, at a uniform place in front of the question. Without such a
-share one row in S of S segments shows this, and a model may never learn to look there.
+share one row in S of S segments shows this, and a model may never learn to look there. Whole filler sentences
+put the question at few places of a segment (27 of 128, which ones depends on the length); with
+``train_any_alignment`` the filler is cut to any number of tokens, and all places are equally frequent. In a
+share ``crossing`` question and answer lie in two segments (rows of one have no border), in the others as
+often as chance has it. In documents' text all places are equally frequent at all times.
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
@@ -25,9 +36,11 @@ Keys depend on seed, length, depth and trial alone.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
+from statistics import median_low
 
 import numpy as np
 import torch
@@ -38,7 +51,8 @@ from infini_bench.errors import UserError
 from infini_bench.metrics.intervals import Interval
 from infini_bench.metrics.retrieval import exact_match, token_accuracy
 from infini_bench.progress import NullProgress
-from infini_bench.stream import feed, generate, prefill
+from infini_bench.schema import ANY_ALIGNMENT
+from infini_bench.stream import feed, generate, prefill_rows
 from infini_bench.units import parse_depth, parse_length
 
 from .base import Batch, Row, Task, aligned, evaluating, forced, has_controls
@@ -61,12 +75,12 @@ VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt
 
 @dataclass(frozen=True)
 class Cell:
-    """One length and depth of the grid; ``before`` of ``sentences`` filler sentences precede the needle."""
+    """One length and depth of the grid, for a model's segment; filler sentences of its longest prompt."""
 
     length: int
     depth: str
+    segment: int
     sentences: int
-    before: int
 
 
 class Passkey(Task):
@@ -77,6 +91,7 @@ class Passkey(Task):
     def __init__(self, cfg, tokenizer=None):
         super().__init__(cfg, tokenizer)
         self.texts: dict[str, np.ndarray] = {}
+        self.forms = cache(self._forms)
 
     @property
     def fingerprint(self) -> str:
@@ -87,10 +102,7 @@ class Passkey(Task):
     def text(self, split: str) -> np.ndarray:
         """All tokens of the documents of ``split``, one after another."""
         if split not in self.texts:
-            store = data.token_store(self.cfg.data, self.documents(split), self.tokenizer)
-            if not len(store.all_tokens):
-                raise UserError(f'Split "{split}" has no text for task.text_share; set that to 0.')
-            self.texts[split] = store.all_tokens
+            self.texts[split] = self.all_tokens(split, "set task.text_share=0")
         return self.texts[split]
 
     @cached_property
@@ -107,8 +119,8 @@ class Passkey(Task):
     def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
         """Prompt and answer in exactly ``segments`` segments of inputs, padded behind the answer.
 
-        The number of filler sentences is uniform among those with which the answer ends in the last segment,
-        and with which the needle fits there where it has to be.
+        The number of filler sentences (``train_any_alignment``: of filler tokens) is uniform among those with
+        which the answer ends in the last segment, and with which needle or question stand as they have to.
         In a share ``text_share`` of the rows, documents' text takes the filler's place: with a loss on it
         (``lm_weight``) a pretrained model stays a language model while it learns to retrieve.
         Loss: mean over answer tokens + ``lm_weight`` x the mean over the others.
@@ -126,20 +138,23 @@ class Passkey(Task):
 
     def _example(self, number: int, length: int, segment: int, split: str) -> Example:
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
-        most = self.haystack.sentences(length)
-        shorter = length - segment  # prompts up to this length end before the last segment
-        least = self.haystack.sentences(shorter) + 1 if shorter >= self.haystack.shortest else 0
         if self.task.text_share and rng.random() < self.task.text_share:
             return training_row(self._in_text(rng, length, segment, split), length, self.tokenizer.eos_id)
-        counts, earliest, share = range(min(least, most), most + 1), 0, self.task.own_segment
-        if share and rng.random() < share:  # share 0 draws nothing: its rows are those of old runs
-            sentences = int(rng.choice(self._near(counts, segment)))
-            earliest = self.haystack.earliest(sentences, segment)
-        else:
-            sentences = int(rng.integers(counts.start, counts.stop))
+        kind = self._kind(rng, borders=length > segment + 1)
+        forms = self.forms(kind, length, segment)
+        sentences, shorter = forms[rng.integers(len(forms))]
+        earliest = self.haystack.earliest(sentences, segment, shorter) if kind == "own_segment" else 0
         key = self.haystack.key(rng)
-        prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences)
+        prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences, shorter)
         return training_row(prompt, length, self.tokenizer.eos_id)
+
+    def _kind(self, rng: np.random.Generator, borders: bool) -> str:
+        """``own_segment``, ``crossing`` or ``any``. borders: whether rows have any to cross."""
+        own, crossing = self.task.own_segment, self.task.crossing
+        if not own + crossing:  # draws nothing: its rows are those of old runs
+            return "any"
+        drawn = rng.random()
+        return "own_segment" if drawn < own else "crossing" if borders and drawn < own + crossing else "any"
 
     def _in_text(self, rng: np.random.Generator, length: int, segment: int, split: str) -> Prompt:
         """A prompt in documents' text, which ends with its answer anywhere in the last segment."""
@@ -148,93 +163,139 @@ class Passkey(Task):
         key, place = self.haystack.key(rng), int(rng.integers(len(text)))
         return self.haystack.hidden(key, text, place, int(rng.integers(filler + 1)), filler)
 
-    def _near(self, counts: range, segment: int) -> list[int]:
-        """Numbers of filler sentences with which the needle can stand in the segment of the prompt's end."""
-        fitting = [count for count in counts if self.haystack.earliest(count, segment) <= count]
-        if not fitting:
-            needed = self.haystack.bare - len(self.haystack.head)
-            raise UserError(
-                f"Set task.own_segment=0, or memory.segment to more than {needed}: both together take "
-                f"{needed} tokens and never stand in one segment of {segment}."
+    def _forms(self, kind: str, length: int, segment: int) -> list[tuple[int, int]]:
+        """(Filler sentences, tokens they break off early) of the rows of a kind."""
+        hay, shortest = self.haystack, self.haystack.shortest
+        before = length - segment  # prompts and answers up to this length end before the last segment
+        if self.task.train_any_alignment:
+            forms = [hay.exactly(size) for size in range(max(before + 1, shortest), length + 1)]
+        else:
+            most = hay.sentences(length)
+            least = hay.sentences(before) + 1 if before >= shortest else 0
+            forms = [(count, 0) for count in range(min(least, most), most + 1)]
+        if kind == "own_segment":
+            forms = [form for form in forms if hay.earliest(form[0], segment, form[1]) <= form[0]]
+        if kind == "crossing":
+            forms = [form for form in forms if hay.prompt("1" * hay.digits, 0, *form).crosses(segment)]
+        if not forms:
+            raise self._impossible(kind, segment)
+        return forms
+
+    def _impossible(self, kind: str, segment: int) -> UserError:
+        if kind == "crossing":
+            return UserError(
+                "Set task.crossing=0, or task.train_any_alignment=true: whole filler sentences never put the "
+                f"question over a border of segments of {segment} tokens."
             )
-        return fitting
+        needed = self.haystack.bare - len(self.haystack.head)
+        return UserError(
+            f"Set task.own_segment=0, or memory.segment to more than {needed}: both together take "
+            f"{needed} tokens and never stand in one segment of {segment}."
+        )
 
     # Evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, model, progress=None) -> list[Row]:
         """All lengths and depths; what prompts have in common is read once for all of them."""
-        cells = self.cells(model.segment)
+        made = {cell: self.prompts(cell) for cell in self.cells(model.segment)}  # misfits are told first
+        starts = {cell: min(prompt.needle[0] for prompt in prompts) for cell, prompts in made.items()}
         rows: dict[Cell, list[Row]] = {}
-        with evaluating(model), (progress or NullProgress()).task("passkey", self._work(cells)) as bar:
+        with evaluating(model), (progress or NullProgress()).task("passkey", _work(made, starts)) as bar:
             state, read = None, 0
-            for cell in sorted(cells, key=lambda cell: cell.before):
-                prompts = self.prompts(cell)
-                start = prompts[0].needle[0]
+            for cell in sorted(made, key=starts.__getitem__):
                 size = aligned(self.task.chunk, model.segment)
-                state = feed(model, side_by_side(prompts[:1], read, start, size), state, bar)
-                read = start
-                rows[cell] = self._rows(cell, prompts, model, state, bar)
-        return [row for cell in cells for row in rows[cell]]
+                state = feed(model, side_by_side(made[cell][:1], read, starts[cell], size), state, bar)
+                read = starts[cell]
+                rows[cell] = self._rows(cell, made[cell], model, state, read, bar)
+        return [row for cell in made for row in rows[cell]]
 
     def cells(self, segment: int) -> list[Cell]:
-        """The grid in the order asked for; a cell that cannot be made is a UserError before anything runs."""
-        cells = []
-        for length in map(parse_length, self.task.lengths):
-            sentences = self.haystack.sentences(length)
-            for depth in map(parse_depth, self.task.depths):
-                cells.append(Cell(length, depth, sentences, self.haystack.place(depth, sentences, segment)))
-        return list(dict.fromkeys(cells))
+        """The grid in the order asked for."""
+        lengths, depths = map(parse_length, self.task.lengths), [*map(parse_depth, self.task.depths)]
+        grid = [(length, depth) for length in lengths for depth in depths]
+        return [
+            Cell(length, depth, segment, self.haystack.sentences(length))
+            for length, depth in dict.fromkeys(grid)
+        ]
 
     def prompts(self, cell: Cell) -> list[Prompt]:
-        """The trials of a cell; they differ in the key only."""
+        """The trials of a cell, which differ in the key, and with ``any_alignment`` in their ends.
+
+        A cell that cannot be made is a UserError.
+        """
         prompts = []
         for trial in range(self.task.trials):
-            seed = [self.cfg.seed, cell.length, zlib.crc32(cell.depth.encode()), trial]
-            key = self.haystack.key(np.random.default_rng(seed))
-            prompts.append(self.haystack.prompt(key, cell.before, cell.sentences))
+            rng = np.random.default_rng([self.cfg.seed, cell.length, zlib.crc32(cell.depth.encode()), trial])
+            key = self.haystack.key(rng)
+            shorter = self._shorter(cell, trial, rng) if self.task.any_alignment else 0
+            before = self.haystack.place(cell.depth, cell.sentences, cell.segment, shorter)
+            prompts.append(self.haystack.prompt(key, before, cell.sentences, shorter))
         return prompts
 
-    def _work(self, cells: list[Cell]) -> int:
-        """Tokens to read, controls left out."""
-        starts = [self.prompts(cell)[0].needle[0] for cell in cells]
-        behind = sum(len(self.prompts(cell)[0]) - start for cell, start in zip(cells, starts, strict=True))
-        return max(starts) + self.task.trials * behind
+    def _shorter(self, cell: Cell, trial: int, rng: np.random.Generator) -> int:
+        if cell.depth == "end":
+            raise UserError(
+                'Ask for depth 100 in place of "end", or leave out task.any_alignment: a question that runs '
+                "over a border shares no segment with a needle."
+            )
+        if self.haystack.filler_tokens(cell.sentences) < cell.segment - 1:
+            raise UserError(
+                f"Ask for passkey prompts longer than {cell.length} tokens, or leave out task.any_alignment: "
+                f"it cuts their filler by up to a segment, {cell.segment} tokens."
+            )
+        return int((trial + rng.random()) * cell.segment / self.task.trials)
 
-    def _rows(self, cell: Cell, prompts: list[Prompt], model, state, bar) -> list[Row]:
-        """Rows of one cell; ``state`` has read what stands in front of the needle."""
-        first, segment = prompts[0], model.segment
+    def _rows(self, cell: Cell, prompts: list[Prompt], model, state, start: int, bar) -> list[Row]:
+        """Rows of one cell; ``state`` has read the tokens before ``start``, which all its prompts share."""
+        n, batch = model.segment, self.task.batch
         extra = {
-            "segments": first.question // segment - (first.needle[1] - 1) // segment,
-            "tokens": len(first) + len(first.answer),
+            "segments": median_low(each.question // n - (each.needle[1] - 1) // n for each in prompts),
+            "tokens": max(len(each) + len(each.answer) for each in prompts),
             "digits": self.task.digits,
         }
-        answers = self._answer(model, prompts, state, first.needle[0], bar)
-        rows = self._score(cell, "constant", extra, *answers)
+        groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+        crossing = np.array([each.crosses(n) for each in prompts])
+        answers = self._answers(model, groups, lambda group: self._read(model, group, state, start, bar))
+        rows = self._score(cell, "constant", extra, crossing, *answers)
         if has_controls(self.cfg, model):
-            border = (len(first) - 1) // segment * segment
             with model.memory_off():
-                rows += self._score(cell, "memory_off", extra, *self._answer(model, prompts, None, border))
+                answers = self._answers(model, groups, lambda group: self._read_ends(model, group))
+            rows += self._score(cell, "memory_off", extra, crossing, *answers)
         return rows
 
-    def _answer(self, model, prompts: list[Prompt], state, start: int, bar=None) -> tuple[np.ndarray, ...]:
-        """Read prompts from token ``start``, where one row's ``state`` stands, ``task.batch`` side by side.
+    def _read(self, model, prompts: list[Prompt], state, start: int, bar):
+        """Logits and state after prompts, read from token ``start``, where ``state``, of one row, stands."""
+        copies = state.select_rows(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
+        size = aligned(self.task.chunk, model.segment, len(prompts))
+        even = len(set(map(len, prompts))) == 1  # else the last call, which is padded, is kept short
+        step = size if even else model.segment
+        last = start + (min(map(len, prompts)) - 1 - start) // step * step
+        copies = feed(model, side_by_side(prompts, start, last, size), copies, bar)
+        return prefill_rows(model, [prompt.tokens(last) for prompt in prompts], copies, bar)
 
-        Returns answer tokens (trials, A): asked for, generated, most probable under teacher forcing.
-        """
+    def _read_ends(self, model, prompts: list[Prompt]):
+        """As `_read`, of nothing but the segment in which each prompt ends."""
+        return prefill_rows(model, [prompt.tokens(prompt.border(model.segment)) for prompt in prompts])
+
+    def _answers(self, model, groups: list[list[Prompt]], read: Callable) -> list[np.ndarray]:
+        """Answer tokens (trials, A): asked for, generated, most probable under teacher forcing."""
         parts = []
-        for group in (prompts[i : i + self.task.batch] for i in range(0, len(prompts), self.task.batch)):
-            rows = torch.zeros(len(group), dtype=torch.long, device=model.device)
-            copies = None if state is None else state.select_rows(rows)
-            size = aligned(self.task.chunk, model.segment, len(group))
-            logits, read = prefill(model, side_by_side(group, start, len(group[0]), size), copies, bar)
+        for group in groups:
+            logits, state = read(group)
             expected = np.stack([prompt.answer for prompt in group])
-            generated = generate(model, logits, read, expected.shape[1])
-            parts.append((expected, generated, forced(model, logits, read, expected)))
-        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+            generated = generate(model, logits, state, expected.shape[1])
+            parts.append((expected, generated, forced(model, logits, state, expected)))
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _score(self, cell: Cell, condition: str, extra: dict, expected, generated, best) -> list[Row]:
+    def _score(self, cell: Cell, condition: str, extra: dict, crossing, expected, generated, best):
+        """Rows of one condition. crossing: (trials,), where question and answer lie in two segments."""
+        protocol = self.task.protocol
+        if self.task.any_alignment:
+            protocol += f", {ANY_ALIGNMENT}"
+            found = (generated == expected).all(1)[crossing]
+            extra = {**extra, "crossing": [int(found.sum()), len(found)]}
         columns = {"length": cell.length, "position": cell.depth}
-        columns |= {"condition": condition, "protocol": self.task.protocol}
+        columns |= {"condition": condition, "protocol": protocol}
         exact, tokens = exact_match(generated, expected), token_accuracy(best, expected)
         digits = self.task.digits
         chance = 100 / (9 * 10 ** (digits - 1))
@@ -247,3 +308,8 @@ class Passkey(Task):
             columns |= {"n": share.n, "extra": {**extra, "chance": by_chance}}
             rows.append(self.row(metric, share.value, Interval(share.low, share.high), **columns))
         return rows
+
+
+def _work(made: dict[Cell, list[Prompt]], starts: dict[Cell, int]) -> int:
+    """Tokens to read, controls left out."""
+    return max(starts.values()) + sum(len(each) - starts[cell] for cell in made for each in made[cell])

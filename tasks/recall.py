@@ -122,12 +122,7 @@ class Recall(Task):
     def _filler(self, kind: str, split: str) -> np.ndarray:
         if kind == "constant":
             return self.symbols.first + 2 + np.arange(CYCLE)
-        text = self.symbols.text
-        assert text is not None
-        store = data.token_store(self.cfg.data, self.documents(split), text)
-        if not len(store.all_tokens):
-            raise UserError(f'Split "{split}" has no text to fill segments with; use another task.split.')
-        return store.all_tokens
+        return self.all_tokens(split, "use another task.split", self.symbols.text)
 
     def trials(self, rngs: list[np.random.Generator], kind: str, split: str, segments: int = 1) -> Trials:
         """One row a generator; the fact lies in one of the first ``segments``, before any question."""

@@ -189,7 +189,7 @@ def test_a_mistake_anywhere_in_a_sweep_is_found_before_it_starts(runs):
         ([], "model=loc", [f"model={name}" for name in LOCAL]),
         (["model", "="], "loc", LOCAL),  # bash
         (["seed", "=", "1", "task"], "=", ASKED),  # bash
-        (["task=passkey"], "task.tr", ["task.trials="]),
+        (["task=passkey"], "task.tr", ["task.train_any_alignment=", "task.trials="]),
         ([], "task.tr", []),
         ([], "hydra/laun", ["hydra/launcher="]),
         (["trainer.st"], "mo", []),

@@ -32,6 +32,7 @@ from infini_bench.report.cells import (
 )
 from infini_bench.report.records import Record, current
 from infini_bench.report.tidy import BY_BASE, NAMES, POSITIONS, VIEWS, rank, tables_of
+from infini_bench.schema import ANY_ALIGNMENT
 from infini_bench.units import format_length
 
 TITLES = {
@@ -204,7 +205,17 @@ def _caption3(rows: list[Row]) -> str:
     return (
         f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(keys))}, {counts} trials "
         "a number (all seeds together); in brackets 95 % Wilson intervals, wider where seeds disagree; "
-        f"off: the same with memory off. * = not longer than trained.{_caption_bits(rows)}"
+        f"off: the same with memory off. * = not longer than trained."
+        f"{_caption_alignment(rows)}{_caption_bits(rows)}"
+    )
+
+
+def _caption_alignment(rows: list[Row]) -> str:
+    if not any(row["protocol"].endswith(ANY_ALIGNMENT) for row in rows):
+        return ""
+    return (
+        f" {ANY_ALIGNMENT.capitalize()}: each trial cuts another number of tokens, up to a segment, so that "
+        "questions start at all places of a segment; elsewhere all trials of a number share one place."
     )
 
 

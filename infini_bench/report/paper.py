@@ -94,7 +94,7 @@ def value(table: str, row: dict) -> float | None:
     if table == "table2_lm" and metric == "token_ppl":
         return TABLE2.get(model, {}).get(row["dataset"])
     if table == "table3_passkey" and metric == "token_accuracy" and condition != "memory_off":
-        return _passkey(model, "zero_shot" if row["protocol"] == "zero_shot" else "paper", row)
+        return _passkey(model, "zero_shot" if row["protocol"].startswith("zero_shot") else "paper", row)
     if table == "table4_booksum" and condition == "pairwise" and row.get("position") is None:
         return TABLE4.get(model, {}).get(metric)
     return None

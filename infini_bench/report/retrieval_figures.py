@@ -40,7 +40,9 @@ def _heat(axes: Axes, line: Line) -> None:
     first = line[0]
     device = first["device"].split(",")[0][:24]
     place = first["base"] or first["dataset"]
-    parts = [f"{first['model']}, {first['condition']}", f"{place}, {first['scale']}, {device}"]
+    asked = first["protocol"].partition(", ")[2]  # what the protocol adds to the training's name
+    name = ", ".join(filter(None, [first["model"], first["condition"], asked]))
+    parts = [name, f"{place}, {first['scale']}, {device}"]
     axes.set_title("\n".join([*parts, *([_short(first["variant"])] if first["variant"] else [])]), fontsize=7)
 
 

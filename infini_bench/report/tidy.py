@@ -79,7 +79,7 @@ COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
     *("task.segments_after", "task.fillers", "task.pairs", "task.kinds", "task.questions"),
     *("task.gates", "task.baseline", "task.samples"),
-    *("task.map_tokens", "task.map_new_tokens"),  # they stand in the protocol
+    *("task.map_tokens", "task.map_new_tokens", "task.any_alignment"),  # they stand in the protocol
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
     "task.seconds",

@@ -1,0 +1,77 @@
+"""A decoder layer with a memory: Llama's, through which the memory's state goes as a value.
+
+Shapes: B batch, T tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+from infini_bench.cache import MemoryCache
+from infini_bench.memory import build_memory
+from infini_bench.memory.base import Rope, State
+from infini_bench.schema import MemoryConfig
+
+if TYPE_CHECKING:
+    from infini_bench.decoder import MemoryLlamaConfig
+
+
+class MemoryAttention(LlamaAttention):
+    """Llama's projections around a ``Memory``."""
+
+    def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        depth = (layer_idx, config.num_hidden_layers)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                plain = getattr(self, name)
+                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
+        self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim, *depth)
+
+    def forward(  # type: ignore[override]
+        self, x_BTC: Tensor, rope: Rope, state: State | None, mask_BT: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """(B, T, dim) and the state before -> (B, T, dim) and the state after."""
+        shape = (*x_BTC.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(x_BTC).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out, state = self.memory(q, k, v, rope, state, mask_BT)
+        return self.o_proj(out.flatten(2)), state
+
+
+class MemoryDecoderLayer(LlamaDecoderLayer):
+    """Llama's layer around `MemoryAttention`."""
+
+    self_attn: MemoryAttention
+
+    def __init__(self, config: MemoryLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.index, self.self_attn = layer_idx, MemoryAttention(config, layer_idx)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Rope | None = None,
+        past_key_values: MemoryCache | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """hidden_states (B, T, dim) -> (B, T, dim); the cache's layer gets the new state."""
+        assert position_embeddings is not None
+        layer = None if past_key_values is None else past_key_values.layers[self.index]
+        state = None if layer is None else layer.state
+        out, new = self.body(hidden_states, position_embeddings, state, attention_mask)
+        if layer is not None:
+            layer.state = new
+        return out
+
+    def body(
+        self, x_BTC: Tensor, rope: Rope, state: State | None, mask_BT: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """The layer without its index, so that what ``torch.compile`` makes of it serves all layers."""
+        mixed, new = self.self_attn(self.input_layernorm(x_BTC), rope, state, mask_BT)
+        x_BTC = x_BTC + mixed
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), new

@@ -1,8 +1,11 @@
 """The Triton kernels against float64 written from Eq. 7-10: on a GPU if there is one, else in Triton's
 interpreter (switched on by conftest.py)."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from launches import checked
 
 from infini_bench.errors import UserError
 from infini_bench.memory import build_memory, reference
@@ -29,6 +32,13 @@ def runs():
         count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
     except Exception as error:
         pytest.skip(f"triton {triton.__version__} runs no loop here (do it and NumPy disagree?): {error}")
+
+
+@pytest.fixture(autouse=True)
+def memory_is_checked(runs, monkeypatch):
+    """In the interpreter: a GPU does so itself."""
+    with nullcontext() if GPU else checked(monkeypatch):
+        yield
 
 
 @pytest.fixture(autouse=True)

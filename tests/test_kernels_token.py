@@ -11,6 +11,7 @@ from test_kernels import (
     distance,
     document,
     inputs,
+    memory_is_checked,  # noqa: F401
     run,
     runs,  # noqa: F401
     two_levels_from_five_segments,  # noqa: F401

@@ -1,8 +1,11 @@
 """The Triton kernels against float64 written from Eq. 7-10: on a GPU if there is one, else in Triton's
 interpreter (switched on by conftest.py)."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from launches import checked
 
 from infini_bench.errors import UserError
 from infini_bench.layer import MemoryDecoderLayer
@@ -32,6 +35,13 @@ def runs():
         count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
     except Exception as error:
         pytest.skip(f"triton {triton.__version__} runs no loop here (do it and NumPy disagree?): {error}")
+
+
+@pytest.fixture(autouse=True)
+def memory_is_checked(runs, monkeypatch):
+    """In the interpreter: a GPU does so itself."""
+    with nullcontext() if GPU else checked(monkeypatch):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +183,10 @@ def test_bfloat16_products_keep_what_both_halves_hold():
     assert distance(new_M, ideal[1]) < 2**-14 and distance(new_z, ideal[2]) < 2**-14
 
 
-def document(backend, update, tokens):
+def document(backend, update, tokens, **more):
     dtype, size = DTYPES[0], 64 if GPU else D
-    mem = build_memory(MemoryConfig(segment=N, update=update, backend=backend), H, G, size).to(DEVICE)
+    cfg = MemoryConfig(segment=N, update=update, backend=backend, **more)
+    mem = build_memory(cfg, H, G, size).to(DEVICE)
     with torch.no_grad():
         mem.memory_gate.copy_(torch.linspace(-1, 1, H))
     torch.manual_seed(1)
@@ -260,6 +271,11 @@ def test_a_layer_with_kernels_compiles_to_one_graph(update, monkeypatch):
     [
         ({"update": "delta_corrected"}, "no kernel for memory.update=delta_corrected"),
         ({"gradient_depth": 2}, "no kernel for memory.gradient_depth=2"),
+        ({"features": "gelu"}, "no kernel for memory.features=gelu"),
+        ({"write_gate": True}, "no kernel for memory.write_gate=True"),
+        ({"normaliser": "none"}, "no kernel for memory.normaliser=none"),
+        ({"update": "delta_token", "normaliser": "norm"}, "no kernel for memory.normaliser=norm"),
+        ({"update": "delta_token", "normaliser": "none", "decay": 0.9}, "no kernel for memory.decay=0.9"),
     ],
 )
 def test_a_backend_that_cannot_run_is_an_error_only_where_it_was_asked_for(change, why):

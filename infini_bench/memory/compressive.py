@@ -123,12 +123,13 @@ class CompressiveMemory(Memory):
         from infini_bench.memory.kernels import ops  # imports triton
 
         assert isinstance(b.full, int) and isinstance(b.done, int)
-        how = self.cfg.update, self.cfg.features
-        M, z = ops.write(b.k_BSKGD, b.v_BSKGD, carry["M"], carry["z"], b.full, *how)
+        how = self.cfg.update, self.cfg.features, self.memory_write.float() if self.cfg.write_gate else None
+        z = carry["z"] if self.normalised else carry["M"][..., :0, 0]
+        M, z = ops.write(b.k_BSKGD, b.v_BSKGD, carry["M"], z, b.full, *how)
         if self.enabled and b.done + b.q_BSQHD.shape[1] > 1:
             gate = torch.sigmoid(self.memory_gate.float())
             dot = ops.read(b.q_BSQHD, dot, gate, M, z, b.done, self.cfg.features)
-        return dot, self.carried({"M": M, "z": z}, b.full)
+        return dot, self.carried({"M": M, "z": z} if self.normalised else {"M": M}, b.full)
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:

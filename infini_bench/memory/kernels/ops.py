@@ -2,13 +2,18 @@
 
 Bytes (device memory, B1 T131072 bf16, one pass over q, k, v or o = 268 MB, 65 us at the 4.1 TB/s that a copy
 reaches on an H200; X = one pass over all M, float32: 0.13 passes at H8 D128 N2048, 0.25 at H16 D64 N512).
+delta_token's keys go through in chunks of 64: K and a state are float32's bytes, L = 128 / D passes are the
+chunks' triangular systems, Y = D / 32 the states at all chunks.
     local attention alone (the floor)      q k v -> o                             4
     write, Linear                          k v -> U; U -> M                       2 + 3 X
     write, Delta                           + k -> A; A U twice -> M               3 + 7 X
+    write, delta_token                     k -> K L; K L v -> A U; A U twice -> M 6 + 2 L + 7 X
     read                                   q A_dot M -> out                       3 + X
     read, backward                         q A_dot dO M -> dq dA_dot dM           5 + 2 X
     write, backward, Linear                dM -> T; k v T -> dk dv                4 + 3 X
     write, backward, Delta                 + A dM twice -> T; T M -> B; k B; B    5 + 11 X
+    write, backward, delta_token           A dM twice -> T; k -> K L; K L v M,
+                                           K L T -> Y; k v K L Y Y -> dk dv       14 + 4 L + 7 X + 4 Y
 Measured there (us a call of the forward pass), and what its bytes take at 4.1 TB/s:
                                                        H8 D128 N2048   H16 D64 N512
     attention, cuDNN                       4             994   262       489   262
@@ -29,10 +34,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infini_bench.memory.kernels import tokens
 from infini_bench.memory.kernels import walk as walks
 from infini_bench.memory.kernels.pieces import dense
 from infini_bench.memory.kernels.read import read as launch_read
 from infini_bench.memory.kernels.read import read_backward
+from infini_bench.memory.kernels.tokens_backward import tokens_backward
 from infini_bench.memory.kernels.write import overlap, sums, taken_like
 from infini_bench.memory.kernels.write_backward import outer, overlap_backward, write_backward
 
@@ -106,6 +113,64 @@ _write.register_autograd(_backward_of_write, setup_context=_save_write)
 
 
 @torch.library.custom_op(
+    "infini_bench::write_tokens",
+    mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor gate, Tensor M, int written, str features) -> (Tensor, Tensor)",
+)
+def _write_tokens(k, v, gate, M, written, features):
+    before, taken = _write_tokens_like(k, v, gate, M, written, features)
+    before[:, 0] = M
+    if written:
+        tokens.maps(tokens.solve(k, gate, written, features), v, before, taken)
+        walks.walk(taken, before, out=before)
+    return before, taken
+
+
+@_write_tokens.register_fake
+def _write_tokens_like(k, v, gate, M, written, features):
+    batch, groups, size, _ = M.shape
+    return M.new_empty(batch, written + 1, groups, size, size), taken_like(k, written)
+
+
+@torch.library.custom_op(
+    "infini_bench::write_tokens_backward",
+    mutates_args=(),
+    schema="(Tensor dM, Tensor k, Tensor v, Tensor gate, Tensor before, Tensor taken, str features)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _write_tokens_backward(dM, k, v, gate, before, taken, features):
+    written = before.shape[1] - 1
+    if not written:
+        return (
+            torch.zeros_like(dense(k)),
+            torch.zeros_like(dense(v)),
+            torch.zeros_like(gate),
+            dM[:, 0].clone(),
+        )
+    T = walks.walk(taken, dM, back=True)
+    solved = tokens.solve(k, gate, written, features)
+    states = tokens.states(solved, v, before), tokens.states(solved, v, T, back=True)
+    return *tokens_backward(k, v, gate, solved, *states, features), T[:, 0].clone()
+
+
+@_write_tokens_backward.register_fake
+def _write_tokens_backward_like(dM, k, v, gate, before, taken, features):
+    return tuple(torch.empty_like(x) for x in (dense(k), dense(v), gate, dM[:, 0]))
+
+
+def _save_write_tokens(ctx, inputs, output):
+    k, v, gate, _, _, ctx.features = inputs
+    ctx.save_for_backward(k, v, gate, *output)
+
+
+def _backward_of_write_tokens(ctx, dM, _):
+    return *_write_tokens_backward(dM, *ctx.saved_tensors, ctx.features), None, None
+
+
+_write_tokens.register_autograd(_backward_of_write_tokens, setup_context=_save_write_tokens)
+
+
+@torch.library.custom_op(
     "infini_bench::read",
     mutates_args=(),
     schema="(Tensor q, Tensor local, Tensor gate, Tensor before, Tensor norms, int done, str features)"
@@ -148,10 +213,25 @@ _read.register_autograd(_backward_of_read, setup_context=_save_read)
 
 
 def write(
-    k_BSNGD: Tensor, v_BSNGD: Tensor, M_BGDD: Tensor, z_BGD: Tensor, written: int, update: str, features: str
+    k_BSNGD: Tensor,
+    v_BSNGD: Tensor,
+    M_BGDD: Tensor,
+    z_BGD: Tensor,
+    written: int,
+    update: str,
+    features: str,
+    gate_GE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """M (B, P, G, D, D) and z (B, P, G, D), float32, before each of the first ``written`` segments and after
-    the last of them, from M and z before the first (Eq. 8 or 9)."""
+    the last of them, from M and z before the first (Eq. 8 or 9, or delta_token's rule).
+
+    delta_token has no z: (B, G, 0), and (B, P, G, 0) comes back. gate: u and c (G, D + 1) of its strengths
+    w_t = sigmoid(u k_t + c), float32; None: they are 1.
+    """
+    if update == "delta_token":
+        gate = M_BGDD.new_empty(M_BGDD.shape[1], 0) if gate_GE is None else gate_GE
+        before, _ = _write_tokens(k_BSNGD, v_BSNGD, gate, M_BGDD, written, features)
+        return before, z_BGD[:, None].expand(-1, written + 1, -1, -1)
     before, norms, _ = _write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update == "delta", features)
     return before, norms
 
@@ -167,7 +247,8 @@ def read(
 ) -> Tensor:
     """gate * A_mem + (1 - gate) * local, (B, S, Q, H, D) (Eq. 7, 10); S at most P.
 
-    gate: after the sigmoid, float32. done: segments before the first one; the document's first is ungated.
+    z of no features, (B, P, G, 0): A_mem is unit-norm features times M. gate: after the sigmoid, float32.
+    done: segments before the first one; the document's first is ungated.
     """
     return _read(q_BSQHD, local_BSQHD, gate_H, M_BPGDD, z_BPGD, done, features)
 
@@ -185,11 +266,13 @@ def infini_attention(
     done: int,
     update: str = "linear",
     features: str = "elu1",
+    write_gate_GE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call of Infini-attention beside its local part: outputs, and M and z after segment ``written``.
 
-    q, k: raw, before any position embedding. Equals ``CompressiveMemory.segments`` for rows that agree.
+    q, k: raw, before any position embedding; z and write_gate: see ``write``. Equals
+    ``CompressiveMemory.segments`` for rows that agree.
     """
-    M, z = write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update, features)
+    M, z = write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update, features, write_gate_GE)
     out = read(q_BSQHD, local_BSQHD, gate_H, M, z, done, features)
     return out, M[:, written], z[:, written]

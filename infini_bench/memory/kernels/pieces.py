@@ -99,6 +99,22 @@ def store(base, at, x, rows, LIMIT, EVEN: tl.constexpr):
         tl.store(base + at, x.to(base.dtype.element_ty), mask=rows < LIMIT)
 
 
+@triton.jit
+def keep(at, plane, x, WORK: tl.constexpr, SPLIT: tl.constexpr):
+    """Stores a float32 block as its halves, the low one ``plane`` elements behind; whole unless SPLIT."""
+    high, low = halves(x, WORK)
+    tl.store(at, high)
+    if SPLIT:
+        tl.store(at + plane, low)
+
+
+@triton.jit
+def kept(at, plane, SPLIT: tl.constexpr):
+    """What ``keep`` has stored; ``low`` is not to be read unless SPLIT."""
+    high = tl.load(at)
+    return high, tl.load(at + plane) if SPLIT else high
+
+
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Blocks of rows x columns of one head of x (B, S, N, H, D) for the copy engine, which spares a program
     the registers of addresses; rows from N on read zero. It asks for strides and an address in multiples of

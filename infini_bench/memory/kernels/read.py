@@ -4,7 +4,8 @@ out = c (sigma(Q) M) + (1 - gate) A_dot with c = gate / (sigma(Q) z), gate = 0 i
 Backward, with w = dO M^T (one product serves all): sigma(Q) M dO = sigma(Q) w, hence
     d sigma(Q) = c w - c (sigma(Q) w) / norm z        dM = sum_t (c sigma(Q))^T dO
     d gate = sum_t sigma(Q) w / norm - dO A_dot       dz = sum_t -c (sigma(Q) w) / norm sigma(Q)
-and the forward's numerator is not needed again.
+and the forward's numerator is not needed again. Without z (UNIT) the features' norm |sigma(Q)| stands for
+sigma(Q) z, and sigma(Q) / |sigma(Q)|, its derivative, for z.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def read_kernel(
     qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh,
     ob, os, on: tl.constexpr, oh,
     D: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
-    WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr, WORK: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of ROWS * LOOP queries of one head and segment; M is read once for all of them."""
     parts = tl.cdiv(Q, ROWS * LOOP)
@@ -49,14 +50,18 @@ def read_kernel(
     out += b * ob + s * os + h * oh
     slot = (b * P + s) * (H // R) + h // R
     share = tl.where(s + done > 0, tl.load(gate + h), 0.0)
-    known = pair(tl.load(z + slot * D + d)[:, None], WORK)
+    if not UNIT:
+        known = pair(tl.load(z + slot * D + d)[:, None], WORK)
     m_high, m_low = halves(tl.load(M + slot * D * D + d[:, None] * D + d[None, :]), WORK)
     for start in tl.range(begin, tl.minimum(begin + ROWS * LOOP, Q), ROWS, num_stages=STAGES):
         x = load(q, start * qn + n * qn + d[None, :], start + n, Q, EVEN).to(tl.float32)
         near = load(local, start * ln + n * ln + d[None, :], start + n, Q, EVEN).to(tl.float32)
         f = sigma(x, FEATURES)
         f_high, f_low = halves(f, WORK)
-        norm = tl.sum(product(f_high, f_low, known, known, LOW > 0, False, WORK), 1)
+        if UNIT:
+            norm = tl.sqrt(tl.sum(f * f, 1))
+        else:
+            norm = tl.sum(product(f_high, f_low, known, known, LOW > 0, False, WORK), 1)
         far = product(f_high, f_low, m_high, m_low, LOW > 0, LOW > 1, WORK)
         far = far * (share / tl.maximum(norm, EPS))[:, None] + (1 - share) * near
         store(out + start * on, n * on + d[None, :], far, start + n, Q, EVEN)
@@ -67,7 +72,7 @@ def read_backward_kernel(
     q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz, S, Q, H, R, P, done,
     qb, qs, qn: tl.constexpr, qh, lb, ls, ln: tl.constexpr, lh,
     ob, os, on: tl.constexpr, oh, eb, es, en: tl.constexpr, eh, fb, fs, fn: tl.constexpr, fh,
-    D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FEATURES: tl.constexpr, UNIT: tl.constexpr,
     WORK: tl.constexpr, NATIVE: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All queries of a segment that read one KV head: their gradients, and theirs to M and z before it.
@@ -84,7 +89,8 @@ def read_backward_kernel(
     dlocal += b * fb + s * fs
     slot = (b * P + s) * G + g
     tile = slot * D * D + d[:, None] * D + d[None, :]
-    known = tl.load(z + slot * D + d)[None, :]
+    if not UNIT:
+        known = tl.load(z + slot * D + d)[None, :]
     m_high, m_low = halves(tl.load(M + tile), WORK)
     to_M = tl.zeros([D, D], tl.float32)  # transposed: dO then comes straight from shared memory
     to_z = tl.zeros([ROWS, D], tl.float32)
@@ -107,20 +113,24 @@ def read_backward_kernel(
                 w = product(do_high, do_low, tl.trans(m_high), tl.trans(m_low), NATIVE, LOW > 1, WORK)
                 x = load(q + start * qn + h * qh, n * qn + d[None, :], rows, Q, EVEN).to(tl.float32)
                 f = sigma(x, FEATURES)
-                norm = tl.sum(f * known, 1)
+                norm = tl.sqrt(tl.sum(f * f, 1)) if UNIT else tl.sum(f * known, 1)
                 inverse = 1 / tl.maximum(norm, EPS)
+                if UNIT:
+                    known = f * inverse[:, None]
                 far = tl.sum(f * w, 1) * inverse  # dO A_mem
                 to_gate += far
                 c = (share * inverse)[:, None]
                 far = tl.where(norm > EPS, -far, 0.0)[:, None]
                 change = c * (w + far * known) * slope(x, f, FEATURES)
                 store(dq + start * en + h * eh, n * en + d[None, :], change, rows, Q, EVEN)
-                to_z += c * far * f
+                if not UNIT:
+                    to_z += c * far * f
                 f_high, f_low = halves(c * f, WORK)
                 to_M = dot3(tl.trans(do_high), tl.trans(do_low), f_high, f_low, to_M, NATIVE, LOW > 0, WORK)
             tl.store(dgate + (b * S + s) * H + h, tl.where(s + done > 0, tl.sum(to_gate, 0), 0.0))
     tl.store(dM + tile, tl.trans(to_M))
-    tl.store(dz + slot * D + d, tl.sum(to_z, 0))
+    if not UNIT:
+        tl.store(dz + slot * D + d, tl.sum(to_z, 0))
 
 
 def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int, features: str) -> Tensor:
@@ -133,7 +143,7 @@ def read(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, done: int
         q, local, gate, M, z, out, queries, heads, heads // M.shape[2], M.shape[1], done,
         *strides(q, local, out),
         D=size, ROWS=t.rows, LOOP=t.loop, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low,
-        STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs, WORK=number(q)["WORK"],
+        UNIT=z.shape[-1] == 0, STAGES=t.stages, num_warps=t.warps, maxnreg=t.regs, WORK=number(q)["WORK"],
     )  # fmt: skip
     return out
 
@@ -152,6 +162,6 @@ def read_backward(
         q, local, grad, gate, M, z, dq, dlocal, dgate, dM, dz,
         segments, queries, heads, heads // groups, slots, done, *strides(q, local, grad, dq, dlocal),
         D=size, ROWS=t.rows, EVEN=queries % t.rows == 0, FEATURES=features, LOW=t.low, STAGES=t.stages,
-        num_warps=t.warps, maxnreg=t.regs, **number(q),
+        UNIT=z.shape[-1] == 0, num_warps=t.warps, maxnreg=t.regs, **number(q),
     )  # fmt: skip
     return dq, dlocal, dgate.sum((0, 1)), dM, dz

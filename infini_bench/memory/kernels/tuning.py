@@ -28,6 +28,9 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "sums": {64: Shape(64, 4, 3), 128: Shape(32, 4, 4, parts=2)},
     "overlap": {64: Shape(64, 4, 3, regs=96), 128: Shape(64, 8, 3, regs=128)},
     "walk": {64: Shape(64, 4, 3), 128: Shape(64, 8, 2)},  # rows: columns of M a program holds
+    "solve": {64: Shape(warps=4), 128: Shape(warps=4)},
+    "chunks": {64: Shape(64, 4, 2), 128: Shape(128, 8, 2)},  # rows: as of walk
+    "tokens_backward": {64: Shape(64, 4, 1), 128: Shape(64, 4, 1)},  # rows: columns of M at a time
     "read": {64: Shape(64, 4, 3), 128: Shape(64, 4, 3)},
     "read_backward": {64: Shape(64, 4, 2, low=2), 128: Shape(64, 8, 2, low=2)},
     "outer": {64: Shape(warps=4), 128: Shape(warps=8)},

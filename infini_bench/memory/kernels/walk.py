@@ -5,7 +5,7 @@ program holds some of them and walks. Many segments are walked in two levels: gr
 all at once from [0 | I] to [L | P], so that x_end = P x_start + L; the groups' ends one after another by the
 same rule with A = I - P and u = L; then inside all groups at once from the starts: 3 sqrt(S) steps, not S.
 
-The way back is the same walk from the last slot, because A is symmetric.
+The way back is the same walk from the last slot, with A^T for A.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def walk_kernel(
     """Steps [j C, j C + C) of the walk over S steps, for COLUMNS columns.
 
     A (B, S, G, D, D) as halves, the low one ``plane`` elements behind; x and y (B, S + 1, G, D, D) float32.
-    Step i reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices. It starts from start[j],
-    start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into start[j + 1] and
-    I - P into last[j], last (B, groups, G, D, D) as halves.
+    Step i reads A[i], adds x[i + 1] and writes y[i + 1]; BACK mirrors all indices, and takes A^T. It starts
+    from start[j], start (B, groups + 1, G, D, D). SUMMARY starts from [0 | I] and writes no y, but L into
+    start[j + 1] and I - P into last[j], last (B, groups, G, D, D) as halves.
     """
     j, g, b = tl.program_id(0).to(tl.int64), tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
     groups = tl.num_programs(0)
@@ -75,6 +75,8 @@ def walk_kernel(
         slot = (b * (S + 1) + (S - 1 - i if BACK else i + 1)) * jump + g * D * D
         add = tl.load(x + slot + inner, mask=ours & (c < D), other=0.0)
         s_high, s_low = halves(state, WORK)
+        if BACK:
+            high, low = tl.trans(high), tl.trans(low)
         state = state + add - product(high, low, s_high, s_low, SPLIT, SPLIT, WORK)
         if not SUMMARY:
             tl.store(y + slot + inner, state)
@@ -104,7 +106,7 @@ def scan(x: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
 def walk(A: Tensor, x: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
     """y of ``walk_kernel`` from y[0] = x[0] (the last slot if ``back``); ``out`` may be x itself.
 
-    A: (1 or 2, B, S, G, D, D), the halves of float32, or float32 itself.
+    A: (1 or 2, B, S, G, D, D), the halves of float32, or float32 itself. ``back`` takes A^T.
     """
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out

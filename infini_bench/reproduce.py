@@ -92,8 +92,6 @@ def reproduce(
             return 0
     if not planned:
         raise UserError(f"There is nothing to do for {what} at scale={scale} with these models and names.")
-    if data is not None and not data.is_dir():
-        raise UserError(f"--data {data} is no folder.")
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
@@ -144,6 +142,8 @@ def plan(
     """
     from infini_bench.cli.bridge import compose_run, given
 
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data} is no folder.")
     plan = read_plan(what).at(scale)
     places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
     jobs: list[tuple[int, Job]] = []

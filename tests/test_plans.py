@@ -110,6 +110,8 @@ def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):
     monkeypatch.setattr("infini_bench.reproduce.read_plan", lambda name: made)
     with pytest.raises(UserError, match="--data FOLDER"):
         plan("x", "smoke", tmp_path, None, None)
+    with pytest.raises(UserError, match=r"gone is no folder\."):
+        plan("x", "smoke", tmp_path, None, None, data=tmp_path / "gone")
     jobs = plan("x", "smoke", tmp_path, None, None, data=tmp_path)
     assert [job.name for job in jobs] == [
         *("lm full a seed 0", "lm rmt a seed 0", "lm rmt b seed 0"),

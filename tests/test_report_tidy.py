@@ -194,3 +194,16 @@ def test_one_document_of_one_seed_has_no_interval():
         None,
         None,
     )
+
+
+def test_only_for_a_clock_is_a_compiled_run_another_one():
+    def ran(task, seed, compiled):
+        metric = row("forward_ms" if task == "efficiency" else "token_ppl", 5.0, {"variant": "b1"})
+        config = {"task": {"name": task}, "trainer.compile": compiled}
+        return record(seed=seed, config=config, metrics=[metric])
+
+    def variants(task):
+        return {found["variant"] for found in tidy([ran(task, 0, False), ran(task, 1, True)])}
+
+    assert variants("lm") == {"b1"}
+    assert variants("efficiency") == {"b1 trainer.compile=false", "b1 trainer.compile=true"}

@@ -285,12 +285,15 @@ def _setup(record: Record) -> dict[str, str]:
     not read is left out.
     """
     flat: dict[str, str] = {}
+    left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir"}
+    if record.task == "efficiency":
+        left_out.remove("trainer.compile")  # no number but those of a clock depends on it
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, item)
-        elif prefix not in (*COVERAGE, *NEUTRAL, "data.cache_dir"):
+        elif prefix not in left_out:
             flat[prefix] = _text(value)
 
     known = asdict(RunConfig(task=TASKS[record.task]()))

@@ -131,3 +131,26 @@ def test_reading_before_leaves_autocast_its_gradients(decoder):
     loss.backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert without == set()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler itself looks at it
+@pytest.mark.parametrize("name", ["infini_delta", "transformer_xl"])
+def test_compiled_layers_have_the_loss_and_gradients_and_share_one_graph(decoder, name, monkeypatch):
+    memory = {
+        "infini_delta": MemoryConfig(segment=8, update="delta"),
+        "transformer_xl": MemoryConfig("xl", 8),
+    }
+    model = build_model(replace(decoder, layers=3), memory[name], 13)
+    run.batch = batch()
+    plain, compiler, graphs = run(model, None), torch.compile, []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda body, **given: compiler(body, backend=count, **given))
+    loss, sums = SequenceLoss(model, compiled=True)(*run.batch)
+    model.zero_grad()
+    loss.backward()
+    assert_same(plain, (loss.detach(), sums, {n: p.grad for n, p in model.named_parameters()}))
+    assert len(graphs) == 1

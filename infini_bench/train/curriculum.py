@@ -39,6 +39,17 @@ class Curriculum:
             return self.cfg.batch
         return self.cfg.batch * self.longest // self.segments
 
+    @property
+    def at_once(self) -> int:
+        """Rows of a micro-batch that are read together: no more segments' activations than at the longest level.
+
+        ``checkpoint_segments`` bounds the activations of a row, and shorter levels have more rows.
+        """
+        kept = self.cfg.checkpoint_segments
+        if self.segments is None or self.longest is None or kept is None:
+            return self.rows
+        return max(1, self.cfg.batch * min(kept, self.longest) // min(kept, self.segments))
+
     def update(self, task_loss: float) -> bool:
         """Takes in a step's task loss; returns whether the next level starts with the next step."""
         before = task_loss if self.smoothed is None else self.smoothed

@@ -89,15 +89,19 @@ class Stepper:
         sums, tokens = torch.zeros(3, device=self.accelerator.device), 0
         for micro in range(self.cfg.trainer.accumulate):
             first = cursor + (micro * processes + rank) * rows
-            batch = self.batch(first, rows, curriculum.segments)
-            with self.accelerator.accumulate(self.net):
-                with self.accelerator.autocast():  # for a net that accelerate did not prepare
-                    loss, more = self.net(*self.on_device(batch))
-                self.accelerator.backward(loss)
-            sums += more
-            tokens += batch.read * processes
-            following = (first + processes * rows, rows, curriculum.segments)
-            self.ready = {following: self.task.batch(*following)}  # made while a GPU is still busy
+            for start in range(0, rows, curriculum.at_once):
+                n = min(curriculum.at_once, rows - start)
+                batch = self.batch(first + start, n, curriculum.segments)
+                part = self.accelerator.no_sync if start + n < rows else self.accelerator.accumulate
+                with part(self.net):
+                    with self.accelerator.autocast():  # for a net that accelerate did not prepare
+                        loss, more = self.net(*self.on_device(batch))
+                    self.accelerator.backward(loss * (n / rows))
+                sums += more * more.new_tensor([n / rows, 1, 1])
+                tokens += batch.read * processes
+                after = start + n if start + n < rows else processes * rows
+                following = (first + after, min(curriculum.at_once, rows - after % rows), curriculum.segments)
+                self.ready = {following: self.task.batch(*following)}  # made while a GPU is still busy
         return sums, tokens
 
     def batch(self, cursor: int, rows: int, segments: int | None) -> Batch:

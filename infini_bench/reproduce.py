@@ -218,15 +218,16 @@ def _standing(job: Job, records: list[Record]) -> Standing:
     return Standing(job, state, sum(r.seconds or 0.0 for r in own), [r.id for r in own])
 
 
-def standing_text(found: list[Standing]) -> str:
-    """Markdown: a line a job, as results/README.md keeps them."""
-    lines = [f"| {each.job.name} | {each.state} | {each.seconds:.0f} |" for each in found]
+def standing_text(found: list[Standing], every: bool = True) -> str:
+    """Markdown: a line a job, as results/README.md keeps them. every: those that are done, too."""
+    shown = [each for each in found if every or each.state != "done"]
+    lines = [f"| {each.job.name} | {each.state} | {each.seconds:.0f} |" for each in shown]
     done = sum(each.state == "done" for each in found)
     head = ["| run | state | seconds |", "| :-- | :-- | --: |"]
     return "\n".join([*head, *lines, "", f"{done} of {len(found)} runs are done."])
 
 
-def standing_json(found: list[Standing]) -> str:
+def standing_json(found: list[Standing], every: bool = True) -> str:
     """A JSON line a job: name, state, seconds, records, overrides and log."""
     rows = [
         {
@@ -237,6 +238,7 @@ def standing_json(found: list[Standing]) -> str:
             "settings": each.job.settings,
         }
         for each in found
+        if every or each.state != "done"
     ]
     return "\n".join(json.dumps(row) for row in rows)
 

@@ -355,7 +355,8 @@ class TrainerConfig:
     compile: bool = False
     parallel: str = "ddp"  # several processes: ddp (each has the whole model) | fsdp (each has a share)
     # Numbers of segments, in rising order; empty = the task's length. At a shorter level a micro-batch has
-    # batch * longest // level sequences, so that a step keeps its tokens.
+    # batch * longest // level sequences, so that a step keeps its tokens; with checkpoint_segments they are
+    # read in parts, so that no level keeps more activations than the longest.
     curriculum: list[int] = field(default_factory=list)
     curriculum_loss: float = 0.1  # go on to the next number when the smoothed task loss is below
     log_every: int = 10

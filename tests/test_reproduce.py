@@ -227,6 +227,8 @@ def test_what_is_missing_is_known_and_the_next_of_it_runs(tmp_path, calls, capsy
     assert found[0].seconds == 4.0 and sorted(found[0].records) == ["eval-lm-full-0", "train-lm-full-0"]
     text = module.standing_text(found)
     assert "| lm rmt seed 0 | missing | 0 |" in text and "2 of 3 runs are done." in text
+    rest = module.standing_text(found, every=False)
+    assert rest.count("seed 0") == 1 and "2 of 3 runs are done." in rest
     lines = [json.loads(line) for line in module.standing_json(found).splitlines()]
     assert [line["state"] for line in lines] == ["done", "missing", "done"]
     assert lines[1]["settings"][:2] == ["model=rmt", "task=lm"]

@@ -23,6 +23,16 @@ def test_rows_are_never_fewer_than_at_the_longest_level():
     assert curriculum(curriculum=[3, 4], batch=1).rows == 1
 
 
+def test_a_short_level_reads_no_more_segments_at_once_than_checkpointing_keeps_of_the_longest():
+    c = curriculum(curriculum=[1, 4, 16, 256], batch=1, checkpoint_segments=16)
+    found = []
+    for c.level in range(4):
+        found.append((c.rows, c.at_once))
+    assert found == [(256, 16), (64, 4), (16, 1), (1, 1)]
+    whole = curriculum()
+    assert whole.rows == whole.at_once == 12 and curriculum(curriculum=[]).at_once == 3
+
+
 def test_without_levels_the_task_decides_the_length():
     c = curriculum(curriculum=[])
     assert (c.segments, c.longest, c.rows) == (None, None, 3)

@@ -68,6 +68,16 @@ def test_checkpointed_segments_train_the_same(tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+def test_rows_of_a_short_level_read_in_parts_train_the_same(tmp_path):
+    settings = {"steps": 4, "batch": 1, "curriculum": [1, 3], "curriculum_loss": 0.0}
+    train(run_config(**settings), tmp_path / "whole")
+    train(run_config(**settings, checkpoint_segments=1), tmp_path / "parts")
+    whole, parts = log(tmp_path / "whole"), log(tmp_path / "parts")
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
+    assert parts[-1]["grad_norm"] == pytest.approx(whole[-1]["grad_norm"], rel=1e-4)
+    assert parts[-1]["tokens"] == whole[-1]["tokens"] == 4 * 3 * 8
+
+
 def test_two_resumes_give_the_undisturbed_run(tmp_path):
     settings = {
         "steps": 9,

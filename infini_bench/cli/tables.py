@@ -48,8 +48,7 @@ def reproduce(
         found = module.standing(
             module.plan(what, scale, folder, numbers, chosen, overrides or [], data, only)
         )
-        shown = [each for each in found if listed or each.state != "done"]
-        print((module.standing_json if as_json else module.standing_text)(shown))
+        print((module.standing_json if as_json else module.standing_text)(found, every=listed))
         return
     words = overrides or []
     raise typer.Exit(

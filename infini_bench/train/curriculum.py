@@ -41,9 +41,9 @@ class Curriculum:
 
     @property
     def at_once(self) -> int:
-        """Rows of a micro-batch that are read together: no more segments' activations than at the longest level.
+        """Rows of a micro-batch that are read together: no more activations than at the longest level.
 
-        ``checkpoint_segments`` bounds the activations of a row, and shorter levels have more rows.
+        ``checkpoint_segments`` bounds those of a row, and shorter levels have more rows.
         """
         kept = self.cfg.checkpoint_segments
         if self.segments is None or self.longest is None or kept is None:

@@ -141,6 +141,14 @@ def stacked(states: list[State]) -> State:
     return out
 
 
+def spread(state: State | None, segment: int) -> State:
+    """See `MemoryCache.spread`."""
+    assert state is not None
+    k, v = (F.pad(state[name], (0, 0, 0, 0, 0, segment - state[name].shape[1])) for name in ("k", "v"))
+    zero = torch.zeros(len(k), dtype=torch.long, device=k.device)
+    return {**state, "k": k, "v": v, "fill": zero + state["fill"], "done": zero + state["done"]}
+
+
 class MemoryCache(Cache):
     """The state of a model between two calls. Pass it as ``past_key_values``, or to ``model.step``."""
 
@@ -195,6 +203,11 @@ class MemoryCache(Cache):
         rows = [blank if state is None else state for state in states]
         layers = zip(*([layer.state for layer in row.layers] for row in rows), strict=True)
         return cls([MemoryLayer(stacked(list(each)) if each[0] is not None else None) for each in layers])
+
+    def spread(self, segment: int) -> MemoryCache:
+        """The same state in the form that steps of one token keep: the unfinished segment with room for all
+        its ``segment`` tokens, and how many are there as a (B,) tensor."""
+        return MemoryCache([MemoryLayer(spread(layer.state, segment)) for layer in self.layers])
 
     def reset_rows(self, mask: Tensor) -> None:
         """Clear in place the rows where ``mask`` (B,) bool is True."""

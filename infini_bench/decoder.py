@@ -213,6 +213,11 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         return self.model.recurrence is not None
 
     @property
+    def steady(self) -> bool:
+        """Whether a step of one token inside a segment can have shapes that never change (`decoding`)."""
+        return not self.segmentwise and all(memory.steady for memory in self.memories)
+
+    @property
     def segment(self) -> int:
         """N, tokens."""
         return self.memories[0].segment

@@ -33,12 +33,17 @@ class MemoryAttention(LlamaAttention):
         self.memory = build_memory(MemoryConfig(**config.memory), heads, kv_heads, self.head_dim, *depth)
 
     def forward(  # type: ignore[override]
-        self, x_BTC: Tensor, rope: Rope, state: State | None, mask_BT: Tensor | None
+        self,
+        x_BTC: Tensor,
+        rope: Rope,
+        state: State | None,
+        mask_BT: Tensor | None,
+        inside: bool = False,
     ) -> tuple[Tensor, State]:
-        """(B, T, dim) and the state before -> (B, T, dim) and the state after."""
+        """(B, T, dim) and the state before -> (B, T, dim) and the state after; see `Memory.forward`."""
         shape = (*x_BTC.shape[:-1], -1, self.head_dim)
         q, k, v = (p(x_BTC).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out, state = self.memory(q, k, v, rope, state, mask_BT)
+        out, state = self.memory(q, k, v, rope, state, mask_BT, inside)
         return self.o_proj(out.flatten(2)), state
 
 
@@ -69,9 +74,14 @@ class MemoryDecoderLayer(LlamaDecoderLayer):
         return out
 
     def body(
-        self, x_BTC: Tensor, rope: Rope, state: State | None, mask_BT: Tensor | None
+        self,
+        x_BTC: Tensor,
+        rope: Rope,
+        state: State | None,
+        mask_BT: Tensor | None,
+        inside: bool = False,
     ) -> tuple[Tensor, State]:
         """The layer without its index, so that what ``torch.compile`` makes of it serves all layers."""
-        mixed, new = self.self_attn(self.input_layernorm(x_BTC), rope, state, mask_BT)
+        mixed, new = self.self_attn(self.input_layernorm(x_BTC), rope, state, mask_BT, inside)
         x_BTC = x_BTC + mixed
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), new

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infini_bench.decoding import decoding
 from infini_bench.progress import Handle
 
 State = Any  # MemoryCache, or None at the start of a document
@@ -110,11 +111,11 @@ def generate(
     row's text depends neither on its neighbours nor on the device's generator.
     """
     tokens: list[Tensor] = []
+    steps = decoding(model, state)
     done_B1 = torch.zeros(len(logits_BV), 1, dtype=torch.bool, device=logits_BV.device)
     while len(tokens) < max_new_tokens:
         if tokens:
-            logits, state = model.step(tokens[-1], state, keep="last")
-            logits_BV = logits[:, -1]
+            logits_BV = steps.step(tokens[-1])
         if greedy:
             next_B1 = logits_BV.argmax(-1, keepdim=True)
         elif draws_BT is None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infini_bench.decoding import decoding
 from infini_bench.models import build_model
 from infini_bench.progress import Handle
 from infini_bench.timing import Ladder, Times, Work, attempt
@@ -134,14 +135,9 @@ class Subject:
 
     def decode(self) -> Times | str:
         """Steps of one token from the state on, which goes on with them."""
-        token = self.ids(1)
-
-        @torch.no_grad()
-        def step() -> None:
-            self.state = self.model.step(token, self.state, keep="last")[1]
-
+        token, steps = self.ids(1), decoding(self.model, self.state)
         watch = replace(self.task.watch, repeats=self.task.task.decode)
-        found = attempt(lambda: watch.measure(step))
+        found = attempt(lambda: watch.measure(lambda: steps.step(token)))
         return found if isinstance(found, str) else found[0]
 
     def training(self) -> Callable[[int], None]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infini_bench.memory.blocks import Blocks, cut, cut_ragged
+from infini_bench.memory.blocks import Blocks, cut, cut_one, cut_ragged
 from infini_bench.schema import MemoryConfig
 
 State = dict[str, Any]  # tensors with the batch first, and counts (int, or (B,) tensor where rows differ)
@@ -57,6 +57,7 @@ class Memory(nn.Module):
     has_memory = True  # False: nothing crosses a segment boundary, or nothing is ever left behind
     auxiliary: Tensor | None = None  # what the last training call adds to the loss, summed over its tokens
     differentiable = True  # False: what crosses a boundary is not differentiated, by design
+    steady = False  # True: ``segments`` heeds `cut_one`, whose slots beyond the last token are unused
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
@@ -92,25 +93,30 @@ class Memory(nn.Module):
         rope: Rope,
         state: State | None = None,
         mask_BT: Tensor | None = None,
+        inside: bool = False,
     ) -> tuple[Tensor, State]:
         """Attention of one layer over one call.
 
         q_BTHD, k_BTGD, v_BTGD: projections before any position embedding. rope: cos and sin, (1, span, D).
-        mask_BT: bool, False = padding; None = no padding. Returns outputs (B, T, H, D) and the new state.
+        mask_BT: bool, False = padding; None = no padding. inside: the call is as `cut_one` has it, and the
+        state as `MemoryCache.spread`. Returns outputs (B, T, H, D) and the new state.
         """
         state = {**self.start(k_BTGD), "done": 0, "seen": 0} if state is None else state
         done, seen = state["done"], state["seen"]
         assert isinstance(seen, int)
         rest = (state["k"], state["v"], state["fill"]) if "k" in state else None
-        if mask_BT is None and not isinstance(done, int):
+        if mask_BT is None and not isinstance(done, int) and not inside:
             mask_BT = torch.ones(q_BTHD.shape[:2], dtype=torch.bool, device=q_BTHD.device)
-        if mask_BT is None:
+        if inside:
+            assert rest is not None
+            blocks = cut_one(q_BTHD, k_BTGD, v_BTGD, rest, done)
+        elif mask_BT is None:
             blocks = cut(q_BTHD, k_BTGD, v_BTGD, rest, done, self.segment)
         else:
             blocks = cut_ragged(q_BTHD, k_BTGD, v_BTGD, rest, done, mask_BT, self.segment)
         out, carry = self.segments(blocks, state, rope)
         k, v = blocks.rest()
-        counts = {"fill": blocks.left, "done": done + blocks.full, "seen": seen + q_BTHD.shape[1]}
+        counts = {"fill": blocks.left, "done": blocks.done + blocks.full, "seen": seen + q_BTHD.shape[1]}
         return blocks.join(out), {**carry, "k": k, "v": v, **counts}
 
     def local(self, b: Blocks, rope: Rope) -> Tensor:

@@ -54,6 +54,9 @@ class Blocks:
 
     def rest(self) -> tuple[Tensor, Tensor]:
         """Raw keys and values of the unfinished segment: (B, left, G, D); (B, N, G, D) where rows differ."""
+        if isinstance(self.full, int) and not self.full:
+            k, v = self.k_BSKGD[:, 0], self.v_BSKGD[:, 0]
+            return (k[:, : self.left], v[:, : self.left]) if isinstance(self.left, int) else (k, v)
         if isinstance(self.full, int) and isinstance(self.left, int):
             flat = [x.flatten(1, 2) for x in (self.k_BSKGD, self.v_BSKGD)]
             begin = self.full * self.k_BSKGD.shape[2]
@@ -121,7 +124,8 @@ def cut_ragged(
         done = torch.full_like(fill, done)
     place = fill[:, None] + mask_BT.cumsum(1) - 1
     total = fill + mask_BT.sum(1)
-    n_seg = max(1, -(-int(total.max()) // n))
+    most = int(total.max())
+    n_seg = max(1, -(-most // n))
     size = n_seg * n
     target = torch.where(mask_BT, place, size)  # padding goes to a slot that is cut off again
 
@@ -138,4 +142,18 @@ def cut_ragged(
         q, slots = q_BTHD[:, None], place.clamp(min=0)
     else:
         q, slots = scatter(q_BTHD, None), torch.arange(n, device=q_BTHD.device)
-    return Blocks(q, k, v, slots, done, total // n, total % n, place, tokens)
+    full = total // n if most >= n else 0
+    return Blocks(q, k, v, slots, done, full, total % n, place, tokens)
+
+
+def cut_one(
+    q_B1HD: Tensor, k_B1GD: Tensor, v_B1GD: Tensor, rest: tuple[Tensor, Tensor, Count], done: Count
+) -> Blocks:
+    """Blocks of a call of one token that completes no row's segment; no shape depends on where rows stand.
+
+    rest: keys and values of all N slots (B, N, G, D), and how many of them are filled (B,).
+    """
+    slots = torch.as_tensor(rest[2])[:, None]
+    here = (torch.arange(rest[0].shape[1], device=slots.device) == slots)[..., None, None]
+    k, v = (torch.where(here, x, old)[:, None] for x, old in zip((k_B1GD, v_B1GD), rest[:2], strict=True))
+    return Blocks(q_B1HD[:, None], k, v, slots, done, 0, rest[2] + 1, slots, 1)

@@ -40,6 +40,8 @@ class CompressedMemory(WindowMemory):
     follows from the number of segments done. ``memory_conv``: W of keys and values, (2, c, G, D, D) float32.
     """
 
+    steady = False
+
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.slots, self.new = cfg.compressed or cfg.segment, cfg.segment // cfg.rate

@@ -66,7 +66,7 @@ class CompressiveMemory(Memory):
         self.normalised = cfg.normaliser not in ("none", "norm")
         self.sigma = FEATURES[cfg.features]
         self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
-        self.previous = self.path.previous
+        self.previous, self.steady = self.path.previous, self.path.steady
         self.width = WIDTHS.get(cfg.features, 1) * head_dim
         self.memory_gate = nn.Parameter(torch.empty(heads), requires_grad=cfg.gate_frozen is None)
         if cfg.gate_input:
@@ -103,7 +103,7 @@ class CompressiveMemory(Memory):
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
-        if choose(self.cfg, b):
+        if b.tokens > 1 and choose(self.cfg, b):  # for one token, launches cost more than what they compute
             out, own = self.fused(b, dot, carry)
             return out, {**past, **own}
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
@@ -114,8 +114,9 @@ class CompressiveMemory(Memory):
             read, gate = self.read(q, prefixes), self.gate(q)
             if self.cfg.gate_input and not self.training:
                 self.gate_values = gate  # of the last call, for whoever wants to see what opens it
-            known = (b.ages() > 0)[..., None, None, None]  # the first segment has nothing to read
-            out = torch.lerp(dot.float(), read, gate * known).to(dot.dtype)
+            if not isinstance(b.done, int) or b.done == 0:  # a first segment has nothing to read
+                gate = gate * (b.ages() > 0)[..., None, None, None]
+            out = torch.lerp(dot.float(), read, gate).to(dot.dtype)
         return out, {**past, **self.carried(prefixes, b.full)}
 
     def fused(self, b: Blocks, dot: Tensor, carry: State) -> tuple[Tensor, State]:
@@ -176,6 +177,9 @@ class CompressiveMemory(Memory):
         Only segments that some row completes are written. Where rows differ, what a shorter row's unfinished
         segment adds lies behind the boundary selected for it.
         """
+        if isinstance(b.full, int) and not b.full:  # as in every step of decoding but one a segment
+            own = (name for name in ("M", "z") if name in carry)
+            return {name: self.scan(carry[name], (), lambda x: x, b.done) for name in own}
         written = b.full if isinstance(b.full, int) else b.k_BSKGD.shape[1]
         raw, v = (x[:, :written].float() for x in (b.k_BSKGD, b.v_BSKGD))
         k, strength = self.features(raw), self.strength(raw)

@@ -40,8 +40,9 @@ class FullMemory(Memory):
         rope: Rope,
         state: State | None = None,
         mask_BT: Tensor | None = None,
+        inside: bool = False,
     ) -> tuple[Tensor, State]:
-        """As ``Memory.forward``."""
+        """As ``Memory.forward``; it is not ``steady``, so nothing is ever ``inside``."""
         state = {"seen": 0, "done": 0} if state is None else state
         if mask_BT is None and isinstance(state["done"], int):
             return self.even(q_BTHD, k_BTGD, v_BTGD, rope, state)

@@ -56,6 +56,8 @@ class KnnMemory(WindowMemory):
     live in each row. (dk + dv) G C floats here, plus the cache: Table 1 counts the first, Table 2 both.
     """
 
+    steady = False
+
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         if cfg.index == "faiss":

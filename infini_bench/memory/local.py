@@ -40,6 +40,7 @@ class LocalMemory(Memory):
     queries of one."""
 
     has_memory = False
+    steady = True
 
     def start(self, k_BTGD: Tensor) -> State:
         return {}

@@ -29,6 +29,8 @@ class WindowMemory(Memory):
     gradients; C = ceil((W - 1) / N), and whole segments are cached, so the state is rounded up to C N tokens.
     """
 
+    steady = True
+
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.window = (cfg.window or 2 * cfg.segment) if cfg.kind in ("sliding", "sink") else None

@@ -1,0 +1,76 @@
+"""Decoding: steps of one token, in which no shape depends on how long a document is or where rows stand.
+
+So the layers' ``body`` compiles once for all steps (`MemoryLlamaForCausalLM.compile_layers`), and nothing is
+asked of the device: which step completes a segment, and so writes the memory, is counted on the host.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from infini_bench.cache import MemoryCache, MemoryLayer
+from infini_bench.memory.base import State
+
+if TYPE_CHECKING:
+    from infini_bench.decoder import MemoryLlamaForCausalLM
+
+
+def decoding(model: Any, state: Any) -> Steps:
+    """What follows ``state`` token by token, the fastest way that ``model`` has; the state is not changed."""
+    return SteadySteps(model, state) if getattr(model, "steady", False) else Steps(model, state)
+
+
+class Steps:
+    """One call of the model a token. state: after the tokens so far."""
+
+    def __init__(self, model: Any, state: Any):
+        self.model, self.state = model, state
+
+    @torch.no_grad()
+    def step(self, ids_B1: Tensor) -> Tensor:
+        """Float32 logits (B, V) after one more token."""
+        logits, self.state = self.model.step(ids_B1, self.state, keep="last")
+        return logits[:, -1]
+
+
+class SteadySteps(Steps):
+    """Steps between two segment borders in shapes that stay; one that completes a row's segment is a call.
+
+    fills: of each row, how many tokens of the unfinished segment there are.
+    """
+
+    model: MemoryLlamaForCausalLM
+    state: MemoryCache
+
+    def __init__(self, model: MemoryLlamaForCausalLM, state: MemoryCache):
+        super().__init__(model, state.spread(model.segment))
+        first = self.states()[0]
+        self.fills: list[int] = first["fill"].tolist()
+        self.rope = model.model.rotary_emb(first["k"][:1], torch.zeros(1, 1))
+
+    def states(self) -> list[State]:
+        return [layer.state or {} for layer in self.state.layers]
+
+    @torch.no_grad()
+    def step(self, ids_B1: Tensor) -> Tensor:
+        """Float32 logits (B, V) after one more token."""
+        last = self.model.segment - 1
+        logits = super().step(ids_B1) if last in self.fills else self.inside(ids_B1)
+        self.fills = [0 if fill == last else fill + 1 for fill in self.fills]
+        return logits
+
+    def inside(self, ids_B1: Tensor) -> Tensor:
+        """A step that completes no segment."""
+        inner, layers = self.model.model, []
+        x_B1C = inner.embed_tokens(ids_B1)
+        for layer, state in zip(inner.layers, self.states(), strict=True):
+            # the number of tokens seen is kept outside: each of its values would compile the layer anew
+            x_B1C, new = layer.body(x_B1C, self.rope, {**state, "seen": 0}, None, True)
+            layers.append(MemoryLayer({**new, "seen": state["seen"] + 1}))
+        self.state = MemoryCache(layers)
+        return self.model.lm_head(inner.norm(x_B1C))[:, -1].float()

@@ -1,0 +1,72 @@
+"""Steps of one token in steady shapes say what calls of the model say, wherever the rows stand."""
+
+import pytest
+import torch
+from conftest import MEMORIES, awake
+
+from infini_bench.decoding import SteadySteps, decoding
+from infini_bench.models import build_model
+from infini_bench.schema import MemoryConfig
+
+UNSTEADY = {"full", "memorizing", "retrieval", "compressive", "rmt", "armt", "autocompressor"}
+STEADY = [name for name in MEMORIES if name not in UNSTEADY]
+
+
+def read(model, ragged):
+    """The state after prompts of 21 tokens, one of them with 3 of padding if ragged."""
+    mask = None
+    if ragged:
+        mask = torch.ones(2, 21, dtype=torch.bool)
+        mask[1, :3] = False
+    with torch.no_grad():
+        return model.step(torch.randint(20, (2, 21)), mask=mask)[1]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_steps_equal_calls_over_segment_borders(name, ragged, decoder):
+    model = awake(build_model(decoder, MemoryConfig(segment=8, **MEMORIES[name]), vocab_size=20).eval())
+    state = read(model, ragged)
+    before = {name: x.clone() for name, x in state.tensors().items()}
+    steps, calls = decoding(model, state), state
+    assert isinstance(steps, SteadySteps) == (name in STEADY)
+    for _ in range(19):  # two borders, and in ragged rows two more
+        token = torch.randint(20, (2, 1))
+        with torch.no_grad():
+            wanted, calls = model.step(token, calls, keep="last")
+        assert torch.allclose(steps.step(token), wanted[:, -1], atol=2e-5)
+    assert steps.state.get_seq_length() == calls.get_seq_length() == 40
+    assert all(torch.equal(x, before[name]) for name, x in state.tensors().items())
+
+
+def test_a_step_inside_a_segment_writes_nothing_and_asks_the_device_nothing(decoder, monkeypatch):
+    model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES["infini_delta"]), vocab_size=20).eval()
+    steps = decoding(model, read(model, ragged=True))
+    assert steps.fills == [5, 2]
+    own = [layer.state["M"] for layer in steps.state.layers]
+    monkeypatch.setattr(torch.Tensor, "__int__", None)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    steps.step(torch.zeros(2, 1, dtype=torch.long))
+    assert all(torch.equal(layer.state["M"], M) for layer, M in zip(steps.state.layers, own, strict=True))
+    assert steps.fills == [6, 3]
+
+
+def test_all_steps_inside_a_segment_share_one_graph(decoder, monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, **how, backend=backend))
+    model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES["infini_linear"]), vocab_size=20).eval()
+    state = read(model, ragged=False)
+    wanted = decoding(model, state)
+    torch.compiler.reset()
+    model.compile_layers()
+    steps = decoding(model, state)
+    for token in torch.randint(20, (2, 2, 1)):
+        assert torch.allclose(steps.step(token), wanted.step(token), atol=1e-6)
+    assert steps.fills == [7, 7] and len(graphs) == 1
+    torch.compiler.reset()

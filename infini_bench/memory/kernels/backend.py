@@ -1,7 +1,8 @@
 """Whether the Triton kernels compute a call of the compressive memory: one explicit rule, logged once.
 
 ``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it or they are
-``UNVERIFIED``; ``eager`` never; ``triton`` always, and raises UserError where they cannot run.
+``UNVERIFIED``; ``eager`` never; ``triton`` always, and raises UserError where they cannot run. A call of one
+token is never theirs: launching them costs more than what they compute.
 """
 
 from __future__ import annotations

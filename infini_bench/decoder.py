@@ -51,6 +51,15 @@ def padding_only(*_: Any, q_length: int, attention_mask: Tensor | None = None, *
     return attention_mask[:, -q_length:].bool()
 
 
+def nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target: (T, V), (T,) -> (T,) float32.
+
+    Compiled, it makes no float32 copies of the logits, which a large vocabulary moves for longer than it
+    multiplies.
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def no_kernel(*_: Any, **__: Any) -> Any:
     raise RuntimeError("memory layers compute their own attention")
 
@@ -175,6 +184,7 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         config._attn_implementation = IMPLEMENTATION
         super().__init__(config)
         self.model = MemoryLlamaModel(config)
+        self.nats = nats
         self.post_init()
 
     def _prepare_cache_for_generation(
@@ -186,9 +196,10 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
             model_kwargs["past_key_values"] = MemoryCache.empty(len(self.model.layers))
 
     def compile_layers(self) -> None:
-        """torch.compile the layers' ``body``, once for all of them; in place.
+        """torch.compile the layers' ``body``, once for all of them, and the loss; in place.
 
-        Shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in minutes.
+        The layers' shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in
+        minutes.
         Raises UserError for a model whose segments all differ in length.
         """
         if self.config.memory["kind"] == "autocompressor":
@@ -199,6 +210,14 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         body = torch.compile(MemoryDecoderLayer.body, dynamic=False)
         for layer in self.model.layers:
             layer.body = MethodType(body, layer)
+        self.nats = torch.compile(nats)
+        self.compile_steps()
+
+    def compile_steps(self) -> None:
+        """torch.compile the layers' ``inside``, once for all of them, for `decoding`; in place."""
+        inside = torch.compile(MemoryDecoderLayer.inside, dynamic=False)
+        for layer in self.model.layers:
+            layer.inside = MethodType(inside, layer)
 
     @property
     def memories(self) -> list[Any]:
@@ -322,7 +341,7 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target: (T, dim), (T,) -> (T,) float32."""
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+        return self.nats(self.lm_head(hidden), targets)
 
 
 AutoConfig.register(MODEL_TYPE, MemoryLlamaConfig, exist_ok=True)  # in the place of the stand-in

@@ -1,7 +1,7 @@
 """Decoding: steps of one token, in which no shape depends on how long a document is or where rows stand.
 
-So the layers' ``body`` compiles once for all steps (`MemoryLlamaForCausalLM.compile_layers`), and nothing is
-asked of the device: which step completes a segment, and so writes the memory, is counted on the host.
+So a layer compiles once for all steps (`MemoryLlamaForCausalLM.compile_steps`), and nothing is asked of the
+device: which step completes a segment, and so writes the memory, is counted on the host.
 
 Shapes: B batch, V vocabulary.
 """
@@ -70,7 +70,7 @@ class SteadySteps(Steps):
         x_B1C = inner.embed_tokens(ids_B1)
         for layer, state in zip(inner.layers, self.states(), strict=True):
             # the number of tokens seen is kept outside: each of its values would compile the layer anew
-            x_B1C, new = layer.body(x_B1C, self.rope, {**state, "seen": 0}, None, True)
+            x_B1C, new = layer.inside(x_B1C, self.rope, {**state, "seen": 0})
             layers.append(MemoryLayer({**new, "seen": state["seen"] + 1}))
         self.state = MemoryCache(layers)
         return self.model.lm_head(inner.norm(x_B1C))[:, -1].float()

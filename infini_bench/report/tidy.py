@@ -73,6 +73,7 @@ PROPORTIONS = ("exact_match", "token_accuracy")
 NEUTRAL = (
     *("trainer.compile", "trainer.checkpoint_segments", "trainer.log_every", "trainer.validate_every"),
     *("trainer.validate_rows", "trainer.save_every", "trainer.keep", "memory.backend", "memory.index"),
+    "task.compile",
 )
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = (

@@ -2,7 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
+from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.models import build_model
 from infini_bench.schema import MemoryConfig
 from infini_bench.train.loss import SequenceLoss
@@ -134,23 +136,56 @@ def test_reading_before_leaves_autocast_its_gradients(decoder):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler itself looks at it
-@pytest.mark.parametrize("name", ["infini_delta", "transformer_xl"])
-def test_compiled_layers_have_the_loss_and_gradients_and_share_one_graph(decoder, name, monkeypatch):
-    memory = {
-        "infini_delta": MemoryConfig(segment=8, update="delta"),
-        "transformer_xl": MemoryConfig("xl", 8),
-    }
-    model = build_model(replace(decoder, layers=3), memory[name], 13)
+@pytest.mark.parametrize(
+    ("memory", "graphs", "segments"),
+    [
+        (MemoryConfig(segment=8, update="delta"), 1, None),
+        (MemoryConfig("xl", 8), 1, None),
+        (
+            MemoryConfig("knn", 8, entries=20, neighbours=5),
+            2,
+            None,
+        ),  # of the layer that looks up, and of the others
+        (MemoryConfig("knn", 8, entries=20, neighbours=5), 2 * 3, 3),  # a call has its own number of entries
+    ],
+    ids=["infini_delta", "transformer_xl", "memorizing", "memorizing in calls"],
+)
+def test_compiled_layers_have_the_loss_and_gradients_and_share_their_graphs(
+    decoder, memory, graphs, segments, monkeypatch
+):
+    model = build_model(replace(decoder, layers=3), memory, 13)
     run.batch = batch()
-    plain, compiler, graphs = run(model, None), torch.compile, []
+    plain, compiler, made = run(model, segments), torch.compile, []
 
     def count(graph, inputs):
-        graphs.append(graph)
-        return graph
+        made.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda body, **given: compiler(body, backend=count, **given))
-    loss, sums = SequenceLoss(model, compiled=True)(*run.batch)
+    def compile(function, **given):  # the loss compiles, too
+        backend = count if function is MemoryDecoderLayer.body else "aot_eager"
+        return compiler(function, backend=backend, fullgraph=True, **given)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    loss, sums = SequenceLoss(model, segments, compiled=True)(*run.batch)
     model.zero_grad()
     loss.backward()
     assert_same(plain, (loss.detach(), sums, {n: p.grad for n, p in model.named_parameters()}))
-    assert len(graphs) == 2  # the layers', and the loss's
+    assert len(made) == graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_look_up_leaves_the_state_of_a_plain_one(decoder, monkeypatch):
+    model = build_model(decoder, MemoryConfig("knn", 8, entries=20, neighbours=5), 13)
+    calls, compiler = torch.randint(13, (2, 43)).split([19, 24], 1), torch.compile
+    state, outs = None, []
+    monkeypatch.setattr(torch, "compile", lambda body, **more: compiler(body, backend="aot_eager", **more))
+    for compiled in (False, True):
+        if compiled:
+            torch.compiler.reset()
+            model.compile_layers()
+        state = None
+        for ids in calls:
+            out, state = model.step(ids, state)
+            outs.append([out, *state.tensors().values()])
+    for x, y in zip(outs[0] + outs[1], outs[2] + outs[3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

@@ -26,10 +26,8 @@ from torch import Tensor
 
 from infini_bench.memory.base import Memory, Rope, State, rotate
 from infini_bench.memory.blocks import Blocks
-from infini_bench.memory.knn import keep
+from infini_bench.memory.knn import SCORES, keep
 from infini_bench.schema import MemoryConfig
-
-SCORES = 2**27  # that exist at once without gradients: 512 MiB in float32
 
 
 class RetrievalMemory(Memory):

@@ -23,6 +23,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 # The last one is set beside other Infini memories only.
 REFERENCES = ("local_block", "transformer_xl", "memorizing", "infini_linear")
+FLOOR = REFERENCES[0]
+LESS = "loss_less_local_block"  # by position
 SHORTER = "shorter training"  # what a model trained on longer sequences is compared with
 RATE = "trainer.lr"
 LENGTH = ("task.sequence", "trainer.batch")
@@ -112,6 +114,30 @@ def longer(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
                 yield _compared(pairs, SHORTER)
 
 
+def position_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
+    """Loss at each position less local_block's on one budget, nats a token, paired by document; as `deltas`.
+
+    Only of evaluations that kept the sums of every document (those of before 2026-11-22 did not).
+    """
+    runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
+    for row in measured:
+        if row["table"] == "lm_position" and row["condition"] is None and "nats" in row["extra"]:
+            key = (row["model"], row["position"], *(row[name] for name in BUDGET), row["variant"])
+            runs[key][row["seed"]] = row
+    for (model, *place, variant), by_seed in runs.items():
+        floors = {key[-1]: run for key, run in runs.items() if key[:-1] == (FLOOR, *place)}
+        floor = floors.get(variant) if len(floors) != 1 else next(iter(floors.values()))
+        pairs = [(row, floor[seed]) for seed, row in by_seed.items() if seed in floor] if floor else []
+        if model != FLOOR and pairs:
+            sums = [
+                tuple({**row["extra"], "bytes": row["extra"]["counts"]} for row in pair) for pair in pairs
+            ]
+            bits, *bounds = paired_delta(sums)
+            limits = (None if bound is None else bound * math.log(2) for bound in bounds)
+            heads = [{**_head(*pair, None), "metric": LESS} for pair in pairs]
+            yield heads, (bits * math.log(2), *limits, len(sums[0][0]["nats"]))
+
+
 def compressions(rows: list[Row]) -> list[Row]:
     """How many times smaller each model's carried state is than Memorizing Transformers' on the same sheet.
 
@@ -143,7 +169,7 @@ def _compared(pairs: list[tuple[Row, Row]], reference: str) -> tuple[list[Row], 
     return heads, (*estimate, len(pairs[0][0]["extra"]["documents"]))
 
 
-def _head(left: Row, right: Row, reference: str) -> Row:
+def _head(left: Row, right: Row, reference: str | None) -> Row:
     names = {"metric": "delta_bits_per_byte", "condition": reference}
     return {**left, **names, "records": left["records"] + right["records"]}
 

@@ -22,7 +22,14 @@ from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper, rates
 from infini_bench.report.adapted import language, rooted
-from infini_bench.report.compare import booksum_deltas, compressions, deltas, longer, mean_interval
+from infini_bench.report.compare import (
+    booksum_deltas,
+    compressions,
+    deltas,
+    longer,
+    mean_interval,
+    position_deltas,
+)
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 from infini_bench.unread import reads
@@ -121,7 +128,12 @@ def tidy(records: Iterable[Record]) -> list[Row]:
         if before is None or row["metric"] not in PROPORTIONS or row["n"] >= before["n"]:
             by_seed[row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
-    pairs = chain(deltas(measured, rates.chosen(measured)), longer(measured), booksum_deltas(measured))
+    pairs = chain(
+        deltas(measured, rates.chosen(measured)),
+        longer(measured),
+        position_deltas(measured),
+        booksum_deltas(measured),
+    )
     rows += [_summed_up(group, values) for group, values in chain(pairs, rates.tabled(measured))]
     rows += compressions(rows)
     for row in rows:

@@ -81,6 +81,34 @@ def test_longer_sequences_are_compared_with_the_same_model():
     assert verdict == YES and "less shorter training's on math (test): infini_linear -0.108" in sentence
 
 
+def test_a_variant_wins_on_both_sets_or_not_at_all():
+    def runs(name, books, math, floats, seeds=(0, 1)):
+        pairs = [("books", books), ("math", math)]
+        made = [
+            (data, model(name, nats, n, config={"data.name": data})) for n in seeds for data, nats in pairs
+        ]
+        for _, run in made:
+            run.state_floats = floats
+        return [run for _, run in made]
+
+    rival = runs("memorizing", (100.0, 300.0), (100.0, 300.0), 1000)
+    good = runs("infini_delta_token", (90.0, 280.0), (90.0, 280.0), 10)
+    verdict, sentence = verdicts([*rival, *good])["variant_100x"]
+    assert verdict == YES and "infini_delta_token is best" in sentence and "math -0.216" in sentence
+    mixed = [*good[:1], *runs("infini_delta", (90.0, 280.0), (110.0, 310.0), 10)]
+    verdict, sentence = verdicts([*rival, *mixed])["variant_100x"]
+    assert verdict == NO and "Of 1 such memories infini_delta is" in sentence, "one set is not both"
+    assert (
+        verdicts([*rival, *runs("infini_delta", (90.0, 280.0), (90.0, 280.0), 11)])["variant_100x"][0] == OPEN
+    )
+    half = [
+        runs("infini_delta", (90.0, 280.0), (110.0, 310.0), 10),
+        runs("infini_linear", (110.0, 310.0), (90.0, 280.0), 10),
+    ]
+    assert verdicts([*rival, *half[0], *half[1]])["variant_100x"][0] == NO, "not one memory a set"
+    assert verdicts([*rival, *good[:2]])["variant_100x"][0] == OPEN, "one seed"
+
+
 def test_memory_off_is_paired_by_document():
     runs = [model(name, (100.0, 300.0)) for name in ("infini_linear", "infini_delta")]
     for run in runs:
@@ -152,13 +180,15 @@ def test_gates_and_stability():
         YES,
     ]
     assert "infini_linear 100 %, infini_delta 50 %" in found["local_head_a_layer"][1]
-    assert found["stable_bptt"][0] == YES and "2 of 2" in found["stable_bptt"][1]
+    assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, YES]
+    assert "1 of 1" in found["stable_bptt_delta"][1]
     error = "UserError: Step 9 gave loss nan and gradient norm nan; nothing was saved"
     broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=GPU)
-    assert verdicts([*runs, broken])["stable_bptt"][0] == NO
+    found = verdicts([*runs, broken])
+    assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, NO]
     other = {**GPU, "memory": {"kind": "compressive", "segment": 32, "features": "relu2"}}
     broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=other)
-    assert verdicts([*runs, broken])["stable_bptt"][0] == YES, "not the paper's memory"
+    assert verdicts([*runs, broken])["stable_bptt_delta"][0] == YES, "not the paper's memory"
 
 
 def summaries(name, overall, gains, kind=None, **changes):

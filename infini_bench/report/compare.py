@@ -129,13 +129,15 @@ def position_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
         floor = floors.get(variant) if len(floors) != 1 else next(iter(floors.values()))
         pairs = [(row, floor[seed]) for seed, row in by_seed.items() if seed in floor] if floor else []
         if model != FLOOR and pairs:
-            sums = [
-                tuple({**row["extra"], "bytes": row["extra"]["counts"]} for row in pair) for pair in pairs
-            ]
+            sums = [(_by_token(left), _by_token(right)) for left, right in pairs]
             bits, *bounds = paired_delta(sums)
             limits = (None if bound is None else bound * math.log(2) for bound in bounds)
             heads = [{**_head(*pair, None), "metric": LESS} for pair in pairs]
             yield heads, (bits * math.log(2), *limits, len(sums[0][0]["nats"]))
+
+
+def _by_token(row: Row) -> Row:
+    return {**row["extra"], "bytes": row["extra"]["counts"]}
 
 
 def compressions(rows: list[Row]) -> list[Row]:

@@ -11,18 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infini_bench.report.cells import grouped
-from infini_bench.report.compare import paired_delta
+from infini_bench.report.compare import memory, paired_delta
 from infini_bench.report.records import Record
 
 Row = dict[str, Any]
 SCALES = ("gpu", "paper")
+BOOKS, MATH = ("books", "pg19"), ("math", "arxiv_math")
 INFINI = ("infini_linear", "infini_delta")  # the paper's two
 MILLION = 1024 * 1024
 FOUND, LOST = 90.0, 20.0  # percent: a key counts as found from here on, and as not found up to there
 LINE = ("model", "variant", "scale", "device", "dataset", "base")
-CONFIGURATION = (*LINE, "protocol")
-KIND = (*CONFIGURATION, "position")
-PLOTS = "wikipedia"  # kind of reference like BookSum's, whose corpus has no other and names none
 DIVERGED = "gave loss"  # in the error of a training whose loss or gradient was no number
 
 
@@ -57,7 +55,7 @@ def _fits(row: Row, wanted: dict[str, Any]) -> bool:
     )
 
 
-def _finding(holds: bool, sentence: str, rows: Iterable[Row]) -> Finding:
+def finding(holds: bool, sentence: str, rows: Iterable[Row]) -> Finding:
     return Finding(holds, sentence, sorted({record for row in rows for record in row["records"]}))
 
 
@@ -66,7 +64,7 @@ def _best_known(rows: list[Row]) -> Row | None:
     return max(rows, key=lambda row: row["seeds"], default=None)
 
 
-def _signed(row: Row, digits: int = 3) -> str:
+def signed(row: Row, digits: int = 3) -> str:
     value, low, high = (f"{row[key]:+.{digits}f}" for key in ("value", "ci_low", "ci_high"))
     return f"{value} [{low}, {high}]"
 
@@ -80,14 +78,14 @@ def better(models: tuple[str, ...], reference: str, datasets: tuple[str, ...], s
     def rule(evidence: Evidence) -> Finding | None:
         match = {"condition": reference, "dataset": datasets, "split": "test", "scale": SCALES}
         found = evidence.find("table2_lm", "delta_bits_per_byte", protocol=None, **match)
-        found = [row for row in found if row["seeds"] >= seeds and row["ci_low"] is not None]
+        found = [row for row in found if _enough(row, seeds)]
         rows = [_best_known([row for row in found if row["model"] == model]) for model in models]
         known = [row for row in rows if row is not None]
         if len(known) < len(models):
             return None
-        words = [f"{row['model']} {_signed(row)} ({row['seeds']} seeds)" for row in known]
+        words = [f"{row['model']} {signed(row)} ({row['seeds']} seeds)" for row in known]
         text = f"Bits per byte less {reference}'s on {known[0]['dataset']} (test): {', '.join(words)}."
-        return _finding(all(row["ci_high"] < 0 for row in known), text, known)
+        return finding(all(row["ci_high"] < 0 for row in known), text, known)
 
     return rule
 
@@ -110,10 +108,43 @@ def memory_used(models: tuple[str, ...]) -> Rule:
             if low is None:
                 return None
             holds, rows = holds and low > 0, [*rows, on, off]
-            words.append(f"{model} {_signed({'value': value, 'ci_low': low, 'ci_high': high})}")
-        return _finding(holds, f"Bits per byte that memory off costs: {', '.join(words)}.", rows)
+            words.append(f"{model} {signed({'value': value, 'ci_low': low, 'ci_high': high})}")
+        return finding(holds, f"Bits per byte that memory off costs: {', '.join(words)}.", rows)
 
     return rule
+
+
+def wins(rival: str, times: float, seeds: int = 2) -> Rule:
+    """One Infini memory that carries at least so many times less than the rival needs fewer bits a byte on
+    books and on mathematics: both paired intervals lie below 0.
+    """
+
+    def rule(evidence: Evidence) -> Finding | None:
+        place = {"condition": rival, "split": "test", "scale": SCALES, "protocol": None}
+        deltas = [
+            row for row in evidence.find("table2_lm", "delta_bits_per_byte", **place) if _enough(row, seeds)
+        ]
+        ratios = evidence.find("table2_lm", "state_ratio", **place)
+        small = [row for row in ratios if row["model"].startswith("infini") and row["value"] >= times]
+        found = []
+        for own in dict.fromkeys(memory(row) for row in small):
+            rows = [
+                row for row in deltas if memory(row) == own and any(_same_line(row, one) for one in small)
+            ]
+            both = [_best_known([row for row in rows if row["dataset"] in each]) for each in (BOOKS, MATH)]
+            found += [[row for row in both if row is not None]] if None not in both else []
+        if not found:
+            return None
+        best = min(found, key=lambda rows: max(row["ci_high"] for row in rows))
+        words = ", ".join(f"{row['dataset']} {signed(row)} ({row['seeds']} seeds)" for row in best)
+        text = f"Of {len(found)} such memories {best[0]['model']} is best; bits per byte less {rival}'s: "
+        return finding(all(row["ci_high"] < 0 for row in best), f"{text}{words}.", best)
+
+    return rule
+
+
+def _enough(row: Row, seeds: int) -> bool:
+    return row["seeds"] >= seeds and row["ci_low"] is not None
 
 
 # --- state ----------------------------------------------------------------------------------------------
@@ -134,7 +165,7 @@ def bounded(models: tuple[str, ...]) -> Rule:
         most = max(len(values) for values in sizes.values())
         text = f"Live state of {' and '.join(models)} after {lengths[0]:,} to {lengths[-1]:,} tokens: "
         text += "the same floats at every length." if most == 1 else f"up to {most} different sizes."
-        return _finding(most == 1, text, rows)
+        return finding(most == 1, text, rows)
 
     return rule
 
@@ -152,7 +183,7 @@ def smaller(model: str, rival: str, times: float, scale: str = "paper") -> Rule:
         text = (
             f"{two['value']:,.0f} floats of {rival} to {one['value']:,.0f} of {model} at the paper's sizes: "
         )
-        return _finding(ratio >= times, f"{text}{ratio:.1f} times.", [one, two])
+        return finding(ratio >= times, f"{text}{ratio:.1f} times.", [one, two])
 
     return rule
 
@@ -190,7 +221,7 @@ def key_at_a_million(
         text += ", ".join(positions) + (
             "." if most is None else f", at most {most:.0f} % with the memory off."
         )
-        return _finding(least >= FOUND and (most is None or most <= LOST), text, [*on, *off])
+        return finding(least >= FOUND and (most is None or most <= LOST), text, [*on, *off])
 
     return rule
 
@@ -199,7 +230,7 @@ def _same_line(one: Row, other: Row) -> bool:
     return all(one[key] == other[key] for key in LINE)
 
 
-# --- gates, training, summaries -------------------------------------------------------------------------
+# --- gates, training -------------------------------------------------------------------------
 
 
 def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFINI) -> Rule:
@@ -214,7 +245,7 @@ def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFIN
             return None
         shares = ", ".join(f"{row['model']} {row['value']:.0f} %" for row in known)
         text = f"{words}: {shares} (borders 0.1, 0.4, 0.6 and 0.9)."
-        return _finding(all(row["value"] >= least for row in known), text, known)
+        return finding(all(row["value"] >= least for row in known), text, known)
 
     return rule
 
@@ -247,79 +278,3 @@ def _segments(config: dict[str, Any]) -> int:
     task, segment = config["task"], config["memory"]["segment"]
     longest = max(config["trainer"].get("curriculum") or [task.get("segments") or 1])
     return max(longest, (task.get("sequence") or 0) // segment)
-
-
-def grows_with_input(models: tuple[str, ...] = INFINI) -> Rule:
-    """Each longer input raises the overall ROUGE of the books that the shorter one cuts, in pairs by book.
-
-    Lengths of one configuration are compared, against one kind of reference, on the test split; of each model
-    measured at three lengths or more, the configuration with the most lengths counts.
-    """
-
-    def rule(evidence: Evidence) -> Finding | None:
-        place = {"condition": "pairwise", "scale": SCALES, "split": "test"}
-        plots, gains = (
-            [row for row in evidence.find("table4_booksum", metric, model=models, **place) if row["length"]]
-            for metric in ("overall", "overall_gain")
-        )
-        kinds = {row["dataset"] for row in plots if row["position"] == PLOTS}
-        plots = [row for row in plots if row["position"] == (PLOTS if row["dataset"] in kinds else None)]
-        lines = [line for line in grouped(plots, KIND) if len(line) >= 3]
-        lines.sort(key=lambda line: (len(line), line[0]["seeds"]), reverse=True)
-        known = {line[0]["model"]: line for line in reversed(lines)}
-        words: list[str] = []
-        rows: list[Row] = []
-        holds = True
-        for model in (model for model in models if model in known):
-            line = known[model]
-            steps = [row for row in gains if all(row[key] == line[0][key] for key in KIND)]
-            steps = sorted(steps, key=lambda row: row["length"])
-            if len(steps) < 2 or any(row["ci_low"] is None for row in steps):
-                return None
-            holds, rows = holds and all(row["ci_low"] > 0 for row in steps), [*rows, *line, *steps]
-            text = ", ".join(f"{_signed(row, 1)} to {row['length']:,} tokens" for row in steps)
-            words.append(f"{model} {text}")
-        if not words:
-            return None
-        text = f"Overall ROUGE that each longer input adds on the books cut before: {'; '.join(words)}."
-        return _finding(holds, text, rows)
-
-    return rule
-
-
-def constant_time(models: tuple[str, ...] = INFINI, within: float = 1.1) -> Rule:
-    """Time a token and peak memory at the longest length measured are those of a hundredth of it.
-
-    Of each model, in the one configuration of a whole model that was measured over the widest range.
-    """
-
-    def rule(evidence: Evidence) -> Finding | None:
-        ratios, rows = [], []
-        for model in models:
-            place = {"model": model, "protocol": "model", "condition": None, "scale": SCALES}
-            times = grouped(evidence.find("efficiency", "forward_ms", **place), CONFIGURATION)
-            peaks = evidence.find("efficiency", "peak_bytes", position="forward", **place)
-            ends = []
-            for line in times:
-                own = [row for row in peaks if all(row[key] == line[0][key] for key in CONFIGURATION)]
-                ends += [[*time, *peak] for time, peak in [(_far(line), _far(own))] if time and peak]
-            if not ends:
-                return None
-            short, long, small, large = widest = max(ends, key=lambda found: found[1]["length"])
-            per_token = long["value"] / long["length"] / (short["value"] / short["length"])
-            ratios += [per_token, large["value"] / small["value"]]
-            rows += widest
-        reach = min(row["length"] for row in rows[1::4])
-        text = f"From a hundredth of it to {reach:,} tokens, time a token and "
-        return _finding(
-            max(ratios) <= within, f"{text}peak memory grow at most {max(ratios):.2f} times.", rows
-        )
-
-    return rule
-
-
-def _far(line: list[Row]) -> tuple[Row, Row] | None:
-    """The rows at the longest length and at a hundredth of it or less, the shorter first."""
-    long = max(line, key=lambda row: row["length"], default=None)
-    short = [row for row in line if long and 100 * row["length"] <= long["length"]]
-    return (max(short, key=lambda row: row["length"]), long) if long and short else None

@@ -100,7 +100,7 @@ def _curve(ax: Axes, line: Line, number: int) -> None:
     known = [row for row in line if row["ci_low"] is not None]
     if len(known) > 1:
         places, low, high = ([float(row[key]) for row in known] for key in ("position", "ci_low", "ci_high"))
-        ax.fill_between(places, low, high, color=style["color"], alpha=0.08, linewidth=0)
+        ax.fill_between(places, low, high, color=style["color"], alpha=0.05, linewidth=0)
 
 
 def gates_figure(rows: list[Row]) -> Figure:

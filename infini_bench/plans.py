@@ -9,7 +9,8 @@ All that follows may be left out:
 
 grid: {memory.features: [elu1, relu2]}         # every combination of these ...
 variants: {name: [memory.gate_split=2]}        # ... with each of these; or, of some models and seeds only,
-                                               # name: {overrides: [...], models: [...], seeds: [0, 1]}
+                                               # name: {overrides: [...], models: [...], seeds: [0, 1]}; such
+                                               # models need not be among the plan's
 overrides: []                                  # for every job
 each: {memorizing: [memory.entries=16384]}     # for the jobs of one model
 seeds: [0, 1, 2]                               # unset = 0

@@ -10,7 +10,7 @@ import json
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from infini_bench import first_steps
 from infini_bench.errors import UserError
 from infini_bench.files import atomic_write
 from infini_bench.origin import TRAINED
-from infini_bench.plans import DATA, read_plan
+from infini_bench.plans import DATA, Plan, Setting, read_plan
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.report.check import Check, demo_checks
 from infini_bench.report.records import KILLED, Record, add_plan, config_hash, current, now, read_records
@@ -148,9 +148,7 @@ def plan(
     places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
     jobs: list[tuple[int, Job]] = []
     named: set[str] = set()
-    for (task, own), setting, model in product(plan.tasks.items(), plan.settings(), models or plan.models):
-        if setting.models is not None and model not in setting.models:
-            continue
+    for (task, own), (setting, model) in product(plan.tasks.items(), [*_rows(plan, models)]):
         words = [f"model={model}", f"task={task}", *places, *own, *setting.overrides]
         words = _filled([*words, *plan.each.get(model, []), *overrides], data)
         cfg = compose_run(words)
@@ -167,6 +165,14 @@ def plan(
         raise UserError(f'No run of {what} has "{word}" in its name{suggest(word, sorted(named))}.')
     check_read(given(overrides), [job.cfg for _, job in jobs])
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+
+
+def _rows(plan: Plan, asked: Sequence[str] | None) -> Iterator[tuple[Setting, str]]:
+    for setting in plan.settings():
+        known = plan.models if setting.models is None else setting.models
+        for model in asked or known:
+            if setting.models is None or model in known:
+                yield setting, model
 
 
 def _seeds(asked: Sequence[int] | None, own: list[int] | None, planned: list[int]) -> list[int]:

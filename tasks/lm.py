@@ -206,7 +206,9 @@ class LM(Task):
                 nats, counts = [float(b.sum(dtype=np.float64)) for b in bins], [len(b) for b in bins]
                 bounds = interval(mean_nats, nats, counts, seed=self.cfg.seed)
                 columns = {"split": self.task.split, "condition": condition, "protocol": self._protocol}
-                extra = {"first": low, "last": 2 * low - 1, "tokens": sum(counts)}
+                extra: Row = {"first": low, "last": 2 * low - 1, "tokens": sum(counts)}
+                if condition is None:
+                    extra |= {"nats": nats, "counts": counts}  # of each document that is so long
                 value = mean_nats(nats, counts)
                 columns |= {"position": str(low), "n": len(bins), "extra": extra}
                 rows.append(self.row("loss", value, bounds, **columns))

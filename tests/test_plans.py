@@ -63,8 +63,8 @@ def table2(tmp_path, **options):
 def test_table2_is_one_budget_for_every_row(tmp_path):
     jobs = table2(tmp_path)
     names = [job.name for job in jobs]
-    assert len(names) == len(set(names)) == 12 * 5 + 2 * 2
-    assert names[0] == "lm transformer_xl books seed 0" and names[12] == "lm transformer_xl math seed 0"
+    assert len(names) == len(set(names)) == 13 * 5 + 2 * 2 + 1
+    assert names[0] == "lm transformer_xl books seed 0" and names[13] == "lm transformer_xl math seed 0"
     books = [job.cfg for job in jobs if " books " in job.name]
     assert {cfg.seed for cfg in books} == {0, 1, 2}
     assert {cfg.seed for cfg in (job.cfg for job in jobs) if cfg.data.name == "math"} == {0, 1}
@@ -79,6 +79,10 @@ def test_table2_is_one_budget_for_every_row(tmp_path):
     assert (memorizing.memory.entries, evaluated_memory(memorizing).entries) == (16384, 65536)
     (full,) = (cfg for cfg in books if (cfg.model, cfg.seed) == ("full", 0))
     assert (evaluated_memory(full).kind, evaluated_memory(full).window) == ("sliding", full.task.sequence)
+    assert [name for name in names if "sink" in name] == ["lm sink books for the stream seed 0"]
+    token = [job.cfg.memory for job in jobs if job.cfg.model == "infini_delta_token"]
+    assert len(token) == 5 and {(m.features, m.write_gate) for m in token} == {("relu2", True)}
+    assert names[10:12] == ["lm infini_delta_token books seed 0", "lm compressive books seed 0"]
     long = [job.cfg for job in jobs if "long" in job.name]
     assert {(cfg.model, cfg.task.sequence) for cfg in long} == {
         ("infini_linear", 32768),
@@ -86,14 +90,33 @@ def test_table2_is_one_budget_for_every_row(tmp_path):
     }
 
 
-def test_table2_models_have_equal_parameters(tmp_path):
-    sizes = {}
-    for job in table2(tmp_path, only="books seed 0"):
+def sizes(jobs) -> dict[str, int]:
+    """Parameters without embeddings, by model."""
+    found = {}
+    for job in jobs:
         with torch.device("meta"):
             model = build_model(job.cfg.decoder, job.cfg.memory, job.cfg.data.vocab_size)
-        sizes[job.cfg.model] = sum(p.numel() for p in model.parameters()) - 16384 * 512
-    assert len(sizes) == 12 and max(sizes.values()) / min(sizes.values()) < 1.02
-    assert sizes["infini_linear"] == pytest.approx(38e6, rel=0.01)
+        found[job.cfg.model] = sum(p.numel() for p in model.parameters()) - 16384 * 512
+    return found
+
+
+def test_table2_models_have_equal_parameters(tmp_path):
+    found = sizes(table2(tmp_path, only="books seed 0"))
+    assert len(found) == 14 and max(found.values()) / min(found.values()) < 1.02
+    assert found["infini_linear"] == pytest.approx(38e6, rel=0.01)
+
+
+def test_a_sweep_of_rates_has_the_models_of_table2_on_validation(tmp_path):
+    jobs = plan("table2_lr", "gpu", tmp_path, None, None, data=tmp_path)
+    assert read_plan("table2_lr").at("gpu").models == read_plan("table2").at("gpu").models
+    assert len(jobs) == 13 * 3 and {job.cfg.trainer.lr for job in jobs} == {1e-3, 2e-3, 4e-3}
+    for cfg in (job.cfg for job in jobs):
+        assert cfg.trainer.steps * cfg.trainer.batch * cfg.task.sequence == 19_660_800
+        assert (cfg.task.split, cfg.decoder.ffn, cfg.precision) in [
+            ("validation", ffn, "float32") for ffn in (2048, 1872)
+        ]
+    found = sizes(jobs[:13])
+    assert len(found) == 13 and max(found.values()) / min(found.values()) < 1.02
 
 
 def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):

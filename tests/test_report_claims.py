@@ -81,6 +81,34 @@ def test_longer_sequences_are_compared_with_the_same_model():
     assert verdict == YES and "less shorter training's on math (test): infini_linear -0.108" in sentence
 
 
+def test_a_variant_wins_on_both_sets_or_not_at_all():
+    def runs(name, books, math, floats, seeds=(0, 1)):
+        pairs = [("books", books), ("math", math)]
+        made = [
+            (data, model(name, nats, n, config={"data.name": data})) for n in seeds for data, nats in pairs
+        ]
+        for _, run in made:
+            run.state_floats = floats
+        return [run for _, run in made]
+
+    rival = runs("memorizing", (100.0, 300.0), (100.0, 300.0), 1000)
+    good = runs("infini_delta_token", (90.0, 280.0), (90.0, 280.0), 10)
+    verdict, sentence = verdicts([*rival, *good])["variant_100x"]
+    assert verdict == YES and "infini_delta_token is best" in sentence and "math -0.216" in sentence
+    mixed = [*good[:1], *runs("infini_delta", (90.0, 280.0), (110.0, 310.0), 10)]
+    verdict, sentence = verdicts([*rival, *mixed])["variant_100x"]
+    assert verdict == NO and "Of 1 such memories infini_delta is" in sentence, "one set is not both"
+    assert (
+        verdicts([*rival, *runs("infini_delta", (90.0, 280.0), (90.0, 280.0), 11)])["variant_100x"][0] == OPEN
+    )
+    half = [
+        runs("infini_delta", (90.0, 280.0), (110.0, 310.0), 10),
+        runs("infini_linear", (110.0, 310.0), (90.0, 280.0), 10),
+    ]
+    assert verdicts([*rival, *half[0], *half[1]])["variant_100x"][0] == NO, "not one memory a set"
+    assert verdicts([*rival, *good[:2]])["variant_100x"][0] == OPEN, "one seed"
+
+
 def test_memory_off_is_paired_by_document():
     runs = [model(name, (100.0, 300.0)) for name in ("infini_linear", "infini_delta")]
     for run in runs:
@@ -152,49 +180,102 @@ def test_gates_and_stability():
         YES,
     ]
     assert "infini_linear 100 %, infini_delta 50 %" in found["local_head_a_layer"][1]
-    assert found["stable_bptt"][0] == YES and "2 of 2" in found["stable_bptt"][1]
+    assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, YES]
+    assert "1 of 1" in found["stable_bptt_delta"][1]
     error = "UserError: Step 9 gave loss nan and gradient norm nan; nothing was saved"
     broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=GPU)
-    assert verdicts([*runs, broken])["stable_bptt"][0] == NO
+    found = verdicts([*runs, broken])
+    assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, NO]
     other = {**GPU, "memory": {"kind": "compressive", "segment": 32, "features": "relu2"}}
     broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=other)
-    assert verdicts([*runs, broken])["stable_bptt"][0] == YES, "not the paper's memory"
+    assert verdicts([*runs, broken])["stable_bptt_delta"][0] == YES, "not the paper's memory"
 
 
-def summaries(length, value):
-    config = {"task": {"name": "booksum"}, "scale": "gpu", "trainer.steps": 10}
-    bounds = {"ci_low": value - 1, "ci_high": value + 1}
-    metrics = [row("overall", value, condition="pairwise", length=length, **bounds)]
-    return record(
-        metrics=metrics, config={**config, "trainer.steps": 10}, id=f"s{length}", config_hash=str(length)
-    )
+def summaries(name, overall, gains, kind=None, **changes):
+    """An evaluation at several lengths; gains: of all lengths but the shortest."""
+    place = {
+        "condition": "pairwise",
+        "split": "test",
+        "position": kind,
+        "protocol": changes.pop("protocol", None),
+    }
+    place |= {"dataset": "booksum_local"}
+    metrics = [row("overall", value, length=n, **place) for n, value in overall.items()]
+    for length, gain in zip([*overall][1:], gains, strict=True):
+        bounds = {"ci_low": gain - 1, "ci_high": gain + 1}
+        metrics.append(row("overall_gain", gain, length=length, **place, **bounds))
+    config = {"task": {"name": "booksum"}, "scale": "gpu", **changes}
+    return record(name, metrics=metrics, config=config)
 
 
-def test_summaries_grow():
-    assert verdicts([summaries(n, v) for n, v in ((1, 10.0), (2, 9.0), (4, 13.0))])["rouge_grows"][0] == YES
-    assert verdicts([summaries(n, v) for n, v in ((1, 10.0), (2, 9.0), (4, 11.0))])["rouge_grows"][0] == NO
-    assert verdicts([summaries(n, v) for n, v in ((1, 10.0), (4, 13.0))])["rouge_grows"][0] == OPEN
+def test_summaries_grow_where_each_input_adds_to_the_books_cut_before():
+    lengths = {1: 10.0, 2: 9.0, 4: 9.5}
+    found = verdicts([summaries("infini_linear", lengths, (2.0, 1.5))])["rouge_grows"]
+    assert found[0] == YES and "infini_linear +2.0 [+1.0, +3.0] to 2 tokens, +1.5" in found[1]
+    assert verdicts([summaries("infini_linear", lengths, (2.0, 0.5))])["rouge_grows"][0] == NO
+    assert verdicts([summaries("infini_linear", {1: 10.0, 4: 13.0}, (3.0,))])["rouge_grows"][0] == OPEN
+    both = [summaries("infini_linear", lengths, (2.0, 1.5)), summaries("infini_delta", lengths, (-2.0, 1.5))]
+    assert verdicts(both)["rouge_grows"][0] == NO, "each model that was measured"
 
 
-def timed(name, times, peaks):
-    config = {"task": {"name": "efficiency"}, "scale": "gpu"}
-    extra = {"variant": "b1-h8-d64-n512"}
-    metrics = [row("forward_ms", t, extra, length=n) for n, t in times.items()]
-    metrics += [row("peak_bytes", p, extra, length=n, position="forward") for n, p in peaks.items()]
+def test_summaries_of_different_kinds_protocols_models_and_settings_are_no_curve():
+    low, high = {1: 5.0}, {4: 25.0}
+    middle = {2: 15.0}
+    kinds = [
+        summaries("infini_linear", low, (), "wikipedia"),
+        summaries("infini_delta", middle, (), "wikipedia"),
+        summaries("infini_delta", high, (), "worlds-greatest-books", memory={"kind": "x", "segment": 64}),
+    ]
+    assert verdicts(kinds)["rouge_grows"][0] == OPEN
+    settings = [
+        summaries("infini_delta", values, (), memory={"kind": "compressive", "segment": 16 * 2**n})
+        for n, values in enumerate((low, middle, high))
+    ]
+    assert verdicts(settings)["rouge_grows"][0] == OPEN
+    protocols = [
+        summaries("infini_delta", values, (), protocol=name)
+        for name, values in (("sampled", low), ("greedy", middle), ("map_reduce, greedy", high))
+    ]
+    assert verdicts(protocols)["rouge_grows"][0] == OPEN
+    whole = summaries("infini_delta", {1: 5.0, 2: 6.0, 4: 7.0}, (2.0, 2.0), "worlds-greatest-books")
+    plots = summaries("infini_delta", {1: 5.0, 2: 6.0, 4: 7.0}, (2.0, -2.0), "wikipedia")
+    plots.metrics += whole.metrics
+    assert verdicts([plots])["rouge_grows"][0] == NO, "the kind is plots"
+
+
+def timed(name, times, peaks, shape="b1-h8-d64-n512", protocol="model"):
+    config = {"task": {"name": "efficiency"}, "scale": "gpu", "trainer.steps": len(shape)}
+    extra, place = {"variant": shape}, {"protocol": protocol, "dataset": "synthetic"}
+    metrics = [row("forward_ms", t, extra, length=n, **place) for n, t in times.items()]
+    metrics += [
+        row("peak_bytes", p, extra, length=n, **{"position": "forward", **place}) for n, p in peaks.items()
+    ]
+    for metric in metrics:
+        metric["dataset"] = "synthetic"
     return record(name, metrics=metrics, config=config)
 
 
 @pytest.mark.parametrize(("peak", "verdict"), [(105.0, YES), (150.0, NO)])
 def test_cost_against_length(peak, verdict):
     times, peaks = {1024: 1.0, 102400: 101.0}, {1024: 100.0, 102400: peak}
-    runs = [timed(name, times, peaks) for name in ("infini_linear", "infini_delta")]
+    names = ("infini_linear", "infini_delta")
+    runs = [timed(name, times, peaks) for name in names]
     assert verdicts(runs)["constant_cost"][0] == verdict
-    assert (
-        verdicts([timed(n, {1024: 1.0}, {1024: 1.0}) for n in ("infini_linear", "infini_delta")])[
-            "constant_cost"
-        ][0]
-        == OPEN
-    )
+    assert verdicts([timed(name, {1024: 1.0}, {1024: 1.0}) for name in names])["constant_cost"][0] == OPEN
+
+
+def test_cost_against_length_is_that_of_one_body():
+    names = ("infini_linear", "infini_delta")
+    small = [timed(name, {1024: 1.0}, {1024: 100.0}) for name in names]
+    large = [timed(name, {102400: 50.0}, {102400: 90.0}, "b1-h9-d64-n2048-large") for name in names]
+    assert verdicts([*small, *large])["constant_cost"][0] == OPEN, "two bodies"
+    both = [
+        timed(name, {512: 9.0, 51200: 1100.0}, {512: 80.0, 51200: 80.0}, "a-third-body") for name in names
+    ]
+    verdict, sentence = verdicts([*small, *large, *both])["constant_cost"]
+    assert verdict == NO and "to 51,200 tokens" in sentence and "1.22 times" in sentence
+    peers = [timed(name, {1: 1.0, 200: 100.0}, {1: 1.0, 200: 1.0}, "peer", "b1-h8") for name in names]
+    assert verdicts(peers)["constant_cost"][0] == OPEN, "a peer's times are not the model's"
 
 
 def test_the_table_names_its_records():

@@ -116,3 +116,29 @@ def test_positions_are_drawn_against_local_block():
         "local_block": [3.5, 3.0],
     }
     assert list(right.lines[0].get_ydata()) == [-0.5, -1.0] and list(right.lines[0].get_xdata()) == [16, 64]
+
+
+def test_positions_are_paired_by_document_where_the_sums_are_known():
+    def run(model, *nats, seed=0, counts=(10, 30)):
+        kept = [{"nats": list(each), "counts": list(counts)} for each in nats]
+        values = [sum(each) / sum(counts) for each in nats]
+        columns = {"split": "test", "n": 2}
+        places = [
+            row("loss", value, extra, position=str(16 * 4**i), ci_low=value - 1, ci_high=value + 1, **columns)
+            for i, (value, extra) in enumerate(zip(values, kept, strict=True))
+        ]
+        return record(model, seed, metrics=places)
+
+    runs = [run("infini_linear", (20.0, 90.0), (11.0, 51.0)), run("local_block", (30.0, 120.0), (21.0, 81.0))]
+    rows = [r for r in tidy(runs) if r["table"] == "lm_position"]
+    near, far = (pick(rows, "loss_less_local_block", position=place) for place in ("16", "64"))
+    assert (near["value"], near["ci_low"], near["ci_high"], near["n"]) == (-1.0, -1.0, -1.0, 2)
+    assert far["value"] == far["ci_high"] == pytest.approx(-1)
+    left, right = lm_figures.position_figure(rows).axes
+    assert len(left.collections) == 2 and len(right.collections) == 1
+    assert right.collections[0].get_paths()[0].vertices[:, 1] == pytest.approx(-1.0)
+    assert list(right.lines[0].get_ydata()) == pytest.approx([-1.0, -1.0])
+    unlike = [*runs[:1], run("local_block", (30.0, 105.0), (21.0, 81.0))]
+    wide = pick(tidy(unlike), "loss_less_local_block", position="16")
+    assert wide["value"] == pytest.approx(-25 / 40) and wide["ci_low"] == pytest.approx(-1.0)
+    assert wide["ci_high"] == pytest.approx(-0.5), "documents of 10 and 30 tokens, redrawn"

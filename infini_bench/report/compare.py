@@ -23,7 +23,10 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 # The last one is set beside other Infini memories only.
 REFERENCES = ("local_block", "transformer_xl", "memorizing", "infini_linear")
+FLOOR = REFERENCES[0]
+LESS = "loss_less_local_block"  # by position
 SHORTER = "shorter training"  # what a model trained on longer sequences is compared with
+RATE = "trainer.lr"
 LENGTH = ("task.sequence", "trainer.batch")
 SIZES = 0.02  # share by which the parameters of two compared models may differ
 RESAMPLES = 2000
@@ -43,22 +46,53 @@ def mean_interval(values: list[float]) -> Estimate:
     return middle, middle - spread, middle + spread
 
 
-def deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
+def rate(row: Row) -> float:
+    return float(row["config"]["trainer"]["lr"])
+
+
+def memory(row: Row) -> tuple:
+    """What a model is on every budget: its name and its memory, without the width that makes room for it."""
+    return (row["scale"], row["model"], tuple(pair for pair in row["own"] if pair[0].startswith("memory.")))
+
+
+def deltas(measured: list[Row], best: dict[tuple, float]) -> Iterator[tuple[list[Row], tuple]]:
     """Each model against each reference on one budget: (a row a seed, (value, ci_low, ci_high, n documents)).
 
-    Only seeds that both have are compared. The reference's name is the rows' ``condition``.
+    Only seeds that both have are compared. The reference's name is the rows' ``condition``. best: `memory` ->
+    learning rate (`rates.chosen`); where it knows both and both were run, a model at its own best rate is
+    compared with the reference at its own, and otherwise both at one rate.
     """
     runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
     for row in measured:
         if row["table"] == "table2_lm" and row["metric"] == "bits_per_byte":
             runs[row["model"], row["variant"], *(row[key] for key in BUDGET)][row["seed"]] = row
     for (model, variant, *budget), by_seed in runs.items():
+        own = next(iter(by_seed.values()))
         for reference in REFERENCES if model.startswith("infini") else REFERENCES[:-1]:
-            others = {key[1]: run for key, run in runs.items() if (key[0], *key[2:]) == (reference, *budget)}
+            rivals = {
+                key: run for key, run in runs.items() if (key[0], *key[2:-1]) == (reference, *budget[:-1])
+            }
+            others = _at_rates(own, rivals, best)
             other = others.get(variant) if len(others) != 1 else next(iter(others.values()))
             pairs = [(row, other[seed]) for seed, row in by_seed.items() if seed in other] if other else []
             if model != reference and pairs and _same_documents(pairs) and _same_size(pairs):
                 yield _compared(pairs, reference)
+
+
+def _at_rates(own: Row, rivals: dict[tuple, dict[Seed, Row]], best: dict[tuple, float]) -> dict:
+    """Of a reference's runs those to compare with, by variant: both at their best rates, or else at one."""
+    same, tuned = {}, {}
+    for (_, variant, *_), run in rivals.items():
+        other = next(iter(run.values()))
+        if other["budget"] == own["budget"]:
+            same[variant] = run
+        if _but_rate(other) == _but_rate(own) and all(best.get(memory(r)) == rate(r) for r in (own, other)):
+            tuned[variant] = run
+    return tuned or same
+
+
+def _but_rate(row: Row) -> list:
+    return [pair for pair in row["budget"] if pair[0] != RATE]
 
 
 def longer(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
@@ -78,6 +112,32 @@ def longer(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
             pairs = [(row, short[seed]) for seed, row in long.items() if seed in short]
             if pairs and _same_documents(pairs):
                 yield _compared(pairs, SHORTER)
+
+
+def position_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
+    """Loss at each position less local_block's on one budget, nats a token, paired by document; as `deltas`.
+
+    Only of evaluations that kept the sums of every document (those of before 2026-11-22 did not).
+    """
+    runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
+    for row in measured:
+        if row["table"] == "lm_position" and row["condition"] is None and "nats" in row["extra"]:
+            key = (row["model"], row["position"], *(row[name] for name in BUDGET), row["variant"])
+            runs[key][row["seed"]] = row
+    for (model, *place, variant), by_seed in runs.items():
+        floors = {key[-1]: run for key, run in runs.items() if key[:-1] == (FLOOR, *place)}
+        floor = floors.get(variant) if len(floors) != 1 else next(iter(floors.values()))
+        pairs = [(row, floor[seed]) for seed, row in by_seed.items() if seed in floor] if floor else []
+        if model != FLOOR and pairs:
+            sums = [(_by_token(left), _by_token(right)) for left, right in pairs]
+            bits, *bounds = paired_delta(sums)
+            limits = (None if bound is None else bound * math.log(2) for bound in bounds)
+            heads = [{**_head(*pair, None), "metric": LESS} for pair in pairs]
+            yield heads, (bits * math.log(2), *limits, len(sums[0][0]["nats"]))
+
+
+def _by_token(row: Row) -> Row:
+    return {**row["extra"], "bytes": row["extra"]["counts"]}
 
 
 def compressions(rows: list[Row]) -> list[Row]:
@@ -111,7 +171,7 @@ def _compared(pairs: list[tuple[Row, Row]], reference: str) -> tuple[list[Row], 
     return heads, (*estimate, len(pairs[0][0]["extra"]["documents"]))
 
 
-def _head(left: Row, right: Row, reference: str) -> Row:
+def _head(left: Row, right: Row, reference: str | None) -> Row:
     names = {"metric": "delta_bits_per_byte", "condition": reference}
     return {**left, **names, "records": left["records"] + right["records"]}
 

@@ -94,7 +94,9 @@ def _caption2(rows: list[Row]) -> str:
         f"{data['tokenizer']}{size}. {INTERVALS} "
         f"A unigram model needs {_unigram(rows)} bits a token. Memory off and other memory (another "
         "document's state): bits per byte. Δ: bits per byte against that model on the same documents, seeds "
-        "and budget, paired bootstrap; below zero is better. Gradient span: tokens that a training gradient "
+        "and budget, paired bootstrap; below zero is better; each at its own best learning rate on the "
+        "validation split where `table2_lr` knows both and both were run, else both at one rate. "
+        "Gradient span: tokens that a training gradient "
         "crosses in a layer. Tokens a second of the reading and GPU seconds of training and reading: on the "
         "machine as busy as it was."
     )

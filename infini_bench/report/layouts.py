@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from infini_bench.report import (
     adapted,
@@ -14,7 +14,9 @@ from infini_bench.report import (
     language,
     paper,
     probes,
+    rates,
     retrieval,
+    trials,
 )
 from infini_bench.report.cells import (
     ABSENT,
@@ -37,6 +39,7 @@ from infini_bench.units import format_length
 
 TITLES = {
     **language.TITLES,
+    **rates.TITLES,
     "table3_passkey": "Table 3: passkey retrieval",
     **retrieval.TITLES,
     **diagnostics.TITLES,
@@ -48,6 +51,7 @@ TITLES = {
 LINES = {  # what the rows of a line share beside model and variant; a control by position has its own
     **dict.fromkeys(NAMES, ("protocol",)),
     **language.LINES,
+    **rates.LINES,
     **dict.fromkeys(VIEWS, ()),
     **retrieval.LINES,
     **diagnostics.LINES,
@@ -78,6 +82,7 @@ class Sheet:
 
 def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NAMES) -> list[Sheet]:
     """The sheets of the named tables; a table without any row is one empty sheet."""
+    records = list(records)
     failed = _failures(records)
     made = []
     for name in names:
@@ -86,7 +91,13 @@ def sheets(rows: list[Row], records: Iterable[Record], names: Iterable[str] = NA
             own = booksum.spread(own)
         keys = SHEET[:-1] if name in VIEWS else SHEET + (("base",) if name in BY_BASE else ())
         *groups, last = grouped(own, keys) or [[]]
-        made += [*(_sheet(name, group, []) for group in groups), _sheet(name, last, failed.get(name, []))]
+        found = [*(_sheet(name, group, []) for group in groups), _sheet(name, last, failed.get(name, []))]
+        if name == "table2_lm" and own:
+            found = [
+                replace(sheet, caption=f"{sheet.caption} {trials.sentence(records, group)}")
+                for sheet, group in zip(found, [*groups, last], strict=True)
+            ]
+        made += found
     return made
 
 
@@ -231,6 +242,7 @@ def _caption_bits(rows: list[Row]) -> str:
 
 BUILDERS = {
     **language.BUILDERS,
+    **rates.BUILDERS,
     "table3_passkey": _table3,
     **retrieval.BUILDERS,
     **diagnostics.BUILDERS,
@@ -241,6 +253,7 @@ BUILDERS = {
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     **language.CAPTIONS,
+    **rates.CAPTIONS,
     "table3_passkey": _caption3,
     **retrieval.CAPTIONS,
     **diagnostics.CAPTIONS,

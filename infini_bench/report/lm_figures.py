@@ -12,6 +12,7 @@ import numpy as np
 
 from infini_bench.report import gates, paper
 from infini_bench.report.cells import Line, Row, find, grouped
+from infini_bench.report.compare import FLOOR, LESS
 from infini_bench.report.style import COLOURS, dashes, grid, heat, legend, look
 from infini_bench.units import format_length
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHEET = ("scale", "device", "dataset", "split", "protocol")
-FLOOR = "local_block"
 LEAST = 16  # position from which losses are drawn: before it they are those of a handful of tokens
 
 
@@ -38,7 +38,9 @@ def position_figure(rows: list[Row]) -> Figure:
     Transformer-XL's end.
     """
     own = [row for row in rows if row["condition"] is None and row["value"] is not None]
-    shown = [row for row in own if int(row["position"]) >= LEAST]
+    own = [row for row in own if int(row["position"]) >= LEAST]
+    shown = [row for row in own if row["metric"] == "loss"]
+    paired = [row for row in own if row["metric"] == LESS]
     groups = grouped(shown, SHEET)
     names = list(dict.fromkeys(map(_name, shown)))
     figure, axes = grid(max(len(groups), 1), 2, (5.4, 3.2))
@@ -47,7 +49,7 @@ def position_figure(rows: list[Row]) -> Figure:
         for line in lines:
             _curve(left, line, names.index(_name(line[0])))
             if (floor := _floor(line, lines)) and line[0]["model"] != FLOOR:
-                _curve(right, _less(line, floor), names.index(_name(line[0])))
+                _curve(right, _less(line, floor, paired), names.index(_name(line[0])))
         right.axhline(0, color="0.3", linewidth=0.8)
         read = "joined to one stream" if group[0]["protocol"] else "by document"
         first = group[0]
@@ -76,18 +78,29 @@ def _floor(line: Line, lines: list[Line]) -> Line | None:
     return same[0] if same else floors[0] if len(floors) == 1 else None
 
 
-def _less(line: Line, floor: Line) -> Line:
-    """The line's values less the floor's at the same position."""
+def _less(line: Line, floor: Line, paired: list[Row]) -> Line:
+    """The line's values less the floor's at the same position, with paired intervals where there are any."""
+    keys = (*SHEET, "model", "variant")
+    known = {row["position"]: row for row in paired if all(row[key] == line[0][key] for key in keys)}
     values = {row["position"]: row["value"] for row in floor}
-    return [
-        {**row, "value": row["value"] - values[row["position"]]} for row in line if row["position"] in values
+    blank = {"ci_low": None, "ci_high": None}
+    made = [
+        {**row, **blank, "value": row["value"] - values[row["position"]]}
+        for row in line
+        if row["position"] in values
     ]
+    return [known.get(row["position"], row) for row in made]
 
 
 def _curve(ax: Axes, line: Line, number: int) -> None:
-    points = sorted((int(row["position"]), row["value"]) for row in line)
+    line = sorted(line, key=lambda row: int(row["position"]))
+    points = [(int(row["position"]), row["value"]) for row in line]
     style = look(number) | dashes(number // len(COLOURS))
     ax.plot(*zip(*points, strict=True), markersize=3, label=_name(line[0]), **style)
+    known = [row for row in line if row["ci_low"] is not None]
+    if len(known) > 1:
+        places, low, high = ([float(row[key]) for row in known] for key in ("position", "ci_low", "ci_high"))
+        ax.fill_between(places, low, high, color=style["color"], alpha=0.05, linewidth=0)
 
 
 def gates_figure(rows: list[Row]) -> Figure:

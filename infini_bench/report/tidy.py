@@ -20,9 +20,16 @@ from typing import Any
 
 from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
-from infini_bench.report import gates, paper
+from infini_bench.report import gates, paper, rates
 from infini_bench.report.adapted import language, rooted
-from infini_bench.report.compare import booksum_deltas, compressions, deltas, longer, mean_interval
+from infini_bench.report.compare import (
+    booksum_deltas,
+    compressions,
+    deltas,
+    longer,
+    mean_interval,
+    position_deltas,
+)
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 from infini_bench.unread import reads
@@ -48,7 +55,7 @@ TABLES = {
 }
 VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
 NAMES = (
-    *("table1_memory", "table2_lm", "lm_position", "figure3_gates"),
+    *("table1_memory", "table2_lm", rates.NAME, "lm_position", "figure3_gates"),
     *("table3_passkey", "table3_hard", "table4_booksum"),
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
@@ -122,8 +129,13 @@ def tidy(records: Iterable[Record]) -> list[Row]:
         if before is None or row["metric"] not in PROPORTIONS or row["n"] >= before["n"]:
             by_seed[row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
-    pairs = chain(deltas(measured), longer(measured), booksum_deltas(measured))
-    rows += [_summed_up(group, values) for group, values in pairs]
+    pairs = chain(
+        deltas(measured, rates.chosen(measured)),
+        longer(measured),
+        position_deltas(measured),
+        booksum_deltas(measured),
+    )
+    rows += [_summed_up(group, values) for group, values in chain(pairs, rates.tabled(measured))]
     rows += compressions(rows)
     for row in rows:
         row["paper_value"] = paper.value(row["table"], row)
@@ -205,6 +217,7 @@ def _training(record: Record) -> list[dict[str, Any]]:
 
 def _measurement(record: Record, metric: dict[str, Any], table: str, variant: str | None) -> Row:
     by_position = table == "table2_lm" and metric["position"] is not None
+    setup = setup_of(record)
     commit = (record.git_commit or "")[:10] + ("-dirty" if record.git_dirty else "")
     return {
         **{key: metric.get(key) for key in (*COLUMNS, "extra")},
@@ -219,7 +232,8 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
         "base": pretrained(record.config),
         "commit": commit or None,
         "seed": (record.train.get("seed", record.seed), record.seed),  # of the training, of the evaluation
-        "budget": tuple(sorted((k, v) for k, v in _setup(record).items() if not _own(k))),
+        "budget": tuple(sorted((k, v) for k, v in setup.items() if not _own(k))),
+        "own": tuple(sorted((k, v) for k, v in setup.items() if _own(k))),
         "config": record.config,
         "records": [record.id],
     }
@@ -239,7 +253,7 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
         place += (task.get("split"), task.get("joined", False))  # sheets and lines of their own
         place += (r.config["model"],) if weightless(r.config) else ()
         place += (pretrained(r.config),) if table in BY_BASE else ()
-        groups[place].append(((r.id, table), _setup(r)))
+        groups[place].append(((r.id, table), setup_of(r)))
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
         keys = sorted({key for _, setup in group for key in setup})
@@ -279,7 +293,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _setup(record: Record) -> dict[str, str]:
+def setup_of(record: Record) -> dict[str, str]:
     """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``.
 
     A setting younger than the record has its default, which is how the run behaved; one that its memory does
@@ -373,5 +387,5 @@ def _order(row: Row) -> tuple:
     plain = [str(row[key] or "") for key in ("scale", "device", "dataset", "split", "variant", "protocol")]
     condition = _natural(row["condition"] or "")
     place = (row["length"] or 0, rank(POSITIONS, row["position"]), condition, row["metric"])
-    models = (*TABLE2, *MODELS) if row["table"] in ("table2_lm", "lm_position") else MODELS
+    models = (*TABLE2, *MODELS) if row["table"] in ("table2_lm", rates.NAME, "lm_position") else MODELS
     return (NAMES.index(row["table"]), plain[:4], rank(models, row["model"]), plain[4:], place)

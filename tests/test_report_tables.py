@@ -173,6 +173,50 @@ def test_summaries_are_compared_in_pairs_of_books():
     )
 
 
+def test_adapted_models_are_compared_with_the_same_model_without_a_memory():
+    def run(model, overall, lr=1e-4, kind="wikipedia", base="SmolLM2.gguf", **changes):
+        length = changes.pop("length", 16384)
+        config = {"base": {"model": base}, "trainer.lr": lr}
+        made = booksum_lengths(model, config=config, train={"steps": 400, "train_kind": kind}, **changes)
+        for each in made.metrics:
+            each["length"] = {16384: length}.get(each["length"])
+            if each["metric"] == "overall" and each["condition"] == "pairwise":
+                each["value"] = overall
+                books = len(each["extra"]["books"])
+                each["extra"]["scores"] = [[overall + i, overall + i, overall + i, 0.0] for i in range(books)]
+        made.metrics = [each for each in made.metrics if each["length"] is not None]
+        return made
+
+    own = run("infini_delta", 15.0)
+    controls = [
+        run("smollm2_1k", 9.0, length=1024, device="GPU"),
+        run("smollm2_1k", 11.0, lr=3e-4, length=1024),
+        run("smollm2_4k", 18.0, length=4096),
+        run("smollm2_full", 1.0, kind=None),  # trained on other pairs
+        run("smollm2_4k_sliding", 1.0, base="another"),
+    ]
+    rows = [row for row in tidy([own, *controls]) if row["metric"] == "delta_overall"]
+    found = {
+        (row["model"], row["condition"], row["position"]): (row["value"], row["ci_low"], row["n"])
+        for row in rows
+        if row["condition"].startswith("smollm2")
+    }
+    assert {key[:2] for key in found} == {("infini_delta", "smollm2_1k"), ("infini_delta", "smollm2_4k")}
+    assert (
+        "trained.train_kind=null"
+        in pick(tidy([own, *controls]), "overall_gain", model="smollm2_full")["variant"]
+    )
+    assert found["infini_delta", "smollm2_1k", None] == pytest.approx((4, 4, 8))  # the better of two rates
+    assert found["infini_delta", "smollm2_4k", "wikipedia"] == pytest.approx((-3, -3, 4))
+    titles, sheet = sheet_text([own, *controls[1:3]], "table4_booksum")
+    line = next(
+        dict(zip(titles, row, strict=True)) for row in sheet.rows if row[0].startswith("infini_delta")
+    )
+    assert line["Δ vs smollm2_1k"] == "+4.00\n[+4.00, +4.00]" and line["Δ vs smollm2_4k"].startswith("-3.00")
+    assert "less the same pretrained model without a memory" in sheet.caption
+    assert "smollm2" not in sheet_text([own], "table4_booksum")[1].caption
+
+
 def test_what_has_no_weights_has_a_sheet_of_its_own_only_where_no_model_is():
     (sheet,) = sheets(tidy([lead()]), [lead()], ["table4_booksum"])
     assert sheet.rows[0][0] == "lead" and "scale smoke, CPU model Y" in sheet.title

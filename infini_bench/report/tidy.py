@@ -307,7 +307,8 @@ def _setup(record: Record) -> dict[str, str]:
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
-    walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps")})
+    walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps", "train_kind")})
+    flat.pop("task.train_kind", None)  # an evaluation's own says nothing of what its model learned
     return flat
 
 

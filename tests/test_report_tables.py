@@ -202,10 +202,8 @@ def test_adapted_models_are_compared_with_the_same_model_without_a_memory():
         if row["condition"].startswith("smollm2")
     }
     assert {key[:2] for key in found} == {("infini_delta", "smollm2_1k"), ("infini_delta", "smollm2_4k")}
-    assert (
-        "trained.train_kind=null"
-        in pick(tidy([own, *controls]), "overall_gain", model="smollm2_full")["variant"]
-    )
+    full = next(row for row in tidy([own, *controls]) if row["model"] == "smollm2_full")
+    assert "trained.train_kind=null" in full["variant"]
     assert found["infini_delta", "smollm2_1k", None] == pytest.approx((4, 4, 8))  # the better of two rates
     assert found["infini_delta", "smollm2_4k", "wikipedia"] == pytest.approx((-3, -3, 4))
     titles, sheet = sheet_text([own, *controls[1:3]], "table4_booksum")

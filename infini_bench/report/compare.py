@@ -175,7 +175,7 @@ def booksum_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
         for name in (*CONTROLS, *SUMMARIES, *controls(measured)):
             others = [run for run in runs.values() if _comparable(own, next(iter(run.values())), name)]
             found = [pairs for run in others if (pairs := _summary_pairs(by_seed, run, fixed=name == "lead"))]
-            if pairs := max(found, key=lambda pairs: mean(right["value"] for _, right in pairs), default=[]):
+            if pairs := max(found, key=_strength, default=[]):
                 heads = [{**_head(*pair, name), "metric": "delta_overall"} for pair in pairs]
                 first, second = (
                     np.mean([row["extra"]["scores"] for row in side], 0) for side in zip(*pairs, strict=True)
@@ -187,6 +187,10 @@ def booksum_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
 def controls(rows: list[Row]) -> list[str]:
     """Names of the pretrained model's own rows in Table 4."""
     return sorted({row["model"] for row in rows if row["model"].startswith(PRETRAINED)})
+
+
+def _strength(pairs: list[tuple[Row, Row]]) -> float:
+    return mean(right["value"] for _, right in pairs)
 
 
 def _summary_pairs(own: dict[Seed, Row], other: dict[Seed, Row], fixed: bool) -> list[tuple[Row, Row]]:

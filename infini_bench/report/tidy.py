@@ -23,6 +23,7 @@ from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper
 from infini_bench.report.adapted import language, rooted
 from infini_bench.report.compare import booksum_deltas, compressions, deltas, longer, mean_interval
+from infini_bench.report.familiar import halves
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 from infini_bench.unread import reads
@@ -113,6 +114,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
 
     Beside COLUMNS a row has ``config`` (of its newest run) and ``records`` (ids), for layouts and the page.
     """
+    records = list(records)
     measured = measurements(records)
     cells: dict[tuple, dict[tuple[int, int], Row]] = defaultdict(dict)
     for row in measured:  # oldest first: a newer one of the same seed replaces one of no more trials
@@ -121,7 +123,8 @@ def tidy(records: Iterable[Record]) -> list[Row]:
         if before is None or row["metric"] not in PROPORTIONS or row["n"] >= before["n"]:
             by_seed[row["seed"]] = row
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
-    pairs = chain(deltas(measured), longer(measured), booksum_deltas(measured))
+    split = halves(measured, current(records))
+    pairs = chain(deltas(measured), longer(measured), booksum_deltas(measured), split)
     rows += [_summed_up(group, values) for group, values in pairs]
     rows += compressions(rows)
     for row in rows:

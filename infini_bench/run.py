@@ -181,6 +181,7 @@ def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
     counts = {"steps": state.get("step"), "tokens": state.get("tokens"), "seconds": state.get("seconds")}
     digest = records.config_hash(to_dict(trained))
     corpus = {"task": trained.task.name, "data": trained.data.name, "path": trained.data.path}
+    corpus["train_kind"] = getattr(trained.task, "train_kind", None)
     return {"id": run, "config_hash": digest, "seed": trained.seed, **corpus, **counts}
 
 

@@ -228,7 +228,8 @@ class BooksumConfig(TaskConfig):
     protocol: str = "prefix"  # of training: prefix | whole_book
     train_input_tokens: int = 1024  # prefix: of the book, from its start
     gradient_segments: int = 8  # whole_book: the last so many, behind a book that is read without gradient
-    train_summary_tokens: int = 256
+    train_summary_tokens: int = 256  # longer summaries are cut, and have no end
+    train_kind: str | None = None  # of the summaries trained on, as the data name it (wikipedia); unset = all
     lm_weight: float = 0.1  # of the book's own loss beside the summary's
     baseline: str | None = None  # evaluated instead: lead | random | lexrank | oracle | map_reduce
     sentences: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160])  # tried on validation

@@ -84,6 +84,9 @@ class Task(ABC):
     def evaluate(self, model, progress: Progress | NullProgress | None = None) -> list[Row]:
         """Metric rows (see `row`) of a model that `infini_bench.models` made; the model is left as it was."""
 
+    def check_training(self) -> None:  # noqa: B027  most tasks can be trained on any data
+        """Raises UserError, before any work, for data on which this cannot be trained."""
+
     def documents(self, split: str, pairs: bool = False) -> list[Document]:
         """Documents of a split, read once. pairs: they must have summaries."""
         if split not in self._documents:

@@ -1,6 +1,6 @@
 """Book summaries (Table 4): a whole book is read, its summary written from the carried state.
 
-Protocol, version 2. Prompt: the book's tokens (the first ``input_tokens`` and, of them, each of ``lengths``),
+Protocol, version 3. Prompt: the book's tokens (the first ``input_tokens`` and, of them, each of ``lengths``),
 then `SEPARATOR`. The state is carried from the first token to the last; then up to ``max_new_tokens`` are
 generated, ended by the end-of-text token: greedily, or by nucleus sampling with ``temperature`` and
 ``top_p``, ``samples`` a book. Token t of a sample is drawn with number t of numpy's
@@ -23,7 +23,9 @@ is only one book. A book's scores are means over its samples. Intervals: percent
 ``baseline``: other summaries, see booksum_extract.py and, of a model, `Writer.map_reduce`.
 
 Training: book, separator, one of the book's summaries (another each epoch), end-of-text token; the loss is
-the mean over the summary and its end + ``lm_weight`` x the mean over what else has a gradient. ``prefix``:
+the mean over the summary and its end + ``lm_weight`` x the mean over what else has a gradient. A summary of
+more than ``train_summary_tokens`` is cut there and has no end (version 2 put one behind the cut). With
+``train_kind``, on summaries of this kind and the books that have one, in training and validation. ``prefix``:
 of the book the first ``train_input_tokens``. ``whole_book``: all of it (or ``input_tokens``); the last
 ``gradient_segments`` of book and separator, and the summary, have a gradient; what is before is only read.
 """
@@ -53,12 +55,12 @@ SEPARATOR = "\n\nSummary of the text above:\n\n"
 
 class Booksum(Task):
     name = "booksum"
-    version = "2"
+    version = "3"
     score = ("overall", "rouge1", "rouge2", "rougeL", "rougeLsum")
 
     def __init__(self, cfg, tokenizer=None):
         super().__init__(cfg, tokenizer)
-        self.store = cache(self._store)
+        self.store, self.taught = cache(self._store), cache(self._taught)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,6 +92,10 @@ class Booksum(Task):
 
     # Training ----------------------------------------------------------------------------------------------
 
+    def check_training(self) -> None:
+        for split in ("train", *(["validation"] if self.cfg.trainer.validate_every else [])):
+            self.taught(split)
+
     def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
         """Books in a new order each epoch.
 
@@ -104,36 +110,54 @@ class Booksum(Task):
         return Batch(tokens, weights, answer, read)
 
     def _prefix(self, number: int, segments: int | None, split: str) -> tuple[np.ndarray, ...]:
-        index, summary = self._pair(number, split)
+        index, summary, whole = self._pair(number, split)
         room = segments * self.cfg.memory.segment if segments else self.task.train_input_tokens
         prompt = np.concatenate([self.tokens(split, index)[:room], self.separator])
-        return prompt[:0].astype(np.int64), *self._example(prompt, summary, room + len(self.separator))
+        return prompt[:0].astype(np.int64), *self._example(prompt, summary, whole, room + len(self.separator))
 
     def _whole_book(self, number: int, segments: int | None, split: str) -> tuple[np.ndarray, ...]:
-        index, summary = self._pair(number, split)
+        index, summary, whole = self._pair(number, split)
         prompt = np.concatenate([self.tokens(split, index), self.separator])
         segment, kept = self.cfg.memory.segment, segments or self.task.gradient_segments
         border = max(0, -(-len(prompt) // segment) - kept) * segment
-        return prompt[:border].astype(np.int64), *self._example(prompt[border:], summary, kept * segment)
+        return prompt[:border].astype(np.int64), *self._example(
+            prompt[border:], summary, whole, kept * segment
+        )
 
-    def _pair(self, number: int, split: str) -> tuple[int, np.ndarray]:
-        """The book and the summary's tokens of an example."""
-        books = self.books(split)
+    def _taught(self, split: str) -> list[tuple[int, list[str]]]:
+        """Numbers of the books that are trained on, and their summaries."""
+        kind, books = self.task.train_kind, self.books(split)
+        texts = [[s.text for s in book.summaries if kind in (None, s.source)] for book in books]
+        if not any(texts):
+            there = ", ".join(sorted({s.source for book in books for s in book.summaries})) or "none"
+            raise UserError(f'Split "{split}" has no summary of task.train_kind={kind}; its kinds: {there}.')
+        return [(index, each) for index, each in enumerate(texts) if each]
+
+    def _pair(self, number: int, split: str) -> tuple[int, np.ndarray, bool]:
+        """The book, the summary's tokens of an example, and whether they are all of it."""
+        books = self.taught(split)
         epoch, place = divmod(number, len(books))
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), epoch])
-        index = int(rng.permutation(len(books))[place])
-        text = books[index].summaries[epoch % len(books[index].summaries)].text
-        return index, self.tokenizer.encode(text)[: self.task.train_summary_tokens]
+        index, texts = books[int(rng.permutation(len(books))[place])]
+        tokens = self.tokenizer.encode(texts[epoch % len(texts)])
+        most = self.task.train_summary_tokens
+        return index, tokens[:most], len(tokens) <= most
 
-    def _example(self, prompt: np.ndarray, summary: np.ndarray, room: int) -> tuple[np.ndarray, ...]:
-        """Tokens (T + 1,), and masks (T,) of the summary's targets and of all others; padded at the end."""
+    def _example(
+        self, prompt: np.ndarray, summary: np.ndarray, whole: bool, room: int
+    ) -> tuple[np.ndarray, ...]:
+        """Tokens (T + 1,), and masks (T,) of the summary's targets and of all others; padded at the end.
+
+        The end-of-text token is a target behind a whole summary only: behind a cut one it would teach to
+        stop in the middle of a sentence.
+        """
         length = room + self.task.train_summary_tokens + 1
-        end = len(prompt) + len(summary) + 1
+        end = len(prompt) + len(summary)
         tokens = np.full(length, self.tokenizer.eos_id, np.int64)
-        tokens[: end - 1] = np.concatenate([prompt, summary])
+        tokens[:end] = np.concatenate([prompt, summary])
         answer, rest = np.zeros((2, length - 1), np.float32)
         rest[: len(prompt) - 1] = 1
-        answer[len(prompt) - 1 : end - 1] = 1
+        answer[len(prompt) - 1 : end - 1 + whole] = 1
         return tokens, answer, rest
 
     # Evaluation --------------------------------------------------------------------------------------------

@@ -158,6 +158,7 @@ def test_the_controls_of_table_4_run_from_their_configurations(base, control, tm
         f"memory.segment={sizes[control]}", "task.train_input_tokens=64", "task.train_summary_tokens=40",
         f"task.input_tokens={300 if 'unlim' in control else 64}", "task.max_new_tokens=8", "task.max_books=2",
         "data=embedded", "data.source=embedded", "data.path=null", "data.max_documents=3", "trainer.steps=2",
+        "task.train_kind=chronicle",
         "trainer.warmup=1", "trainer.validate_rows=1", "device=cpu",
     ]  # fmt: skip
     if "sliding" in control:
@@ -170,5 +171,6 @@ def test_the_controls_of_table_4_run_from_their_configurations(base, control, tm
     found = run_eval(asked, given=set(), command=[])
     (overall,) = [r for r in found.metrics if (r["metric"], r["condition"]) == ("overall", "pairwise")]
     assert overall["value"] is not None and overall["length"] == (300 if "unlim" in control else 64)
+    assert found.train["train_kind"] == "chronicle"
     off = any(r["condition"] == "memory_off" for r in found.metrics)
     assert off == (control in ("1k_sliding", "1k_unlimiformer"))  # what leaves a window can be switched off

@@ -187,3 +187,23 @@ def test_table3_trains_the_model_that_ships_on_a_gpu_beside_the_others(tmp_path)
     assert cfg.task.train_any_alignment and not cfg.task.any_alignment
     assert "experiment=passkey_small" in last.settings and cfg.runs == str(tmp_path / "runs")
     assert len(plan("table3", "gpu", tmp_path, [0], ["infini_linear"])) == 1
+
+
+def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path):
+    """Alike in all that `report.compare` asks for before it sets them beside one another."""
+    jobs = plan("table4", "gpu", tmp_path, None, None, ["base.model=small.gguf"], data=tmp_path)
+    adapted, controls = jobs[:3], jobs[3:]
+    assert [job.cfg.model for job in adapted] == ["infini_linear", "infini_delta", "infini_delta_token"]
+    assert len(controls) == 7 and all(job.cfg.model in job.name for job in controls)
+    assert all(job.cfg.model.startswith("smollm2_") for job in controls)
+    alike = {
+        (
+            *(cfg.base.model, cfg.data.tokenizer, cfg.data.path, cfg.scale, cfg.trainer.steps),
+            *(cfg.trainer.batch, cfg.task.train_kind, cfg.task.samples, cfg.task.max_new_tokens),
+        )
+        for cfg in (job.cfg for job in jobs)
+    }
+    assert alike == {
+        ("small.gguf", "small.gguf", str(tmp_path / "booksum"), "gpu", 400, 1, "wikipedia", 3, 1024)
+    }
+    assert adapted[2].cfg.memory.features == "relu2" and "16K" in adapted[0].cfg.task.lengths

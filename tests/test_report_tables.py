@@ -173,6 +173,85 @@ def test_summaries_are_compared_in_pairs_of_books():
     )
 
 
+def test_adapted_models_are_compared_with_the_same_model_without_a_memory():
+    def run(model, overall, lr=1e-4, kind="wikipedia", base="SmolLM2.gguf", **changes):
+        length = changes.pop("length", 16384)
+        config = {"base": {"model": base}, "trainer.lr": lr}
+        made = booksum_lengths(model, config=config, train={"steps": 400, "train_kind": kind}, **changes)
+        for each in made.metrics:
+            each["length"] = {16384: length}.get(each["length"])
+            if each["metric"] == "overall" and each["condition"] == "pairwise":
+                each["value"] = overall
+                books = len(each["extra"]["books"])
+                each["extra"]["scores"] = [[overall + i, overall + i, overall + i, 0.0] for i in range(books)]
+        made.metrics = [each for each in made.metrics if each["length"] is not None]
+        return made
+
+    own = run("infini_delta", 15.0)
+    controls = [
+        run("smollm2_1k", 9.0, length=1024, device="GPU"),
+        run("smollm2_1k", 11.0, lr=3e-4, length=1024),
+        run("smollm2_4k", 18.0, length=4096),
+        run("smollm2_full", 1.0, kind=None),  # trained on other pairs
+        run("smollm2_4k_sliding", 1.0, base="another"),
+    ]
+    rows = [row for row in tidy([own, *controls]) if row["metric"] == "delta_overall"]
+    found = {
+        (row["model"], row["condition"], row["position"]): (row["value"], row["ci_low"], row["n"])
+        for row in rows
+        if row["condition"].startswith("smollm2")
+    }
+    assert {key[:2] for key in found} == {("infini_delta", "smollm2_1k"), ("infini_delta", "smollm2_4k")}
+    full = next(row for row in tidy([own, *controls]) if row["model"] == "smollm2_full")
+    assert "trained.train_kind=null" in full["variant"]
+    assert found["infini_delta", "smollm2_1k", None] == pytest.approx((4, 4, 8))  # the better of two rates
+    assert found["infini_delta", "smollm2_4k", "wikipedia"] == pytest.approx((-3, -3, 4))
+    titles, sheet = sheet_text([own, *controls[1:3]], "table4_booksum")
+    line = next(
+        dict(zip(titles, row, strict=True)) for row in sheet.rows if row[0].startswith("infini_delta")
+    )
+    assert line["Δ vs smollm2_1k"] == "+4.00\n[+4.00, +4.00]" and line["Δ vs smollm2_4k"].startswith("-3.00")
+    assert "less the same pretrained model without a memory" in sheet.caption
+    assert "smollm2" not in sheet_text([own], "table4_booksum")[1].caption
+
+
+def test_books_that_the_pretrained_model_knows_have_rows_of_their_own():
+    base = {"model": "folder/SmolLM2.gguf"}
+    own = booksum_lengths(config={"base": base})
+    own.metrics[0]["extra"]["scores"] = [[10.0 + i, 10.0 + i, 10.0 + i, 0.0] for i in range(8)]
+
+    def opening(nats=(5.0, 1.0, 6.0, 2.0, 7.0, 3.0, 8.0, 4.0), kind="block", train=None):
+        task = {"name": "lm", "split": "test", "max_tokens": 2048}
+        config = {"data.name": "booksum_local", "base": base, "task": task}
+        config["memory"] = {"kind": kind, "segment": 2048}
+        made = lm("local_block", nats=nats, config=config, train=train or {})
+        for each in made.metrics:
+            if "documents" in each["extra"]:
+                each["extra"]["documents"] = [f"b{i}" for i in range(len(nats))]
+        return made
+
+    def found(*records):
+        rows = [r for r in tidy(records) if r["table"] == "table4_booksum" and r["metric"] == "overall"]
+        rows = [r for r in rows if any(half in r["condition"] for half in ("known", "obscure"))]
+        return {(r["model"], r["condition"], r["length"], r["position"]): r for r in rows}
+
+    rows = found(own, lead(), opening())
+    known, obscure = (rows["infini_linear", half, 16384, None] for half in ("known", "obscure"))
+    assert (known["value"], known["n"]) == (pytest.approx(14), 4)  # books 1, 3, 5, 7
+    assert (obscure["value"], obscure["n"]) == (pytest.approx(13), 4)
+    assert 11 < known["ci_low"] < 14 < known["ci_high"] < 17 and opening().id in known["records"]
+    assert rows["infini_linear", "memory_off, known", 32768, None]["value"] == pytest.approx(14)
+    assert rows["infini_linear", "obscure", 16384, "wikipedia"]["n"] == 2  # a book's half is the split's
+    assert rows["lead", "known", None, None]["value"] == pytest.approx(12)
+    assert not found(booksum_lengths(), opening())  # from scratch: it never saw any of them
+    titles, sheet = sheet_text([own, opening()], "table4_booksum")
+    assert dict(zip(titles, sheet.rows[0], strict=True))["overall, known books"].startswith("14.0\n[")
+    assert "a proxy" in sheet.caption
+    # a trained model, one with a memory, or fewer books say nothing
+    assert not found(own, lead(), opening(train={"id": "x"})) and not found(own, opening(kind="compressive"))
+    assert not found(own, opening(nats=(1.0, 2.0)))
+
+
 def test_what_has_no_weights_has_a_sheet_of_its_own_only_where_no_model_is():
     (sheet,) = sheets(tidy([lead()]), [lead()], ["table4_booksum"])
     assert sheet.rows[0][0] == "lead" and "scale smoke, CPU model Y" in sheet.title

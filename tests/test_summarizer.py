@@ -218,7 +218,7 @@ def test_from_training_to_a_record(base, experiment, tmp_path, monkeypatch):
     name = experiment.format({"bart": "bart", "led": "primera"}[base.name])
     small = [
         "memory.segment=32", "task.train_input_tokens=30", "task.train_summary_tokens=40",
-        "task.input_tokens=300", "task.max_new_tokens=20", "task.max_books=2",
+        "task.input_tokens=300", "task.max_new_tokens=20", "task.max_books=2", "task.train_kind=null",
         "data=embedded", "data.max_documents=4", "trainer.steps=4", "trainer.lr=0.003", "trainer.warmup=1",
         "trainer.validate_rows=2", "device=cpu", f"runs={tmp_path / 'runs'}",
         f"records={tmp_path / 'records'}", f"data.cache_dir={tmp_path / 'cache'}",

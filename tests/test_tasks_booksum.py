@@ -197,15 +197,16 @@ def test_training_batches(make):
     seen = set()
     for row, mask in zip(batch.tokens.numpy(), batch.task_weights.numpy(), strict=True):
         at = np.flatnonzero(mask) + 1
-        assert row[at[-1]] == task.tokenizer.eos_id
         book, _, rest = bytes(row[: at[0]].tolist()).partition(SEPARATOR.encode())
         assert rest == b"" and book in (b"a" * 60, b"b" * 60, b"c" * 60)
-        seen.add((book[:1], bytes(row[at[:-1]].tolist())))
+        ended = row[at[-1]] == task.tokenizer.eos_id
+        seen.add((book[:1], bytes(row[at[: -1 if ended else None]].tolist()), bool(ended)))
+    # whole summaries have an end, those that were cut do not
     assert seen == {
-        (b"a", b"the king die"),
-        (b"a", b"a king has d"),
-        (b"b", b"they lived"),
-        (b"c", b"nobody knows"),
+        (b"a", b"the king die", False),
+        (b"a", b"a king has d", False),
+        (b"b", b"they lived", True),
+        (b"c", b"nobody knows", True),
     }
     assert torch.equal(
         make(train_input_tokens=60, train_summary_tokens=12).batch(4, 2).tokens, batch.tokens[4:]
@@ -227,6 +228,22 @@ def test_compiled_steps_write_the_same_summaries(make, decoder, monkeypatch):
     with pytest.raises(UserError, match=r"task\.compile: .* no steps of one shape"):
         make(compile=True).evaluate(Writer(0))
     torch.compiler.reset()
+
+
+def test_training_on_one_kind_of_summary(make):
+    task = make(train_input_tokens=60, train_summary_tokens=20, train_kind="plot")
+    path = Path(task.cfg.data.path) / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[0] = '"source": "plot"'.join(lines[0].rsplit('"source": "x"', 1))  # "a king has died"
+    path.write_text("\n".join([*lines[:2], lines[2].replace('"x"', '"plot"')]))
+    batch = task.batch(0, 4)  # two epochs
+    found = [
+        bytes(row[1:][mask > 0].tolist()[:-1])
+        for row, mask in zip(batch.tokens.numpy(), batch.task_weights.numpy(), strict=True)
+    ]
+    assert sorted(found[:2]) == sorted(found[2:]) == [b"a king has died", b"nobody knows"]
+    with pytest.raises(UserError, match=r'"train" has no summary of task\.train_kind=prose; its kinds: x\.'):
+        make(train_kind="prose").check_training()
 
 
 def test_books_need_summaries(make):
@@ -420,9 +437,8 @@ def test_whole_books_are_read_and_their_end_has_the_gradient(make):
         answer = np.flatnonzero(mask) + 1
         prompt = bytes([*before.tolist(), *row[: answer[0]].tolist()])
         assert prompt in [text.encode() + SEPARATOR.encode() for text, _ in BOOKS]
-        assert (
-            len(before) == (len(prompt) - 1) // SEGMENT * SEGMENT and row[answer[-1]] == task.tokenizer.eos_id
-        )
+        ended = row[answer[-1]] == task.tokenizer.eos_id
+        assert len(before) == (len(prompt) - 1) // SEGMENT * SEGMENT and ended == (prompt[:1] != b"a")
     assert batch.read == batch.weights.numel() + sum(map(len, batch.before))
     longer = task.batch(0, 3, segments=9)
     assert longer.tokens.shape == (3, 9 * SEGMENT + 12 + 1) and not any(map(len, longer.before))

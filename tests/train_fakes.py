@@ -29,6 +29,9 @@ class FakeTask:
     fingerprint: str = "0123456789abcdef"
     weight: float = 1.0  # of every target, times 1 / T
 
+    def check_training(self) -> None:
+        """It can be trained on anything."""
+
     def batch(self, cursor: int, rows: int, segments: int | None = None, split: str = "train") -> Batch:
         length = (segments or 3) * SEGMENT
         starts = [

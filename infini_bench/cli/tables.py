@@ -150,6 +150,38 @@ def report(
 
 
 @app.command()
+def summaries(
+    record: Annotated[str, typer.Argument(help="Of an eval booksum: its id, or a part of it.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the books; unset: where the record read them.")
+    ] = None,
+    books: Annotated[int, typer.Option(min=1, help="How many, from the split's first on.")] = 5,
+    kind: Annotated[
+        str | None, typer.Option(help="Of the references, as the data name it, e.g. wikipedia; unset: all.")
+    ] = None,
+    length: Annotated[str | None, typer.Option(help="Input tokens, e.g. 16K; unset: the longest.")] = None,
+    condition: Annotated[str, typer.Option(help="pairwise, or a control, e.g. memory_off.")] = "pairwise",
+    records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
+    out: Annotated[Path | None, typer.Option(help="A file for the Markdown; unset: print it.")] = None,
+) -> None:
+    """Show generated summaries beside their references, whole, with each book's ROUGE.
+
+    The references come from the data, which must be those of the record, and have licences of their own:
+    keep OUT out of repositories.
+    """
+    from infini_bench.files import atomic_write
+    from infini_bench.report.beside import Shown, beside
+
+    tokens = None if length is None else parse_length(length)
+    text = beside(records, record, data, Shown(books, condition, tokens, kind))
+    if out is None:
+        print(text, end="")
+    else:
+        atomic_write(out, text)
+        print(out)
+
+
+@app.command()
 def ls(
     kind: Annotated[str | None, typer.Argument(metavar="models|tasks|data|experiments|plans|runs")] = None,
     records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),

@@ -22,7 +22,8 @@ from infini_bench.report.cells import (
     measured,
     number,
 )
-from infini_bench.report.compare import SUMMARIES
+from infini_bench.report.compare import SUMMARIES, controls
+from infini_bench.report.familiar import HALVES
 from infini_bench.report.tidy import weightless
 from infini_bench.units import format_length
 
@@ -91,7 +92,7 @@ def _table(rows: list[Row]) -> list[Column]:
     gates = list(dict.fromkeys(c for row in rows if (c := row["condition"] or "").startswith("gate_")))
     several = any(row["position"] for row in rows)
     lines = grouped(rows, ("model", "variant", *LINES[NAME]))
-    controls = {**CONTROLS, **{gate: gate.replace("_", " ") for gate in gates}}
+    titles = {**CONTROLS, **{gate: gate.replace("_", " ") for gate in gates}}
     columns = [
         MODEL,
         SEEDS,
@@ -109,12 +110,13 @@ def _table(rows: list[Row]) -> list[Column]:
         Column("names in book %", here("names_in_book", 0), wide=True),
         Column("late names", here("late_names", 2), wide=True),
         Column("late name recall %", here("late_name_recall", 1), wide=True),
-        *(Column(f"overall, {title}", here("overall", 1, name)) for name, title in controls.items()),
+        *(Column(f"overall, {title}", here("overall", 1, name)) for name, title in titles.items()),
+        *(Column(f"overall, {half} books", here("overall", 1, half), wide=True) for half in HALVES),
+        *(Column(f"names in book %, {titles[c]}", here("names_in_book", 0, c), wide=True) for c in CONTROLS),
         *(
-            Column(f"names in book %, {controls[c]}", here("names_in_book", 0, c), wide=True)
-            for c in CONTROLS
+            Column(f"Δ vs {name}", here("delta_overall", 2, name, "+"))
+            for name in (*CONTROLS, *SUMMARIES, *controls(rows))
         ),
-        *(Column(f"Δ vs {name}", here("delta_overall", 2, name, "+")) for name in (*CONTROLS, *SUMMARIES)),
         *BUDGET,
         Column(
             f"{paper.HEADER}: R-1 / R-2 / R-L / overall", lambda line: _printed(line[0]["model"]), wide=True
@@ -139,9 +141,21 @@ def _caption(rows: list[Row]) -> str:
         "one value): overall. Δ: overall less that of a control or of other summaries, paired over books; "
         "above zero is better. Extractive lines have no weights; their length was chosen on validation. "
         "In brackets 95 % intervals: over books with one seed, over seeds (Student) with several."
+        + (_CONTROLLED if controls(rows) else "")
+        + (_HALVES if any(row["condition"] in HALVES for row in rows) else "")
         + (" Models with the paper's numbers alone were not run here." if printed_only(rows, 2) else "")
     )
 
 
+_CONTROLLED = (
+    " Δ vs smollm2_*: less the same pretrained model without a memory, fine-tuned on the same pairs for as "
+    "many steps and rows, its summaries drawn alike; input (a control's own stands in its line) and learning "
+    "rate may differ, and what the adapted model was trained on before; of several such runs the best."
+)
+_HALVES = (
+    " Known, obscure: the half of the split's books whose openings cost the pretrained model itself the "
+    "fewest bits per byte, and the other half; a proxy, for plain prose costs few as well. Lead knows "
+    "nothing: its difference is that of the books."
+)
 BUILDERS = {NAME: _table}
 CAPTIONS = {NAME: _caption}

@@ -208,13 +208,21 @@ def paired_delta(pairs: list[tuple[dict, dict]], resamples: int = RESAMPLES) -> 
 CONTROLS = ("memory_off", "other_memory", "shuffled")
 SUMMARIES = ("map_reduce", "lead", "local_block")
 PLACE = ("dataset", "split", "position")
+PRETRAINED = "smollm2_"  # how the names of Table 4's controls begin: the same language model without a memory
+# An adapted model and such a control share all of this; not input length, learning rate and earlier stages.
+ALIKE = ("scale", "base", "protocol", *PLACE)
+TAUGHT = (
+    *("data_fingerprint", "trained.data", "trained.train_kind", "trained.steps", "trainer.batch"),
+    *("trainer.accumulate", "task.temperature", "task.top_p", "task.max_new_tokens"),
+)
 
 
 def booksum_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
     """Overall of each model less that of its own controls and of other summaries of the same books.
 
-    The others: of the same model by map and reduce, of ``lead``, which has no weights, and of ``local_block``
-    on one budget. As `deltas`; paired over books, on means over the seeds that both have.
+    The others: of the same model by map and reduce, of ``lead``, which has no weights, of ``local_block`` on
+    one budget, and of each control of the same pretrained model, taught alike; of several such runs the best.
+    As `deltas`; paired over books, on means over the seeds that both have.
     """
     runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
     for row in measured:
@@ -224,21 +232,32 @@ def booksum_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
         own = next(iter(by_seed.values()))
         if own["condition"] != "pairwise" or own["protocol"] == "extractive":
             continue
-        for name in (*CONTROLS, *SUMMARIES):
-            other = next(
-                (run for run in runs.values() if _comparable(own, next(iter(run.values())), name)), {}
-            )
-            fixed = (
-                next(iter(other.values())) if name == "lead" and other else None
-            )  # seeds mean nothing to it
-            pairs = [(row, fixed or other[seed]) for seed, row in by_seed.items() if fixed or seed in other]
-            if pairs and all(left["extra"]["books"] == right["extra"]["books"] for left, right in pairs):
+        for name in (*CONTROLS, *SUMMARIES, *controls(measured)):
+            others = [run for run in runs.values() if _comparable(own, next(iter(run.values())), name)]
+            found = [pairs for run in others if (pairs := _summary_pairs(by_seed, run, fixed=name == "lead"))]
+            if pairs := max(found, key=_strength, default=[]):
                 heads = [{**_head(*pair, name), "metric": "delta_overall"} for pair in pairs]
                 first, second = (
                     np.mean([row["extra"]["scores"] for row in side], 0) for side in zip(*pairs, strict=True)
                 )
                 value, bounds = paired_bootstrap(first, second, overall, resamples=RESAMPLES)
                 yield heads, (value, *(bounds or (None, None)), len(first))
+
+
+def controls(rows: list[Row]) -> list[str]:
+    """Names of the pretrained model's own rows in Table 4."""
+    return sorted({row["model"] for row in rows if row["model"].startswith(PRETRAINED)})
+
+
+def _strength(pairs: list[tuple[Row, Row]]) -> float:
+    return mean(right["value"] for _, right in pairs)
+
+
+def _summary_pairs(own: dict[Seed, Row], other: dict[Seed, Row], fixed: bool) -> list[tuple[Row, Row]]:
+    """Rows of the seeds that both have, if of the same books. fixed: seeds mean nothing to ``other``."""
+    constant = next(iter(other.values())) if fixed else None
+    pairs = [(row, constant or other[seed]) for seed, row in own.items() if fixed or seed in other]
+    return pairs if all(left["extra"]["books"] == right["extra"]["books"] for left, right in pairs) else []
 
 
 def _booksum_key(row: Row) -> tuple:
@@ -253,7 +272,16 @@ def _comparable(own: Row, other: Row, name: str) -> bool:
     elif name == "map_reduce":
         return False
     if name == "lead":
-        return other["model"] == name and all(other[key] == own[key] for key in PLACE)
+        return (
+            other["model"] == name
+            and other["condition"] == "pairwise"
+            and all(other[key] == own[key] for key in PLACE)
+        )
+    if name.startswith(PRETRAINED):
+        taught, other_taught = (dict(row["budget"]) for row in (own, other))
+        same = all(own[key] == other[key] for key in ALIKE) and other["condition"] == "pairwise"
+        same = same and all(taught.get(key) == other_taught.get(key) for key in TAUGHT)
+        return same and other["model"] == name and not own["model"].startswith(PRETRAINED)
     if name == "local_block":
         return own["model"] != name == other["model"] and _booksum_key(other)[2:] == _booksum_key(own)[2:]
     return _booksum_key(other) == _booksum_key(wanted)

@@ -30,6 +30,7 @@ from infini_bench.report.compare import (
     mean_interval,
     position_deltas,
 )
+from infini_bench.report.familiar import halves
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 from infini_bench.unread import reads
@@ -121,6 +122,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
 
     Beside COLUMNS a row has ``config`` (of its newest run) and ``records`` (ids), for layouts and the page.
     """
+    records = list(records)
     measured = measurements(records)
     cells: dict[tuple, dict[tuple[int, int], Row]] = defaultdict(dict)
     for row in measured:  # oldest first: a newer one of the same seed replaces one of no more trials
@@ -134,6 +136,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
         longer(measured),
         position_deltas(measured),
         booksum_deltas(measured),
+        halves(measured, current(records)),
     )
     rows += [_summed_up(group, values) for group, values in chain(pairs, rates.tabled(measured))]
     rows += compressions(rows)
@@ -322,7 +325,8 @@ def setup_of(record: Record) -> dict[str, str]:
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
-    walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps")})
+    walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps", "train_kind")})
+    flat.pop("task.train_kind", None)  # an evaluation's own says nothing of what its model learned
     return flat
 
 

@@ -84,6 +84,7 @@ class Trainer:
         resumed = self.open_folder(resume)
         self.accelerator = build_accelerator(cfg)
         self.task = build_task(cfg, resumed.tokenizer if resumed else None)
+        self.task.check_training()
         self.model = self.frozen(resumed.model) if resumed else self.new_model()
         self.stepper = Stepper(cfg, self.accelerator, self.task, self.model)
         self.curriculum = Curriculum(cfg.trainer)

@@ -1,81 +1,98 @@
 """Installed peers, timed in the same run as our model at equal sizes (``task.vs``, ``--vs``).
 
-What there is: ``infini-transformer-pytorch``, with our vocabulary, width, layers, heads, head size, segment
-and batch, and its delta rule where ours is one. Used as its own wrapper does:
+Each is used as its own wrapper or examples use it, with our vocabulary, width, layers, heads, head size,
+segment, batch and optimizer, and its own norms, position embeddings and feed-forward:
 
-* inference: segment by segment with the memories passed on, without gradient. It computes logits of every
+* inference: segment by segment with its state passed on, without gradient. A peer computes logits of every
   token, so for the ratio ours are computed for every token, too, in calls of ``task.chunk``.
-* training: its wrapper's forward and backward, with its own default of cutting gradients every second
-  segment (ours go through all of them), then the same optimizer's update.
+* training: its loss over a document and the backward pass, then the optimizer's update.
 
-bf16 on a GPU through autocast, with float32 weights. Its rotary embedding, norms and feed-forward are its
-own. The others of KNOWN cannot be timed yet, installed or not.
+bf16 on a GPU through autocast, with float32 weights. ``extra["params"]`` counts a peer's weights: its input
+and output embeddings are two tables, and its feed-forward may differ from ours. What is particular to each
+package stands at its class. flash-linear-attention has operators, no model: `efficiency_fla`.
 """
 
 from __future__ import annotations
 
+import weakref
+from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from infini_bench.errors import UserError
+from infini_bench.memory import knn_layer
+from infini_bench.units import suggest
 
+from . import efficiency_fla as fla
 from .base import Row
 from .efficiency_model import Calls, Found, Subject, in_turns, sizes
 from .footprint import head_size
 
-KNOWN = {  # package -> the module that it installs
-    "infini-transformer-pytorch": "infini_transformer_pytorch",
-    "flash-linear-attention": "fla",
-    "memorizing-transformers-pytorch": "memorizing_transformers_pytorch",
-    "recurrent-memory-transformer-pytorch": "recurrent_memory_transformer_pytorch",
-}
 
+class Peer(Subject):
+    """A package's model at the sizes of a configuration.
 
-class InfiniTransformerPeer(Subject):
-    """infini-transformer-pytorch at the sizes of a configuration."""
+    module: what the package installs; install: what pip is given; kind: ``memory.kind`` of its match here;
+    groups: its KV heads, None = as many as query heads.
+    """
 
-    def __init__(self, task: Any):
-        from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+    module: str
+    install: str
+    kind: str
+    groups: int | None = None
 
-        cfg, body = task.cfg, task.cfg.decoder
-        model = InfiniTransformer(
-            num_tokens=cfg.data.vocab_size,
-            dim=body.dim,
-            depth=body.layers,
-            heads=body.heads,
-            dim_head=head_size(cfg),
-            use_mem_delta_rule=cfg.memory.update != "linear",
-        )
-        self.wrapper = InfiniTransformerWrapper(model, segment_length=cfg.memory.segment).to(task.device)
-        super().__init__(task, model)
+    def __init__(self, task: Any, model: nn.Module):
+        super().__init__(task, model.to(task.device))
+        self.segment = task.cfg.memory.segment
+
+    @classmethod
+    def unlike(cls, cfg: Any) -> str:
+        """Why its model is no match of ours; empty if it is."""
+        body = cfg.decoder
+        if cfg.memory.kind != cls.kind:
+            return f"has a memory of kind {cls.kind}; model={cfg.model} has one of kind {cfg.memory.kind}"
+        if (body.kv_heads or body.heads) != (cls.groups or body.heads):
+            return f"has {cls.groups or body.heads} KV head(s); set decoder.kv_heads={cls.groups or 'null'}"
+        return ""
+
+    @abstractmethod
+    def document(self, parts: list[int]) -> None:
+        """Logits of all tokens of a document, in segments of so many."""
+
+    @abstractmethod
+    def learn(self, ids_BT1: Tensor) -> None:
+        """Gradients of the loss over a document, under autocast where it wants it."""
 
     def prepare(self, mode: str) -> None:
+        self.model.zero_grad(set_to_none=True)
         self.model.train(mode == "train")
         self.step = self.training() if mode == "train" else None
 
     def calls(self, mode: str, tokens: int) -> Calls:
         if mode == "train":
             return super().calls(mode, tokens)
-        parts = sizes(tokens, self.task.cfg.memory.segment)
+        parts = sizes(tokens, self.segment)
         return lambda: self.read(parts), lambda: self.read(parts[:2])
 
     @torch.no_grad()
     def read(self, parts: list[int]) -> None:
-        memories = None
         with self.autocast():
-            for size in parts:
-                given = {"past_memories": memories, "return_new_memories": True}
-                memories = self.model(self.ids(size), **given).past_memories
+            self.document(parts)
 
     def training(self) -> Callable[[int], None]:
         optimizer = torch.optim.AdamW(self.model.parameters(), self.task.cfg.trainer.lr)
 
         def step(tokens: int) -> None:
-            with torch.enable_grad(), self.autocast():
-                self.wrapper(self.ids(tokens + 1), backward=True)
+            with torch.enable_grad():
+                self.learn(self.ids(tokens + 1))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -85,16 +102,193 @@ class InfiniTransformerPeer(Subject):
         """It carries no state that could be counted or decoded from by a call."""
 
 
-PEERS: dict[str, type[InfiniTransformerPeer]] = {"infini-transformer-pytorch": InfiniTransformerPeer}
+class InfiniTransformerPeer(Peer):
+    """infini-transformer-pytorch, with its delta rule where ours is one. In training its own default cuts
+    gradients every second segment; ours go through all of them."""
+
+    module, install = "infini_transformer_pytorch", "infini-transformer-pytorch"
+    kind = "compressive"
+
+    def __init__(self, task: Any):
+        from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+
+        cfg = task.cfg
+        model = InfiniTransformer(
+            num_tokens=cfg.data.vocab_size,
+            dim=cfg.decoder.dim,
+            depth=cfg.decoder.layers,
+            heads=cfg.decoder.heads,
+            dim_head=head_size(cfg),
+            use_mem_delta_rule=cfg.memory.update != "linear",
+        )
+        super().__init__(task, model)
+        self.wrapper = InfiniTransformerWrapper(model, segment_length=self.segment).to(task.device)
+
+    def document(self, parts: list[int]) -> None:
+        memories = None
+        for size in parts:
+            given = {"past_memories": memories, "return_new_memories": True}
+            memories = self.model(self.ids(size), **given).past_memories
+
+    def learn(self, ids_BT1: Tensor) -> None:
+        with self.autocast():
+            self.wrapper(ids_BT1, backward=True)
 
 
-def check_peers(names: list[str]) -> None:
-    """Raises UserError, before any work, for a peer that cannot be timed here."""
-    for name in names:
-        if name not in PEERS:
-            raise UserError(f"{name} cannot be timed yet; --vs knows {', '.join(PEERS)}.")
-        if find_spec(KNOWN[name]) is None:
-            raise UserError(f"{name} is not installed; run `pip install {name}`, or leave it out of --vs.")
+class RecurrentMemoryPeer(Peer):
+    """recurrent-memory-transformer-pytorch: as many memory tokens, a feed-forward of our width, rotary
+    positions, torch's fused attention; without its cached keys and hyper-connections, which the paper's model
+    lacks. Gradients go through all segments (or ``memory.gradient_depth``), or by its memory replay where
+    ours recompute (``trainer.checkpoint_segments``)."""
+
+    module = "recurrent_memory_transformer_pytorch"
+    install = "recurrent-memory-transformer-pytorch"
+    kind = "rmt"
+
+    def __init__(self, task: Any):
+        from recurrent_memory_transformer_pytorch import (
+            RecurrentMemoryTransformer,
+            RecurrentMemoryTransformerWrapper,
+        )
+
+        cfg, body = task.cfg, task.cfg.decoder
+        model = RecurrentMemoryTransformer(
+            body.dim,
+            num_tokens=cfg.data.vocab_size,
+            depth=body.layers,
+            num_memory_tokens=cfg.memory.tokens,
+            seq_len=cfg.memory.segment,
+            dim_head=head_size(cfg),
+            heads=body.heads,
+            ff_mult=1.5 * (hidden(cfg) + 0.5) / body.dim,  # it takes two thirds, and rounds down
+            use_flash_attn=True,
+            abs_pos_emb=False,
+            rotary_pos_emb=True,
+            use_xl_memories=False,
+            num_residual_streams=1,
+        )
+        super().__init__(task, model)
+        self.wrapper = RecurrentMemoryTransformerWrapper(model, truncate_at_step=cfg.memory.gradient_depth)
+
+    def document(self, parts: list[int]) -> None:
+        memories = None
+        for size in parts:
+            memories = self.model(self.ids(size), memories)[1]
+
+    def learn(self, ids_BT1: Tensor) -> None:
+        if self.task.cfg.trainer.checkpoint_segments:
+            with self.autocast():
+                self.wrapper(ids_BT1, memory_replay_backprop=True)
+            return
+        with self.autocast():
+            loss = self.wrapper(ids_BT1, return_loss=True)[0]
+        loss.backward()
+
+
+class MemorizingPeer(Peer):
+    """memorizing-transformers-pytorch: as many stored entries and neighbours in the same one layer, a cache
+    of one segment in all layers, a feed-forward of as many weights as ours if that is a whole multiple of the
+    width. Its search is faiss's approximate one (HNSW), on the CPU whatever the device, over a store that
+    starts anew when it is full; it has one KV head. No gradient crosses a segment, as in ours."""
+
+    module = "memorizing_transformers_pytorch"
+    # what it asks for, faiss-gpu, has no wheel for today's Python; faiss-cpu is all that it calls
+    install = "--no-deps memorizing-transformers-pytorch faiss-cpu einops einops-exts joblib filelock"
+    kind = "knn"
+    groups = 1
+
+    def __init__(self, task: Any):
+        from memorizing_transformers_pytorch import MemorizingTransformer
+
+        cfg, body = task.cfg, task.cfg.decoder
+        folder = mkdtemp()  # its store lies in files
+        weakref.finalize(self, rmtree, folder, ignore_errors=True)
+        model = MemorizingTransformer(
+            num_tokens=cfg.data.vocab_size,
+            dim=body.dim,
+            depth=body.layers,
+            dim_head=head_size(cfg),
+            heads=body.heads,
+            ff_mult=max(1, round(1.5 * hidden(cfg) / body.dim)),  # of its two matrices; ours are three
+            memorizing_layers=(knn_layer(cfg.memory, body.layers) + 1,),
+            max_knn_memories=cfg.memory.entries,
+            num_retrieved_memories=cfg.memory.neighbours,
+            xl_max_memories=cfg.memory.segment,
+            pad_id=-1,  # every token counts
+            knn_memories_directory=folder,
+        )
+        super().__init__(task, model)
+        self.store = model.create_knn_memories(batch_size=task.task.batch)
+        for memory in self.store:  # NumPy, where they go, knows no bf16
+            memory.add, memory.search = (partial(exact, f) for f in (memory.add, memory.search))
+
+    def document(self, parts: list[int]) -> None:
+        self.store.clear_memory()
+        recent = None
+        for size in parts:
+            recent = self.model(self.ids(size), self.store, xl_memories=recent)[1]
+
+    def learn(self, ids_BT1: Tensor) -> None:
+        self.store.clear_memory()
+        recent, tokens = None, ids_BT1.shape[1] - 1
+        pairs = zip(
+            ids_BT1[:, :-1].split(self.segment, 1), ids_BT1[:, 1:].split(self.segment, 1), strict=True
+        )
+        for ids, labels in pairs:
+            with self.autocast():
+                loss, recent = self.model(ids, self.store, xl_memories=recent, labels=labels)
+            (loss * (ids.shape[1] / tokens)).backward()
+
+
+def exact(store: Callable[..., Any], x: Tensor, *more: Any) -> Any:
+    return store(x.float(), *more)
+
+
+def hidden(cfg: Any) -> int:
+    """Units of our feed-forward."""
+    return cfg.decoder.ffn or 4 * cfg.decoder.dim
+
+
+PEERS: dict[str, type[Peer]] = {
+    "infini-transformer-pytorch": InfiniTransformerPeer,
+    "memorizing-transformers-pytorch": MemorizingPeer,
+    "recurrent-memory-transformer-pytorch": RecurrentMemoryPeer,
+}
+
+
+def check_peers(task: Any) -> None:
+    """Raises UserError, before any work, for a peer that cannot be timed here beside this model."""
+    known = (*PEERS, fla.NAME)
+    for name in task.task.vs:
+        if name not in known:
+            raise UserError(f"There is no peer {name}{suggest(name, known)}; --vs knows {', '.join(known)}.")
+        level = "operator" if name == fla.NAME else "model"
+        if task.task.level != level:
+            raise UserError(f"{name} is timed by profile --level {level}, not --level {task.task.level}.")
+        if level == "operator":
+            installed(name, fla.MODULE, name)
+            fla.check(task)
+        else:
+            installed(name, PEERS[name].module, PEERS[name].install)
+    if task.task.level == "model" and task.task.vs:
+        unlike = {name: PEERS[name].unlike(task.cfg) for name in task.task.vs}
+        if all(unlike.values()):
+            raise UserError("; ".join(f"{name} {why}" for name, why in unlike.items()) + ".")
+        if "train" not in task.task.modes and "forward" not in task.task.modes:
+            raise UserError("--vs times forward and train; task.modes has neither.")
+
+
+def installed(name: str, module: str, install: str) -> Any:
+    """The package's module. Raises UserError if it is missing or cannot be imported."""
+    if find_spec(module.partition(".")[0]) is None:
+        raise UserError(f"{name} is not installed; run `pip install {install}`, or leave it out of --vs.")
+    try:
+        return import_module(module)
+    except Exception as error:  # whatever somebody else's code raises
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name} is installed but cannot be imported ({why}); leave it out of --vs."
+        ) from error
 
 
 def measure_peers(own: Subject) -> list[Row]:
@@ -103,14 +297,13 @@ def measure_peers(own: Subject) -> list[Row]:
     modes: list[str] = [mode for mode in ("train", "forward") if mode in own.modes]
     for name in task.task.vs:
         columns: dict[str, Any] = {"condition": task.shape, "extra": {"variant": name}}
-        cfg = task.cfg
-        if cfg.memory.kind != "compressive" or cfg.decoder.kv_heads not in (None, cfg.decoder.heads):
-            why = f"{name} has a compressive memory and a KV head a query head; {cfg.model} has not"
+        if why := PEERS[name].unlike(task.cfg):  # beside another one that is like it
             rows.append(task.missing("ratio_to_peer_inference", why, length=task.lengths[0], **columns))
             continue
         own.model.to("cpu")
         peer = PEERS[name](task)
         peer.modes = modes
+        columns["extra"]["params"] = sum(p.numel() for p in peer.model.parameters())
         for mode, by_length in peer.climb().items():
             for tokens, times in by_length.items():
                 rows += task.timed(mode, times, tokens, None, length=tokens, **columns)

@@ -19,7 +19,7 @@ from infini_bench.report.records import read_records
 from infini_bench.report.tidy import tidy
 from infini_bench.run import run_eval
 from infini_bench.schema import EfficiencyConfig
-from infini_bench.tasks import build_task, efficiency_peers
+from infini_bench.tasks import build_task
 from infini_bench.tasks.efficiency import Efficiency
 from infini_bench.tasks.efficiency_model import Subject, sizes
 from infini_bench.tasks.efficiency_operator import Shape, build_layer, run
@@ -207,43 +207,6 @@ def test_bf16_runs_on_a_cpu_too():
     own.prepare("train")
     assert {p.dtype for p in own.model.parameters()} == {torch.float32}
     assert torch.get_float32_matmul_precision() == before
-
-
-# --- peers ----------------------------------------------------------------------------------------------
-
-
-def test_a_peer_is_timed_at_equal_sizes_and_in_turns():
-    cfg = asked(vs=[PEER], kv_heads=None, modes=["forward", "train"], against=[])
-    rows = rows_of(cfg)
-    for metric in ("ratio_to_peer_inference", "ratio_to_peer_train"):
-        assert pick(rows, metric) == [1.0, 1.0]
-    shape = "b1-l3-w32-h4-d8-n8"
-    theirs = [row for row in rows if row["extra"]["variant"] == PEER]
-    assert {row["condition"] for row in theirs} == {shape} and len(theirs) == 4 * 3 + 4
-    peer = efficiency_peers.InfiniTransformerPeer(build_task(cfg))
-    attention = peer.model.layers[0][0]
-    assert attention.fastweight_mem.head_gates.shape == (4,) and attention.to_qkv.weight.shape == (3 * 32, 32)
-    assert len(peer.model.layers) == 3
-    assert peer.model.token_emb.weight.shape == (256, 32) and peer.wrapper.segment_length == 8
-
-
-def test_a_model_unlike_the_peer_has_a_row_that_says_so():
-    rows = rows_of(asked("full", vs=[PEER], lengths=["16"], modes=["forward"], against=[]))
-    (row,) = [row for row in rows if row["extra"]["variant"] == PEER]
-    assert (
-        row["value"] is None
-        and "has a compressive memory and a KV head a query head" in row["extra"]["failed"]
-    )
-
-
-def test_peers_that_are_not_there(monkeypatch):
-    with pytest.raises(
-        UserError, match="flash-linear-attention cannot be timed yet; --vs knows infini-trans"
-    ):
-        rows_of(asked(vs=["flash-linear-attention"]))
-    monkeypatch.setattr(efficiency_peers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="is not installed; run `pip install infini-transformer-pytorch`"):
-        rows_of(asked(vs=[PEER]))
 
 
 # --- records, table, figure -----------------------------------------------------------------------------

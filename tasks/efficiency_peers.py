@@ -49,8 +49,8 @@ class Peer(Subject):
     kind: str
     groups: int | None = None
 
-    def __init__(self, task: Any, model: nn.Module):
-        super().__init__(task, model.to(task.device))
+    def __init__(self, task: Any):
+        super().__init__(task, self.build(task.cfg).to(task.device))
         self.segment = task.cfg.memory.segment
 
     @classmethod
@@ -62,6 +62,10 @@ class Peer(Subject):
         if (body.kv_heads or body.heads) != (cls.groups or body.heads):
             return f"has {cls.groups or body.heads} KV head(s); set decoder.kv_heads={cls.groups or 'null'}"
         return ""
+
+    @abstractmethod
+    def build(self, cfg: Any) -> nn.Module:
+        """Its model, and what else it takes to run it."""
 
     @abstractmethod
     def document(self, parts: list[int]) -> None:
@@ -109,10 +113,9 @@ class InfiniTransformerPeer(Peer):
     module, install = "infini_transformer_pytorch", "infini-transformer-pytorch"
     kind = "compressive"
 
-    def __init__(self, task: Any):
+    def build(self, cfg: Any) -> nn.Module:
         from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 
-        cfg = task.cfg
         model = InfiniTransformer(
             num_tokens=cfg.data.vocab_size,
             dim=cfg.decoder.dim,
@@ -121,8 +124,8 @@ class InfiniTransformerPeer(Peer):
             dim_head=head_size(cfg),
             use_mem_delta_rule=cfg.memory.update != "linear",
         )
-        super().__init__(task, model)
-        self.wrapper = InfiniTransformerWrapper(model, segment_length=self.segment).to(task.device)
+        self.wrapper = InfiniTransformerWrapper(model, segment_length=cfg.memory.segment)
+        return model
 
     def document(self, parts: list[int]) -> None:
         memories = None
@@ -145,13 +148,13 @@ class RecurrentMemoryPeer(Peer):
     install = "recurrent-memory-transformer-pytorch"
     kind = "rmt"
 
-    def __init__(self, task: Any):
+    def build(self, cfg: Any) -> nn.Module:
         from recurrent_memory_transformer_pytorch import (
             RecurrentMemoryTransformer,
             RecurrentMemoryTransformerWrapper,
         )
 
-        cfg, body = task.cfg, task.cfg.decoder
+        body = cfg.decoder
         model = RecurrentMemoryTransformer(
             body.dim,
             num_tokens=cfg.data.vocab_size,
@@ -167,8 +170,8 @@ class RecurrentMemoryPeer(Peer):
             use_xl_memories=False,
             num_residual_streams=1,
         )
-        super().__init__(task, model)
         self.wrapper = RecurrentMemoryTransformerWrapper(model, truncate_at_step=cfg.memory.gradient_depth)
+        return model
 
     def document(self, parts: list[int]) -> None:
         memories = None
@@ -197,10 +200,10 @@ class MemorizingPeer(Peer):
     kind = "knn"
     groups = 1
 
-    def __init__(self, task: Any):
+    def build(self, cfg: Any) -> nn.Module:
         from memorizing_transformers_pytorch import MemorizingTransformer
 
-        cfg, body = task.cfg, task.cfg.decoder
+        body = cfg.decoder
         folder = mkdtemp()  # its store lies in files
         weakref.finalize(self, rmtree, folder, ignore_errors=True)
         model = MemorizingTransformer(
@@ -217,10 +220,10 @@ class MemorizingPeer(Peer):
             pad_id=-1,  # every token counts
             knn_memories_directory=folder,
         )
-        super().__init__(task, model)
-        self.store = model.create_knn_memories(batch_size=task.task.batch)
+        self.store = model.create_knn_memories(batch_size=cfg.task.batch)
         for memory in self.store:  # NumPy, where they go, knows no bf16
             memory.add, memory.search = (partial(exact, f) for f in (memory.add, memory.search))
+        return model
 
     def document(self, parts: list[int]) -> None:
         self.store.clear_memory()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import report_fakes as fakes
 import torch
 import yaml
 from report_fakes import sheet_text
@@ -227,6 +230,11 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     assert {line["model"] for line in lines} == {
         *(f"infini_linear\n{name}" for name in ("b1-l3-w32-h4-d8-n8", "b1-h4-d8-n8", PEER))
     }
+    assert first["decode, tokens/s"] == "500" and first["decode, ms a token"] == "2\n[2, 2]"
+    weights = {line["model"]: line["params"] for line in lines if line["form"] != "model"}
+    assert first["params"] == f"{found[0].params:,}" and weights["infini_linear\nb1-h4-d8-n8"] == "—"
+    theirs = next(row["extra"]["params"] for r in found for row in r.metrics if "params" in row["extra"])
+    assert weights[f"infini_linear\n{PEER}"] == f"{theirs:,}" != first["params"]
     assert "local\n(" in next(line["form"] for line in lines if line["form"].startswith("local"))
     assert "1 to 1 TFLOP/s; a copy, 100 to 100 GB/s" in sheet.caption
     rows = [row for row in tidy(found) if row["table"] == "efficiency"]
@@ -237,6 +245,33 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     assert len(dotted) == 3 + 2 * 3, "a bound beside each time of ours, and of each operator"
     assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes if ax.lines)
     assert svg("efficiency", rows).startswith("<?xml")
+
+
+def test_documents_beyond_1m_tokens_are_compared_with_1m():
+    """Of a row: time a token, peak memory, of the longest over those of 1M; none without the two."""
+
+    def rows(length, forward, peak, decode):
+        sizes = {"length": length, "protocol": "model", "extra": {"peak_tflops": 1.0, "copy_gb_per_s": 1.0}}
+        times = (("forward_ms", forward), ("decode_ms", decode))
+        found = [fakes.row(metric, value, **copy.deepcopy(sizes)) for metric, value in times]
+        return [*found, fakes.row("peak_bytes", peak, **copy.deepcopy(sizes), position="forward")]
+
+    def profiled(*metrics, **settings):
+        config = {"task": {"name": "efficiency"}, **settings}
+        return fakes.record(metrics=[row for each in metrics for row in each], config=config)
+
+    many, ten = rows(1 << 20, 1000.0, 4.0, 2.0), rows(10 << 20, 10500.0, 5.0, 2.5)
+    titles, sheet = sheet_text([profiled(rows(1024, 1.0, 1.0, 1.0), many, ten)], "efficiency")
+    grown = [dict(zip(titles, line, strict=True)) for line in sheet.rows]
+    wanted = {"forward time a token, x 1M": "1.050", "forward peak memory, x 1M": "1.250"}
+    wanted |= {"decode time, x 1M": "1.250"}
+    for title, value in wanted.items():
+        assert [line[title] for line in grown] == ["—", "—", value]
+    assert "decode peak memory, x 1M" not in titles
+    assert not any("x 1M" in title for title in sheet_text([profiled(many)], "efficiency")[0])
+    other = profiled(many, **{"trainer.checkpoint_segments": 8})
+    lines = sheet_text([profiled(many, ten), other], "efficiency")[1].rows
+    assert len(lines) == 3, "activations that are recomputed are another measurement"
 
 
 @pytest.mark.parametrize(

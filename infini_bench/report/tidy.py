@@ -287,7 +287,7 @@ def _setup(record: Record) -> dict[str, str]:
     flat: dict[str, str] = {}
     left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir"}
     if record.task == "efficiency":
-        left_out.remove("trainer.compile")  # no number but those of a clock depends on it
+        left_out -= {"trainer.compile", "trainer.checkpoint_segments"}  # nothing but speed and memory do
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):

@@ -14,6 +14,7 @@ package stands at its class. flash-linear-attention has operators, no model: `ef
 
 from __future__ import annotations
 
+import logging
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from . import efficiency_fla as fla
 from .base import Row
 from .efficiency_model import Calls, Found, Subject, in_turns, sizes
 from .footprint import head_size
+
+log = logging.getLogger(__name__)
 
 
 class Peer(Subject):
@@ -252,6 +255,10 @@ def hidden(cfg: Any) -> int:
     return cfg.decoder.ffn or 4 * cfg.decoder.dim
 
 
+def weights(subject: Subject) -> int:
+    return sum(p.numel() for p in subject.model.parameters())
+
+
 PEERS: dict[str, type[Peer]] = {
     "infini-transformer-pytorch": InfiniTransformerPeer,
     "memorizing-transformers-pytorch": MemorizingPeer,
@@ -306,7 +313,10 @@ def measure_peers(own: Subject) -> list[Row]:
         own.model.to("cpu")
         peer = PEERS[name](task)
         peer.modes = modes
-        columns["extra"]["params"] = sum(p.numel() for p in peer.model.parameters())
+        columns["extra"]["params"] = weights(peer)
+        log.info(
+            "%s has %s parameters, %s %s", name, f"{weights(peer):,}", task.cfg.model, f"{weights(own):,}"
+        )
         for mode, by_length in peer.climb().items():
             for tokens, times in by_length.items():
                 rows += task.timed(mode, times, tokens, None, length=tokens, **columns)

@@ -280,6 +280,26 @@ def test_an_operator_is_given_what_our_memory_computes_with(fla):
     assert all(x.is_leaf and x.requires_grad for x in given)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("cfg", "made_up"),
+    [
+        (operator("infini_linear"), chunk_linear_attn),
+        (operator("infini_delta_token", {"update": "delta_token", "normaliser": "none"}), chunk_delta_rule),
+    ],
+)
+def test_the_package_computes_what_is_made_up_here(cfg, made_up):
+    pytest.importorskip("fla.ops")
+    memory = build_memory(cfg.memory, 4, 4, 64).cuda()
+    raw = [torch.randn(1, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    q, k, v = efficiency_fla.inputs(memory, *raw)
+    out = efficiency_fla.Operator(memory)(q, k, v)
+    scale = 1 if made_up is chunk_linear_attn else 64**-0.5
+    extra = () if made_up is chunk_linear_attn else (k.new_ones(k.shape[:3]),)
+    wanted = made_up(*(x.cpu() for x in (q, k, v, *extra)))[0] * scale
+    torch.testing.assert_close(out.float().cpu(), wanted.float(), atol=0.03, rtol=0.03)
+
+
 def test_where_no_operator_can_run(monkeypatch):
     with pytest.raises(
         UserError, match="flash-linear-attention is not installed; run `pip install flash-lin"

@@ -167,7 +167,7 @@ def _non_finite(line: Line) -> str:
 
 
 def _floats(line: Line) -> str:
-    """What recall's and lm's model carry, one above the other; of a training that failed nobody counted it."""
+    """What recall's and lm's model carry, one above the other; nobody counted a failed training's."""
     found = {
         row["config"]["task"]["name"]: row["state_floats"] for row in line if row["state_floats"] is not None
     }

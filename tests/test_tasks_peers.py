@@ -20,7 +20,7 @@ from infini_bench.errors import UserError
 from infini_bench.memory import build_memory
 from infini_bench.report.records import read_records
 from infini_bench.run import run_eval
-from infini_bench.tasks import build_task, efficiency_fla, efficiency_peers
+from infini_bench.tasks import build_task, efficiency_fla, efficiency_peers, peer_models
 from infini_bench.tasks.efficiency import Efficiency
 
 MEMORIZING, RECURRENT = "memorizing-transformers-pytorch", "recurrent-memory-transformer-pytorch"
@@ -54,7 +54,7 @@ def timed_in_turns(rows, package, shape):
 def test_infini_transformer_is_timed_at_equal_sizes_and_in_turns():
     cfg = beside("infini_linear", PEER)
     assert timed_in_turns(rows_of(cfg), PEER, SHAPE)
-    peer = efficiency_peers.InfiniTransformerPeer(build_task(cfg))
+    peer = peer_models.InfiniTransformerPeer(build_task(cfg))
     attention = peer.model.layers[0][0]
     assert attention.fastweight_mem.head_gates.shape == (4,) and attention.to_qkv.weight.shape == (3 * 32, 32)
     assert len(peer.model.layers) == 3
@@ -66,14 +66,14 @@ def test_recurrent_memory_transformer_is_timed_at_equal_sizes_and_in_turns():
     cfg = beside("rmt", RECURRENT, memory={"tokens": 3})
     rows = rows_of(cfg)
     assert timed_in_turns(rows, RECURRENT, SHAPE)
-    peer = efficiency_peers.RecurrentMemoryPeer(build_task(cfg))
+    peer = peer_models.RecurrentMemoryPeer(build_task(cfg))
     layers = 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 32) + 2 * (
         32 * 4
     )  # null keys; later mixes of values
     assert counted(rows, RECURRENT) == layers + 2 * 256 * 32 + 256 + 32 + 2 * 3 * 32
     assert learns(peer)
     cfg.trainer.checkpoint_segments = 1  # by its memory replay: the same gradients
-    again = efficiency_peers.RecurrentMemoryPeer(build_task(cfg))
+    again = peer_models.RecurrentMemoryPeer(build_task(cfg))
     again.model.load_state_dict(peer.model.state_dict())
     ids, gradients = torch.randint(256, (1, 25)), []
     for each in (peer, again):
@@ -89,7 +89,7 @@ def test_memorizing_transformers_are_timed_at_equal_sizes_and_in_turns():
     cfg = beside("memorizing", MEMORIZING, 1, {"entries": 64, "neighbours": 4})
     rows = rows_of(cfg)
     assert timed_in_turns(rows, MEMORIZING, "b1-l3-w32-h4-g1-d8-n8")
-    peer = efficiency_peers.MemorizingPeer(build_task(cfg))
+    peer = peer_models.MemorizingPeer(build_task(cfg))
     assert len(peer.store) == 1 and peer.store[0].max_memories == 64 and peer.model.memorizing_layers == [3]
     inner = sum(p.numel() for p in peer.model.layers[0][1].parameters() if p.dim() == 2)
     assert inner == 2 * 32 * 64, "3 * 32 * 48 is no whole multiple: the nearest is 2 widths"
@@ -159,7 +159,7 @@ def test_what_is_not_alike_is_said_before_any_work(monkeypatch, cfg, words):
 
 
 def test_beside_a_peer_that_is_alike_the_other_is_a_row_that_says_so(monkeypatch):
-    fake(monkeypatch, efficiency_peers.MemorizingPeer.module)
+    fake(monkeypatch, peer_models.MemorizingPeer.module)
     rows = rows_of(beside("infini_linear", PEER, vs=[PEER, MEMORIZING], lengths=["16"], modes=["forward"]))
     (row,) = [row for row in rows if row["extra"]["variant"] == MEMORIZING]
     assert row["value"] is None and row["extra"]["failed"].startswith("has a memory of kind knn")

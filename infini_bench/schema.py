@@ -330,7 +330,7 @@ class EfficiencyConfig(TaskConfig):
     modes: list[str] = field(default_factory=lambda: [*MODES])  # model: what is timed
     forms: list[str] = field(default_factory=lambda: ["eager"])  # operator: eager | compiled | triton
     against: list[str] = field(default_factory=lambda: ["local"])  # model: timed beside it: local | full
-    vs: list[str] = field(default_factory=list)  # model: installed packages timed beside it
+    vs: list[str] = field(default_factory=list)  # installed packages timed beside it
     batch: int = 1  # documents side by side
     chunk: int = 8192  # tokens fed a call
     decode: int = 16  # tokens decoded

@@ -19,8 +19,8 @@ Rows (``length``: tokens of the document; ``condition``: the form, or which refe
 * ``ratio_to_local_forward``, ``ratio_to_local_train``: this over local attention only, of the same run (lower
   is better); ``ratio_to_full_forward``: full attention's time over this; ``ratio_to_peer_inference``,
   ``ratio_to_peer_train``: the peer's time over this (higher is better; ``variant``: the peer,
-  ``condition``: the shape). It takes turns with local attention and with peers,
-  repetition by repetition.
+  ``condition``: the shape; of an operator, ``extra["peer"]``). It takes turns with local attention and with
+  peers, repetition by repetition.
 
 ``results/efficiency.sh`` has the commands behind the published table.
 
@@ -57,14 +57,12 @@ class Efficiency(Untrained):
     timer: Timer = staticmethod(clock)
 
     def build(self, device: torch.device) -> torch.nn.Module:
-        if self.task.level == "operator":
-            from .efficiency_operator import build_layer
-
-            return build_layer(self.cfg).to(device)
+        from .efficiency_operator import build_layer
         from .efficiency_peers import check_peers
 
-        check_peers(self.task.vs)  # before minutes of work
-        return self.model().to(device)  # type: ignore[arg-type]
+        layer = build_layer(self.cfg) if self.task.level == "operator" else None
+        check_peers(self)  # before minutes of work
+        return (layer or self.model()).to(device)  # type: ignore[arg-type]
 
     def evaluate(self, model, progress=None) -> list[Row]:
         from . import efficiency_model, efficiency_operator

@@ -5,7 +5,8 @@ with the fastest backend of the machine at that shape, named in ``extra["backend
 Queries and keys of the local part are position-embedded beforehand, for the floor and for the memory alike:
 what is compared is the memory. Forms (``condition``): ``eager``; ``compiled``, the same through
 torch.compile; ``triton``, the fused kernels. ``train`` is forward and backward, for the gradients of all
-projections and gates.
+projections and gates. With ``task.vs`` the nearest operator of flash-linear-attention is one more row, named
+as it is, and takes turns with every form (`efficiency_fla`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from infini_bench.memory.base import attend
 from infini_bench.progress import Handle
 from infini_bench.timing import Times, Work, attempt
 
+from . import efficiency_fla as fla
 from .base import Row
 from .footprint import head_size
 
@@ -87,6 +89,7 @@ class Shape:
 
     def __init__(self, task: Any, model: CompressiveMemory, tokens: int):
         self.task, self.cfg, self.tokens, self.segment = task, task.cfg, tokens, model.segment
+        self.memory = model
         heads, groups = model.heads, model.kv_heads
 
         def draw(count: int) -> Tensor:
@@ -102,7 +105,8 @@ class Shape:
         moved = batch * tokens * size * self.q.element_size()
         forward, both = moved * (2 * heads + 2 * groups), moved * (5 * heads + 6 * groups)
         flops = {"local": attention * model.segment, "full": attention * tokens}
-        flops["own"] = flops["local"] + once * (heads + writes)
+        flops["memory"] = once * (heads + writes)
+        flops["own"] = flops["local"] + flops["memory"]
         self.work = {
             name: {"forward": Work(n, forward), "train": Work(3 * n, both)} for name, n in flops.items()
         }
@@ -114,8 +118,10 @@ class Shape:
         # a score matrix of the whole length is nobody's full attention
         full = self.fastest("full", self.full, [n for n in names if n != "math"])
         rows = self.told("local", local, "local") + self.told("full", full, "full")
+        nearest = self.nearest() if self.task.task.vs else None
+        rows += self.told(nearest[0].name, nearest[2], "memory") if nearest else []
         for form in self.task.task.forms:
-            pairs = self.form(form, local)
+            pairs = self.form(form, local, self.local, (self.q, self.k, self.v))
             found: Found = {}
             for mode, pair in pairs.items():
                 found[mode] = pair if isinstance(pair, str) else pair[0], local[mode][1]
@@ -125,6 +131,31 @@ class Shape:
                 rows += self.task.ratio(f"ratio_to_local_{mode}", pair, **columns)
             far = paired(full["forward"][0], found["forward"][0])
             rows += self.task.ratio("ratio_to_full_forward", far, **columns)
+            if nearest:
+                rows += self.beside(form, local, *nearest)
+        return rows
+
+    def nearest(self) -> tuple[fla.Operator, tuple[Tensor, ...], Found]:
+        """flash-linear-attention's operator, what it is given, its times alone."""
+        operator, given = fla.Operator(self.memory), fla.inputs(self.memory, self.q, self.k, self.v)
+        found: Found = {}
+        for mode in self.work["memory"]:
+            call = self.call(mode, operator, given, "math")  # which is nothing to it
+            times = survived(partial(self.task.watch.measure, call))
+            found[mode] = times if isinstance(times, str) else times[0], fla.NAME
+        return operator, given, found
+
+    def beside(
+        self, form: str, local: Found, operator: fla.Operator, given: tuple[Tensor, ...], alone: Found
+    ) -> list[Row]:
+        """Ratios of the operator's time to a form's, in turns."""
+        rows: list[Row] = []
+        runs = {mode: pair for mode, pair in local.items() if not isinstance(alone[mode][0], str)}
+        pairs = {mode: times for mode, (times, _) in alone.items() if isinstance(times, str)}
+        for mode, pair in (pairs | self.form(form, runs, operator, given)).items():
+            metric = f"ratio_to_peer_{'inference' if mode == 'forward' else mode}"
+            columns = {"length": self.tokens, "condition": form, "extra": {"peer": operator.name}}
+            rows += self.task.ratio(metric, pair if isinstance(pair, str) else pair[::-1], **columns)
         return rows
 
     def told(self, form: str, found: Found, work: str) -> list[Row]:
@@ -177,8 +208,10 @@ class Shape:
         memory = layer.args[0] if isinstance(layer, partial) else None
         return [*inputs, *(memory.parameters() if memory is not None and len(inputs) > 3 else [])]
 
-    def form(self, form: str, local: Found) -> dict[str, list[Times] | str]:
-        """The memory in one form, its local part through the floor's backends, and the floor, in turns."""
+    def form(
+        self, form: str, local: Found, other: Layer, given: tuple[Tensor, ...]
+    ) -> dict[str, list[Times] | str]:
+        """The memory in one form, its local part through the floor's backends, and the other, in turns."""
         scanned = self.tokens // self.segment if self.cfg.memory.update != "linear" else 0
         if form == "compiled" and scanned > SCANNED:
             why = f"a scan of more than {SCANNED} segments compiles for minutes"
@@ -194,13 +227,8 @@ class Shape:
                 found[mode] = times
                 continue
             own = self.call(mode, layer, (self.q, self.k, self.v, self.far_q, self.far_k), backend)
-            floor = self.call(mode, self.local, (self.q, self.k, self.v), backend)
-            try:
-                found[mode] = attempt(partial(self.task.watch.measure, own, floor))
-            except UserError as error:  # the kernels cannot run on this machine or at this shape
-                found[mode] = str(error)
-            except Exception as error:  # a compiler's; what the other forms take is worth having all the same
-                found[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            beside = self.call(mode, other, given, backend)
+            found[mode] = survived(partial(self.task.watch.measure, own, beside))
         return found
 
     def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,6 +239,16 @@ class Shape:
         groups = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups).transpose(1, 2)
+
+
+def survived(work: Callable[[], list[Times]]) -> list[Times] | str:
+    """What ``work`` gives, or why it fails: what the other forms take is worth having all the same."""
+    try:
+        return attempt(work)
+    except UserError as error:  # the kernels cannot run on this machine or at this shape
+        return str(error)
+    except Exception as error:  # a compiler's
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def quickness(found: Times | str) -> float:

@@ -1,100 +1,69 @@
 """Installed peers, timed in the same run as our model at equal sizes (``task.vs``, ``--vs``).
 
-What there is: ``infini-transformer-pytorch``, with our vocabulary, width, layers, heads, head size, segment
-and batch, and its delta rule where ours is one. Used as its own wrapper does:
-
-* inference: segment by segment with the memories passed on, without gradient. It computes logits of every
+* inference: segment by segment with its state passed on, without gradient. A peer computes logits of every
   token, so for the ratio ours are computed for every token, too, in calls of ``task.chunk``.
-* training: its wrapper's forward and backward, with its own default of cutting gradients every second
-  segment (ours go through all of them), then the same optimizer's update.
+* training: its loss over a document and the backward pass, then the optimizer's update.
 
-bf16 on a GPU through autocast, with float32 weights. Its rotary embedding, norms and feed-forward are its
-own. The others of KNOWN cannot be timed yet, installed or not.
+bf16 on a GPU through autocast, with float32 weights; ``extra["params"]`` counts them. What is particular to
+each package stands at its class in `peer_models`. flash-linear-attention has operators, no model:
+`efficiency_fla`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from infini_bench.errors import UserError
+from infini_bench.units import suggest
 
+from . import efficiency_fla as fla
 from .base import Row
-from .efficiency_model import Calls, Found, Subject, in_turns, sizes
-from .footprint import head_size
+from .efficiency_model import Subject, in_turns
+from .peer_models import PEERS
 
-KNOWN = {  # package -> the module that it installs
-    "infini-transformer-pytorch": "infini_transformer_pytorch",
-    "flash-linear-attention": "fla",
-    "memorizing-transformers-pytorch": "memorizing_transformers_pytorch",
-    "recurrent-memory-transformer-pytorch": "recurrent_memory_transformer_pytorch",
-}
+log = logging.getLogger(__name__)
 
 
-class InfiniTransformerPeer(Subject):
-    """infini-transformer-pytorch at the sizes of a configuration."""
-
-    def __init__(self, task: Any):
-        from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
-
-        cfg, body = task.cfg, task.cfg.decoder
-        model = InfiniTransformer(
-            num_tokens=cfg.data.vocab_size,
-            dim=body.dim,
-            depth=body.layers,
-            heads=body.heads,
-            dim_head=head_size(cfg),
-            use_mem_delta_rule=cfg.memory.update != "linear",
-        )
-        self.wrapper = InfiniTransformerWrapper(model, segment_length=cfg.memory.segment).to(task.device)
-        super().__init__(task, model)
-
-    def prepare(self, mode: str) -> None:
-        self.model.train(mode == "train")
-        self.step = self.training() if mode == "train" else None
-
-    def calls(self, mode: str, tokens: int) -> Calls:
-        if mode == "train":
-            return super().calls(mode, tokens)
-        parts = sizes(tokens, self.task.cfg.memory.segment)
-        return lambda: self.read(parts), lambda: self.read(parts[:2])
-
-    @torch.no_grad()
-    def read(self, parts: list[int]) -> None:
-        memories = None
-        with self.autocast():
-            for size in parts:
-                given = {"past_memories": memories, "return_new_memories": True}
-                memories = self.model(self.ids(size), **given).past_memories
-
-    def training(self) -> Callable[[int], None]:
-        optimizer = torch.optim.AdamW(self.model.parameters(), self.task.cfg.trainer.lr)
-
-        def step(tokens: int) -> None:
-            with torch.enable_grad(), self.autocast():
-                self.wrapper(self.ids(tokens + 1), backward=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
-
-    def after(self, tokens: int, times: Any, found: Found) -> None:
-        """It carries no state that could be counted or decoded from by a call."""
+def weights(subject: Subject) -> int:
+    return sum(p.numel() for p in subject.model.parameters())
 
 
-PEERS: dict[str, type[InfiniTransformerPeer]] = {"infini-transformer-pytorch": InfiniTransformerPeer}
+def check_peers(task: Any) -> None:
+    """Raises UserError, before any work, for a peer that cannot be timed here beside this model."""
+    known = (*PEERS, fla.NAME)
+    for name in task.task.vs:
+        if name not in known:
+            raise UserError(f"There is no peer {name}{suggest(name, known)}; --vs knows {', '.join(known)}.")
+        level = "operator" if name == fla.NAME else "model"
+        if task.task.level != level:
+            raise UserError(f"{name} is timed by profile --level {level}, not --level {task.task.level}.")
+        if level == "operator":
+            installed(name, fla.MODULE, name)
+            fla.check(task)
+        else:
+            installed(name, PEERS[name].module, PEERS[name].install)
+    if task.task.level == "model" and task.task.vs:
+        unlike = {name: PEERS[name].unlike(task.cfg) for name in task.task.vs}
+        if all(unlike.values()):
+            raise UserError("; ".join(f"{name} {why}" for name, why in unlike.items()) + ".")
+        if "train" not in task.task.modes and "forward" not in task.task.modes:
+            raise UserError("--vs times forward and train; task.modes has neither.")
 
 
-def check_peers(names: list[str]) -> None:
-    """Raises UserError, before any work, for a peer that cannot be timed here."""
-    for name in names:
-        if name not in PEERS:
-            raise UserError(f"{name} cannot be timed yet; --vs knows {', '.join(PEERS)}.")
-        if find_spec(KNOWN[name]) is None:
-            raise UserError(f"{name} is not installed; run `pip install {name}`, or leave it out of --vs.")
+def installed(name: str, module: str, install: str) -> Any:
+    """The package's module. Raises UserError if it is missing or cannot be imported."""
+    if find_spec(module.partition(".")[0]) is None:
+        raise UserError(f"{name} is not installed; run `pip install {install}`, or leave it out of --vs.")
+    try:
+        return import_module(module)
+    except Exception as error:  # whatever somebody else's code raises
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name} is installed but cannot be imported ({why}); leave it out of --vs."
+        ) from error
 
 
 def measure_peers(own: Subject) -> list[Row]:
@@ -103,14 +72,16 @@ def measure_peers(own: Subject) -> list[Row]:
     modes: list[str] = [mode for mode in ("train", "forward") if mode in own.modes]
     for name in task.task.vs:
         columns: dict[str, Any] = {"condition": task.shape, "extra": {"variant": name}}
-        cfg = task.cfg
-        if cfg.memory.kind != "compressive" or cfg.decoder.kv_heads not in (None, cfg.decoder.heads):
-            why = f"{name} has a compressive memory and a KV head a query head; {cfg.model} has not"
+        if why := PEERS[name].unlike(task.cfg):  # beside another one that is like it
             rows.append(task.missing("ratio_to_peer_inference", why, length=task.lengths[0], **columns))
             continue
         own.model.to("cpu")
         peer = PEERS[name](task)
         peer.modes = modes
+        columns["extra"]["params"] = weights(peer)
+        log.info(
+            "%s has %s parameters, %s %s", name, f"{weights(peer):,}", task.cfg.model, f"{weights(own):,}"
+        )
         for mode, by_length in peer.climb().items():
             for tokens, times in by_length.items():
                 rows += task.timed(mode, times, tokens, None, length=tokens, **columns)

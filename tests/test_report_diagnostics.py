@@ -70,6 +70,7 @@ def test_a_view_puts_recall_language_and_training_in_one_line():
     assert line["constant 64"].startswith("90\n[") and line["text 1,024"].startswith("30\n[")
     assert line["bits/byte"].startswith("2.885") and line["training"] == "done"
     assert line["gradient norm, max (recall, lm)"] == "4.0\n2.0"
+    assert line["ended by NaN (recall, lm)"] == "0 of 1\n0 of 1"
     assert named(features(features="exp"), "diag_recall") == named(features(), "table2_lm") == []
     assert named(features(), "lm_position") == []
 
@@ -83,6 +84,7 @@ def test_a_training_that_fails_is_a_row_with_its_reason():
     line = dict(zip(titles, sheet.rows[0], strict=True))
     assert line["model"].endswith("exp") and line["constant 64"] == "—"
     assert line["training"] == "recall: UserError: Step 7 gave loss nan; lower trainer.lr."
+    assert line["ended by NaN (recall, lm)"] == "1 of 1\n—"
     assert "diag_features" not in TITLES["diag_recall"] and sheet.failures
 
 
@@ -91,6 +93,27 @@ def test_one_seed_that_fails_is_not_averaged_away():
     rows = named([training("lm", None, seed=1, **config), training("lm", seed=0, **config)], "diag_features")
     norm = pick(rows, "grad_norm_max")
     assert norm["value"] is None and "failed" in norm["extra"] and norm["seeds"] == 2
+
+
+def test_trainings_that_end_by_nan_are_counted_over_seeds():
+    config = {"config": {"memory.features": "exp"}, **FEATURES}
+    trainings = [training("lm", None, seed=seed, **config) for seed in (0, 1)]
+    trainings += [training("lm", seed=2, **config), training("lm", None, seed=3, **config)]
+    trainings[-1].error = "UserError: There is no room left on the disk."
+    titles, sheet = sheet_text([*trainings, training("recall", **config)], "diag_features")
+    (line,) = sheet.rows
+    assert line[titles.index("ended by NaN (recall, lm)")] == "0 of 1\n2 of 4"
+
+
+def test_the_cost_of_local_attention_is_speed_and_memory():
+    given = {"config": {"memory.local": "xl"}, "plans": ["diag_local"]}
+    failed = training("lm", None, state_floats=None, **given)
+    titles, sheet = sheet_text([failed, training("recall", **given), recall(**given)], "diag_local")
+    (line,) = (dict(zip(titles, line, strict=True)) for line in sheet.rows)
+    assert (
+        line["training tokens/s (recall, lm)"] == "2,000\n—"
+        and line["memory floats (recall, lm)"] == "8,448\n—"
+    )
 
 
 def test_a_run_of_two_plans_is_in_both_tables():
@@ -153,6 +176,18 @@ def test_a_line_looks_the_same_in_every_panel():
     assert all(f">{word}<" in text for word in ("infini_linear", "infini_delta", "chance"))
     colours = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1.5", text)
     assert colours.count("#0072b2") == colours.count("#d55e00") == 3, "two panels and the legend"
+
+
+def test_accuracy_is_drawn_against_the_floats_that_are_carried():
+    """A panel a distance, below those against pairs; the most pairs that all were asked."""
+    made = [mqar(), mqar("local_block", value=40.0, state_floats=0), mqar("rmt", state_floats=None)]
+    axes = FIGURES["diag_mqar"](named(made, "diag_mqar")).axes
+    assert [each.get_title() for each in axes[2:]] == [
+        f"16 pairs, asked {place} segments later" for place in (0, 4)
+    ]
+    points = [line.get_xydata().tolist() for line in axes[2].lines if line.get_marker() not in ("_", "None")]
+    assert points == [[[0.0, 24.0]], [[8448.0, 64.0]]]
+    assert axes[2].get_xscale() == "symlog"
 
 
 def test_labels_say_what_tells_a_line_from_others_of_its_model():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import report_fakes as fakes
 import torch
 import yaml
 from report_fakes import sheet_text
@@ -19,7 +22,7 @@ from infini_bench.report.records import read_records
 from infini_bench.report.tidy import tidy
 from infini_bench.run import run_eval
 from infini_bench.schema import EfficiencyConfig
-from infini_bench.tasks import build_task, efficiency_peers
+from infini_bench.tasks import build_task
 from infini_bench.tasks.efficiency import Efficiency
 from infini_bench.tasks.efficiency_model import Subject, sizes
 from infini_bench.tasks.efficiency_operator import Shape, build_layer, run
@@ -209,43 +212,6 @@ def test_bf16_runs_on_a_cpu_too():
     assert torch.get_float32_matmul_precision() == before
 
 
-# --- peers ----------------------------------------------------------------------------------------------
-
-
-def test_a_peer_is_timed_at_equal_sizes_and_in_turns():
-    cfg = asked(vs=[PEER], kv_heads=None, modes=["forward", "train"], against=[])
-    rows = rows_of(cfg)
-    for metric in ("ratio_to_peer_inference", "ratio_to_peer_train"):
-        assert pick(rows, metric) == [1.0, 1.0]
-    shape = "b1-l3-w32-h4-d8-n8"
-    theirs = [row for row in rows if row["extra"]["variant"] == PEER]
-    assert {row["condition"] for row in theirs} == {shape} and len(theirs) == 4 * 3 + 4
-    peer = efficiency_peers.InfiniTransformerPeer(build_task(cfg))
-    attention = peer.model.layers[0][0]
-    assert attention.fastweight_mem.head_gates.shape == (4,) and attention.to_qkv.weight.shape == (3 * 32, 32)
-    assert len(peer.model.layers) == 3
-    assert peer.model.token_emb.weight.shape == (256, 32) and peer.wrapper.segment_length == 8
-
-
-def test_a_model_unlike_the_peer_has_a_row_that_says_so():
-    rows = rows_of(asked("full", vs=[PEER], lengths=["16"], modes=["forward"], against=[]))
-    (row,) = [row for row in rows if row["extra"]["variant"] == PEER]
-    assert (
-        row["value"] is None
-        and "has a compressive memory and a KV head a query head" in row["extra"]["failed"]
-    )
-
-
-def test_peers_that_are_not_there(monkeypatch):
-    with pytest.raises(
-        UserError, match="flash-linear-attention cannot be timed yet; --vs knows infini-trans"
-    ):
-        rows_of(asked(vs=["flash-linear-attention"]))
-    monkeypatch.setattr(efficiency_peers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="is not installed; run `pip install infini-transformer-pytorch`"):
-        rows_of(asked(vs=[PEER]))
-
-
 # --- records, table, figure -----------------------------------------------------------------------------
 
 
@@ -264,6 +230,11 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     assert {line["model"] for line in lines} == {
         *(f"infini_linear\n{name}" for name in ("b1-l3-w32-h4-d8-n8", "b1-h4-d8-n8", PEER))
     }
+    assert first["decode, tokens/s"] == "500" and first["decode, ms a token"] == "2\n[2, 2]"
+    weights = {line["model"]: line["params"] for line in lines if line["form"] != "model"}
+    assert first["params"] == f"{found[0].params:,}" and weights["infini_linear\nb1-h4-d8-n8"] == "—"
+    theirs = next(row["extra"]["params"] for r in found for row in r.metrics if "params" in row["extra"])
+    assert weights[f"infini_linear\n{PEER}"] == f"{theirs:,}" != first["params"]
     assert "local\n(" in next(line["form"] for line in lines if line["form"].startswith("local"))
     assert "1 to 1 TFLOP/s; a copy, 100 to 100 GB/s" in sheet.caption
     rows = [row for row in tidy(found) if row["table"] == "efficiency"]
@@ -274,6 +245,33 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     assert len(dotted) == 3 + 2 * 3, "a bound beside each time of ours, and of each operator"
     assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes if ax.lines)
     assert svg("efficiency", rows).startswith("<?xml")
+
+
+def test_documents_beyond_1m_tokens_are_compared_with_1m():
+    """Of a row: time a token, peak memory, of the longest over those of 1M; none without the two."""
+
+    def rows(length, forward, peak, decode):
+        sizes = {"length": length, "protocol": "model", "extra": {"peak_tflops": 1.0, "copy_gb_per_s": 1.0}}
+        times = (("forward_ms", forward), ("decode_ms", decode))
+        found = [fakes.row(metric, value, **copy.deepcopy(sizes)) for metric, value in times]
+        return [*found, fakes.row("peak_bytes", peak, **copy.deepcopy(sizes), position="forward")]
+
+    def profiled(*metrics, **settings):
+        config = {"task": {"name": "efficiency"}, **settings}
+        return fakes.record(metrics=[row for each in metrics for row in each], config=config)
+
+    many, ten = rows(1 << 20, 1000.0, 4.0, 2.0), rows(10 << 20, 10500.0, 5.0, 2.5)
+    titles, sheet = sheet_text([profiled(rows(1024, 1.0, 1.0, 1.0), many, ten)], "efficiency")
+    grown = [dict(zip(titles, line, strict=True)) for line in sheet.rows]
+    wanted = {"forward time a token, x 1M": "1.050", "forward peak memory, x 1M": "1.250"}
+    wanted |= {"decode time, x 1M": "1.250"}
+    for title, value in wanted.items():
+        assert [line[title] for line in grown] == ["—", "—", value]
+    assert "decode peak memory, x 1M" not in titles
+    assert not any("x 1M" in title for title in sheet_text([profiled(many)], "efficiency")[0])
+    other = profiled(many, **{"trainer.checkpoint_segments": 8})
+    lines = sheet_text([profiled(many, ten), other], "efficiency")[1].rows
+    assert len(lines) == 3, "activations that are recomputed are another measurement"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,12 @@ PROFILED = {  # by level: what is profiled unless the user says so
     "model": "local_block,infini_linear,infini_delta,full",
     "operator": "infini_linear,infini_delta",
 }
+MATCHES = {  # and with --vs: the models that a package can be compared with
+    "infini-transformer-pytorch": "infini_linear,infini_delta",
+    "memorizing-transformers-pytorch": "memorizing",
+    "recurrent-memory-transformer-pytorch": "rmt",
+    "flash-linear-attention": "infini_linear,infini_delta_token",
+}
 
 
 @app.command()
@@ -109,7 +115,9 @@ def check(
 @app.command()
 def profile(
     overrides: Overrides = None,
-    models: Annotated[str | None, typer.Option(help="Models with commas; unset: by level.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models with commas; unset: by level, or those that --vs compares.")
+    ] = None,
     level: Annotated[str, typer.Option(help="model, or operator: one layer's memory.")] = "model",
     lengths: Annotated[str | None, typer.Option(help="Tokens, e.g. 1K,10K,1M (K = 1024).")] = None,
     vs: Annotated[str | None, typer.Option(help="Installed packages, timed beside: PACKAGE,...")] = None,
@@ -122,7 +130,8 @@ def profile(
     Forward, training step and decoding, beside local attention only. `infini-bench report` makes a table and
     a figure, efficiency, of the records. What was profiled before is done; force=true times it again.
     """
-    names = models or PROFILED.get(level, PROFILED["model"])
+    matches = [MATCHES[name] for name in (vs or "").split(",") if name in MATCHES]
+    names = models or ",".join(matches) or PROFILED.get(level, PROFILED["model"])
     options = ["task=efficiency", f"scale={scale}", f"task.level={level}", f"model={names}"]
     if lengths is not None:
         options.append(f"task.lengths=[{','.join(str(parse_length(n)) for n in lengths.split(','))}]")

@@ -160,6 +160,20 @@ def _both(metric: str, digits: int) -> Callable[[Line], str]:
     return cell
 
 
+def _non_finite(line: Line) -> str:
+    """Trainings that a loss or gradient of NaN or infinity ended, of how many: recall's above lm's."""
+    rows = [find(line, "non_finite", condition=task) for task in ("recall", "lm")]
+    return "\n".join(f"{row['value']:.0f} of {row['n']}" if row else ABSENT for row in rows)
+
+
+def _floats(line: Line) -> str:
+    """What recall's and lm's model carry, one above the other; nobody counted a failed training's."""
+    found = {
+        row["config"]["task"]["name"]: row["state_floats"] for row in line if row["state_floats"] is not None
+    }
+    return "\n".join(number(found.get(task), 0) for task in ("recall", "lm"))
+
+
 OFF = [
     Column("bits/byte, memory off", measured("bits_per_byte_memory_off", 3)),
     Column("bits/byte, other memory", measured("bits_per_byte_other_memory", 3)),
@@ -174,8 +188,12 @@ GATES = [
 NORMS = [
     Column("gradient norm, mean (recall, lm)", _both("grad_norm_mean", 2)),
     Column("gradient norm, max (recall, lm)", _both("grad_norm_max", 1)),
+    Column("ended by NaN (recall, lm)", _non_finite),
 ]
-SPEED = [Column("training tokens/s (recall, lm)", _both("train_tokens_per_s", 0))]
+COST = [
+    Column("training tokens/s (recall, lm)", _both("train_tokens_per_s", 0)),
+    Column("memory floats (recall, lm)", _floats),
+]
 
 
 def _caption_view(what: str) -> Callable[[list[Row]], str]:
@@ -191,12 +209,18 @@ BUILDERS: dict[str, Callable[[list[Row]], list[Column]]] = {
     "diag_mqar": _mqar,
     "diag_features": _view(*NORMS),
     "diag_gates": _view(*OFF, *GATES),
-    "diag_local": _view(*SPEED),
+    "diag_local": _view(*COST),
 }
 CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "diag_recall": _caption_recall,
     "diag_mqar": _caption_mqar,
-    "diag_features": _caption_view("Gradient norms: over all training steps, before clipping. "),
+    "diag_features": _caption_view(
+        "Gradient norms: over all training steps, before clipping. Ended by NaN: trainings whose loss or "
+        "gradient was not finite, at which they stop, of those that were begun. "
+    ),
     "diag_gates": _caption_view("Gate: mean sigmoid over tokens of filler and of the question's segment. "),
-    "diag_local": _caption_view("Tokens a second: of the whole training, on the machine as busy as it was. "),
+    "diag_local": _caption_view(
+        "Tokens a second: of the whole training, on the machine as busy as it was. Memory floats: what the "
+        "memory and its local attention carry over a segment's end. "
+    ),
 }

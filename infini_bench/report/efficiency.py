@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infini_bench.report.cells import ABSENT, MODEL, Column, Line, Row, find
+from infini_bench.report.cells import ABSENT, MODEL, Column, Line, Row, find, number
 from infini_bench.units import format_length
 
 TITLES = {"efficiency": "Time and memory against length, untrained"}
 LINES = {"efficiency": ("protocol", "condition", "length")}
 GiB, MiB = 1 << 30, 1 << 20
+MANY = 1 << 20  # tokens; what longer documents are compared with
 
 
 def cell(metric: str, position: str | None = None, unit: float = 1.0) -> Callable[[Line], str]:
@@ -38,8 +39,51 @@ def _form(line: Line) -> str:
     return (line[0]["condition"] or line[0]["protocol"]) + named
 
 
+def _weights(line: Line) -> str:
+    """Parameters of a whole model; a peer's, whose lines have a condition, stand in its rows."""
+    first = line[0]
+    if first["protocol"] != "model":
+        return ABSENT
+    return number(first["extra"].get("params") if first["condition"] else first["params"], 0)
+
+
+def _growth(rows: list[Row]) -> list[Column]:
+    """What a document longer than 1M tokens costs over one of 1M, where both are measured."""
+    keys = ("model", "variant", "protocol", "condition", "metric", "position")
+
+    def value(row: Row) -> float | None:
+        """Of a document's token, where the whole document is timed."""
+        whole = row["metric"] == "forward_ms" and row["value"] is not None
+        return row["value"] / row["length"] if whole else row["value"]
+
+    base = {tuple(row[key] for key in keys): value(row) for row in rows if row["length"] == MANY}
+
+    def ratio(row: Row) -> float | None:
+        own, before = value(row), base.get(tuple(row[key] for key in keys))
+        return own / before if row["length"] > MANY and own and before else None
+
+    columns = []
+    for title, metric, position in (
+        ("forward time a token, x 1M", "forward_ms", None),
+        ("forward peak memory, x 1M", "peak_bytes", "forward"),
+        ("decode time, x 1M", "decode_ms", None),
+        ("decode peak memory, x 1M", "peak_bytes", "decode"),
+    ):
+        own = [row for row in rows if (row["metric"], row["position"]) == (metric, position)]
+
+        def text(line: Line, metric: str = metric, position: str | None = position) -> str:
+            row = find(line, metric, position=position, condition=line[0]["condition"])
+            return number(ratio(row) if row else None, 3)
+
+        columns += [Column(title, text)] if any(ratio(row) for row in own) else []
+    return columns
+
+
 def _columns(rows: list[Row]) -> list[Column]:
-    times = [Column(f"{mode}, ms", cell(f"{mode}_ms")) for mode in ("forward", "train", "decode")]
+    times = [
+        Column(f"{mode}, ms" + " a token" * (mode == "decode"), cell(f"{mode}_ms"))
+        for mode in ("forward", "train", "decode")
+    ]
     rates = [
         Column(f"{mode}, {words}", cell(metric, mode, unit), wide=mode != "forward")
         for metric, words, unit in (
@@ -49,6 +93,7 @@ def _columns(rows: list[Row]) -> list[Column]:
         )
         for mode in ("forward", "train")
     ]
+    rates.insert(2, Column("decode, tokens/s", cell("tokens_per_s", "decode")))
     ratios = {
         "ratio_to_local_forward": "x local, forward",
         "ratio_to_local_train": "x local, train",
@@ -64,7 +109,9 @@ def _columns(rows: list[Row]) -> list[Column]:
         *times,
         *rates,
         Column("state, MiB", cell("state_bytes", unit=MiB)),
+        *_growth(rows),
         *(Column(title, cell(metric)) for metric, title in ratios.items() if metric in there),
+        Column("params", _weights, wide=True),
     ]
 
 
@@ -78,8 +125,9 @@ def _caption(rows: list[Row]) -> str:
         "token after it. Operator: one layer's memory given projections; local (the floor) and full: "
         "scaled_dot_product_attention with the fastest backend, in parentheses. Peak: of a matrix product "
         f"in the same run, {peak}. x local: this over local attention only; full, peer / this: higher is "
-        "better. Peak GiB: of tensors on a GPU, of the process on a CPU. A peer's rows stand under its name, "
-        "with the shape as their form."
+        "better. Peak GiB: of tensors on a GPU, of the process on a CPU. x 1M: over the same at "
+        "1M tokens. A peer's rows stand under its name, with the shape as their form; an operator's under "
+        "ours, with its own name."
     )
 
 

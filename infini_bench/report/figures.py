@@ -134,22 +134,42 @@ def _recall_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
 
 
 def mqar(rows: list[Row]) -> Figure:
-    """Accuracy against pairs: a panel for each distance, a line for each model."""
+    """Accuracy against pairs: a panel for each distance, a line for each model; then against state size."""
     kept = [row for row in rows if row["condition"] == f"{row['extra']['pairs']} pairs"]
-    groups = [
-        [row for row in sheet if row["position"] == place]
+    sheets = [
+        [[row for row in sheet if row["position"] == place] for place in distances(sheet)]
         for sheet in grouped(kept, SHEET)
-        for place in distances(sheet)
     ]
-    figure, axes = panels(len(groups), 4, sharey=True)
-    for each, group in zip(axes, groups, strict=True):
-        for line in grouped(group, ("model", "variant")):
-            curve(each, labels(kept), line, [float(row["extra"]["pairs"]) for row in line])
-        trained_marks(each, {max(row["config"]["task"]["train_pairs"]) for row in group})
-        percent_axes(each, group, "pairs")
-        each.set_title(f"asked {group[0]['position']} segments later: {_place(group[0])}", fontsize=8)
+    figure, axes = panels(2 * sum(map(len, sheets)), max(map(len, sheets)), sharey=True)
+    drawings = [(draw, group) for sheet in sheets for draw in (_pairs_panel, _state_panel) for group in sheet]
+    for each, (draw, group) in zip(axes, drawings, strict=True):
+        draw(each, labels(kept), group)
         each.set_ylabel("right values, %")
     return legend(figure, axes)
+
+
+def _pairs_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
+    for line in grouped(rows, ("model", "variant")):
+        curve(axes, names, line, [float(row["extra"]["pairs"]) for row in line])
+    trained_marks(axes, {max(row["config"]["task"]["train_pairs"]) for row in rows})
+    percent_axes(axes, rows, "pairs")
+    axes.set_title(f"asked {rows[0]['position']} segments later: {_place(rows[0])}", fontsize=8)
+
+
+def _state_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
+    """A point with its interval for each model, at the floats it carries and the most pairs asked of all."""
+    each = grouped([row for row in rows if row["state_floats"] is not None], ("model", "variant"))
+    common = set.intersection(*({row["extra"]["pairs"] for row in line} for line in each)) if each else set()
+    for row in (row for line in each for row in line if row["extra"]["pairs"] == max(common, default=None)):
+        value, low, high = (_float(row[key]) for key in ("value", "ci_low", "ci_high"))
+        error = [[np.nan_to_num(value - low)], [np.nan_to_num(high - value)]]
+        axes.errorbar([row["state_floats"]], [value], yerr=error, capsize=2, **look(_number(names, row)))
+    percent_axes(axes, rows, "floats carried over a segment's end")
+    floats = [row["state_floats"] for row in rows if row["state_floats"]]
+    axes.set_xscale("symlog", base=2, linthresh=min(floats, default=1))  # some models carry none
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.tick_params(axis="x", labelrotation=45, labelsize=7)
+    axes.set_title(f"{max(common, default=0)} pairs, asked {rows[0]['position']} segments later", fontsize=8)
 
 
 def features(rows: list[Row]) -> Figure:

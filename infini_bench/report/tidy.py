@@ -77,6 +77,7 @@ TABLE2 = (
 )
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy")
+COUNTS = ("non_finite",)
 # How a run is computed, saved and watched: no number depends on it beyond rounding.
 NEUTRAL = (
     *("trainer.compile", "trainer.checkpoint_segments", "trainer.log_every", "trainer.validate_every"),
@@ -211,9 +212,9 @@ def _training(record: Record) -> list[dict[str, Any]]:
     speed = record.tokens / train["seconds"] if record.tokens and train.get("seconds") else None
     values = {"final_loss": train.get("final_loss"), "train_tokens_per_s": speed}
     values |= {key: train.get(key) for key in ("grad_norm_mean", "grad_norm_max")}
-    extra = (
-        {"failed": (record.error or "killed").strip().splitlines()[-1]} if record.status == "failed" else {}
-    )
+    why = (record.error or "killed").strip().splitlines()[-1] if record.status == "failed" else ""
+    values["non_finite"] = float(bool(re.search(r"Step \d+ gave loss", why)))  # which ends a training
+    extra = {"failed": why} if why else {}
     blank = {"position": None, "condition": record.task, "dataset": record.config["data"]["name"]}
     return [{**blank, "metric": name, "value": value, "extra": extra} for name, value in values.items()]
 
@@ -305,7 +306,7 @@ def setup_of(record: Record) -> dict[str, str]:
     flat: dict[str, str] = {}
     left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir"}
     if record.task == "efficiency":
-        left_out.remove("trainer.compile")  # no number but those of a clock depends on it
+        left_out -= {"trainer.compile", "trainer.checkpoint_segments"}  # nothing but speed and memory do
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -331,12 +332,14 @@ def setup_of(record: Record) -> dict[str, str]:
 
 
 def _aggregate(rows: list[Row]) -> Row:
-    """A cell's rows, one a seed, as one: proportions are pooled, other metrics averaged.
+    """A cell's rows, one a seed, as one: proportions are pooled, COUNTS added, other metrics averaged.
 
     A pooled proportion's interval is Wilson's, for as many trials as the seeds' spread leaves.
     """
     values = [row["value"] for row in rows]
     first = rows[0]
+    if first["metric"] in COUNTS:
+        return _summed_up(rows, (sum(values), None, None, len(rows)))
     if None in values:  # a run that gave no finite number: shown as such, not averaged away
         rows = sorted(rows, key=lambda row: row["value"] is None)  # its reason is the last one's
         return _summed_up(rows, (None, None, None, first["n"]))

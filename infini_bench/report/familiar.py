@@ -3,7 +3,8 @@
 Measure: bits per byte of a book's opening under the pretrained model itself, before any adaptation, within
 one window of attention:
 
-    infini-bench eval lm --base BASE model=local_block memory.segment=2048 --length 2K data=booksum_local
+    infini-bench eval lm --base BASE model=local_block memory.segment=2048 --length 2K data=booksum_local \
+        task.max_documents=null task.controls=false
 
 Books below the median of the split are called ``known``, the others ``obscure``. It is a proxy: a text that
 was read many times costs few bits, and so does plain prose. So the same halves are also given for what knows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infini_bench.report import paper
+from infini_bench.report import adapted, paper
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -115,6 +115,7 @@ def _table(rows: list[Row]) -> list[Column]:
             for c in CONTROLS
         ),
         *(Column(f"Δ vs {name}", here("delta_overall", 2, name, "+")) for name in (*CONTROLS, *SUMMARIES)),
+        *adapted.columns(rows),
         *BUDGET,
         Column(
             f"{paper.HEADER}: R-1 / R-2 / R-L / overall", lambda line: _printed(line[0]["model"]), wide=True
@@ -140,6 +141,7 @@ def _caption(rows: list[Row]) -> str:
         "above zero is better. Extractive lines have no weights; their length was chosen on validation. "
         "In brackets 95 % intervals: over books with one seed, over seeds (Student) with several."
         + (" Models with the paper's numbers alone were not run here." if printed_only(rows, 2) else "")
+        + adapted.caption(rows)
     )
 
 

@@ -284,7 +284,7 @@ def _has_column(record: Record, table: str) -> bool:
     """Whether the protocol of a run's training stands in a column of the table, so that it names no row."""
     shown = {row.get("protocol") for row in record.metrics} - {None}
     trained = str(record.config["task"].get("protocol"))
-    return table not in VIEWS and bool(shown) and all(name.startswith(trained) for name in shown)
+    return table not in VIEWS and bool(shown) and all(str(name).startswith(trained) for name in shown)
 
 
 def pretrained(config: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from infini_bench.cli.main import app
 from infini_bench.data import Tokenizer, build_tokenizer, load_documents
 from infini_bench.data.tokenizers import PretrainedTokenizer
 from infini_bench.report.records import read_records
+from infini_bench.report.tidy import tidy
 from infini_bench.schema import DataConfig
 
 BASE = "bases/smol.gguf"
@@ -100,6 +101,14 @@ def test_models_from_scratch_have_no_such_columns_and_a_zero_shot_has_no_after()
     titles, sheet = sheet_text([zero, language(bits=2.0)], "table3_passkey")
     assert [title for title in titles if "bits/byte" in title] == ["bits/byte, before"]
     assert sheet.rows[0][titles.index("bits/byte, before")].startswith("2.000")
+    assert "512" in titles and sheet.rows[0][titles.index("trained at")] == "—"
+    zero.config["trainer"]["lr"] = 0.1  # of a training that there was not
+    names = {r["variant"] for r in tidy([zero, *chain()]) if r["table"] == "table3_passkey"}
+    assert names == {"data.tokenizer=bpe", "data.tokenizer=smol.gguf"}
+    asis, tuned = (booksum(config={"base": {"model": BASE}}, id=name) for name in ("asis", "tuned"))
+    asis.train, tuned.train, asis.config_hash = {}, {"id": "x", "task": "booksum", "tokens": 5}, "other"
+    names = {r["variant"] for r in tidy([asis, tuned]) if r["table"] == "table4_booksum"}
+    assert names == {"trained.task=null", "trained.task=booksum"}, "they never share a row"
 
 
 def test_another_segment_or_corpus_is_no_before():

@@ -150,7 +150,7 @@ def _table3(rows: list[Row]) -> list[Column]:
         MODEL,
         SEEDS,
         Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
-        Column("trained at", lambda line: format_length(_trained_length(line[0]["config"]))),
+        Column("trained at", _trained),
         *(Column(_header(rows, length), _passkey(length, places)) for length in lengths),
         *(Column(f"{format_length(length)}, all depths", _found(length)) for length in pooled),
         *adapted.columns(rows),
@@ -165,8 +165,14 @@ def _places(rows: list[Row]) -> list[str]:
 
 
 def _header(rows: list[Row], length: int) -> str:
-    within = all(length <= _trained_length(row["config"]) for row in rows)
+    trained = [row for row in rows if row["train_tokens"] is not None]
+    within = trained and all(length <= _trained_length(row["config"]) for row in trained)
     return format_length(length) + ("*" if within else "")
+
+
+def _trained(line: Line) -> str:
+    """A pretrained model as it is was trained at no length of keys."""
+    return ABSENT if line[0]["train_tokens"] is None else format_length(_trained_length(line[0]["config"]))
 
 
 def _trained_length(config: Row) -> int:

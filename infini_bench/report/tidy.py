@@ -109,6 +109,11 @@ WEIGHTS = ("decoder", "memory", "base", "trainer", "scale")  # settings of what 
 PLACED = ("base.model", "data.path", "data.tokenizer", "memory.kind", "task.memory.kind")
 # What follows from settings, or from files that have changed: named where no setting tells two runs apart.
 DERIVED = ("trained.steps", "data_fingerprint", "tokenizer_fingerprint")
+# Settings of a training, which name no row of a pretrained model that was asked as it is.
+OF_TRAINING = (
+    *("trainer.", "trained.", "base.freeze", "base.lora", "base.save", "decoder.init_std", "task.train_"),
+    *("task.segments", "task.own_segment", "task.crossing", "task.text_share", "task.lm_weight"),
+)
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
@@ -258,12 +263,15 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
         for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
             rivals = {key: same if _own(key) else [other for _, other in group] for key in keys}
+            for key in (key for key in keys if key.startswith(OF_TRAINING)):
+                rivals[key] = [other for other in rivals[key] if key in other]
             differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
             differing = [key for key in differing if key not in DERIVED]
             shape = OF_SHAPE if place[0] == "efficiency" else ()
             differing = [key for key in differing if key not in ("model", *shape)]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
             named = sorted({*differing, *own, *_decisive(setup, [other for _, other in group], keys)})
+            named = [key for key in named if key in setup or not key.startswith(OF_TRAINING)]
             names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
 
@@ -346,6 +354,11 @@ def _setup(record: Record, but: str | None = None) -> dict[str, str]:
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
+    if pretrained(record.config) and "id" not in record.train:  # asked as it is
+        flat = {key: value for key, value in flat.items() if not key.startswith(OF_TRAINING)}
+        return (
+            flat if but else {**flat, "trained.task": "null"}
+        )  # where no protocol tells it from a trained one
     trained = {key: record.train.get(key) for key in ("task", "data", "steps")}
     walk("trained", {**trained, "corpus": _place(record.train.get("path"))})
     return flat

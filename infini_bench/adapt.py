@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from infini_bench.cli.bridge import compose_run, given, quote
 from infini_bench.errors import UserError
-from infini_bench.origin import find_origin
+from infini_bench.origin import find_origin, trained_config
 from infini_bench.pretrained import is_own, looks_local, merge_lora
 from infini_bench.report.records import Record
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
 
-STAGES = ("pretrain", "passkey", "needles", "booksum")
+STAGES = ("pretrain", "passkey", "needles", "booksum", "pretrain_paper", "passkey_paper")
+OF_STAGE = re.compile(rf"([+~]*)({'|'.join(STAGES)})\.(.+)", re.DOTALL)  # an override for one stage only
 
 
 def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Record]:
     """Train ``model`` (hub id, folder, GGUF file or run folder) through ``stages``, each from the one before.
 
-    overrides hold for every stage. A stage that is recorded as done is not run again; an interrupted one ends
-    the call. Returns the records. Raises UserError for what does not exist, before anything is trained.
+    overrides hold for every stage, those that begin with a stage's name (``pretrain.task.sequence=512``) for
+    that one only. A stage that is recorded as done is not run again; an interrupted one ends the call.
+    Returns the records. Raises UserError for what does not exist, before anything is trained.
     """
     from infini_bench.run import run_train
 
@@ -32,16 +35,33 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
             raise UserError(
                 f'There is no stage "{stage}"{suggest(stage, STAGES)}; choose {", ".join(STAGES)}.'
             )
-        check_read(given(overrides), [compose_run(_words(model, stage, overrides))])
+    check_stages(stages, overrides)
+    for stage in stages:
+        own = of_stage(stage, overrides)
+        check_read(given(own), [compose_run(_words(model, stage, own))])
     records: list[Record] = []
     for stage in stages:
-        words = _words(model, stage, overrides)
+        words = _words(model, stage, of_stage(stage, overrides))
         record = run_train(compose_run(words), command=["infini-bench", "train", *words])
         records.append(record)
         if record.status != "done":
             break
         model = record.train["folder"]
     return records
+
+
+def of_stage(stage: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides that hold for ``stage``, as Hydra reads them; its own come last and so win."""
+    matches = [(word, OF_STAGE.fullmatch(word)) for word in overrides]
+    own = [match[1] + match[3] for _, match in matches if match and match[2] == stage]
+    return [*(word for word, match in matches if not match), *own]
+
+
+def check_stages(stages: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raises UserError for an override of a stage that is not run."""
+    for word in overrides:
+        if (match := OF_STAGE.fullmatch(word)) and match[2] not in stages:
+            raise UserError(f"{word} is for the stage {match[2]}, which is not among --stages; leave it out.")
 
 
 def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:
@@ -55,11 +75,23 @@ def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:
 def added(record: Record) -> str:
     """What the memory added to the model, in one sentence."""
     train, floats = record.train, record.state_floats or 0
+    before = train.get("tokens_before", 0)
+    stages = f" ({before:,} of them in the stages before)" if before else ""
     return (
-        f"{record.config['base']['model']}: {record.params:,} parameters, {train['trained_parameters']:,} of "
-        f"them trained and {train['memory_parameters']:,} the memory's; state: {4 * floats:,} "
+        f"{root(record.config['base']['model'])}: {record.params:,} parameters, "
+        f"{train['trained_parameters']:,} of them trained and {train['memory_parameters']:,} the memory's; "
+        f"{before + (record.tokens or 0):,} tokens of training{stages}; state: {4 * floats:,} "
         "bytes a sequence in float32."
     )
+
+
+def root(model: str) -> str:
+    """The pretrained model that a chain of stages began with; the first run, if that began from scratch."""
+    from infini_bench.train.checkpoint import find_checkpoint
+
+    while is_own(model) and (before := trained_config(find_checkpoint(Path(model))).base.model):
+        model = before
+    return model
 
 
 def export(checkpoint: Path | str, out: Path) -> None:

@@ -81,7 +81,7 @@ def run_train(
         record.state_floats = result.state_floats
         losses = ["final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
-        keys = ["steps", "seconds", *losses, *sizes, "segmentwise", "gates"]
+        keys = ["steps", "seconds", "tokens_before", *losses, *sizes, "segmentwise", "gates"]
         record.train |= {key: getattr(result, key) for key in keys}
         record.train["curve"] = curve(folder / "metrics.jsonl")
     if progress is None and leads():
@@ -175,10 +175,15 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
 
 
 def train_reference(trained: RunConfig, path: Path) -> dict[str, Any]:
-    """What an evaluation's record says about the training of checkpoint ``path``. Tokens: up to there."""
+    """What an evaluation's record says about the training of checkpoint ``path``.
+
+    Tokens: up to there; those of the stages before by themselves.
+    """
     run = path.parent.parent.name if path.parent.name == "checkpoints" else checkpoint_name(path)
     state = read_json(path / "state.json") if (path / "state.json").exists() else {}
     counts = {"steps": state.get("step"), "tokens": state.get("tokens"), "seconds": state.get("seconds")}
+    if state.get("tokens_before"):
+        counts["tokens_before"] = state["tokens_before"]
     digest = records.config_hash(to_dict(trained))
     corpus = {"task": trained.task.name, "data": trained.data.name, "path": trained.data.path}
     corpus["train_kind"] = getattr(trained.task, "train_kind", None)

@@ -136,6 +136,39 @@ def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path,
         adapt.adapt(first.train["folder"], ["pretrain"], [*small, *places, "memory.update=delta"])
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_overrides_for_one_stage_and_tokens_of_all_stages(base, tmp_path):
+    places = [f"{name}={tmp_path / name}" for name in ("runs", "records", "data.cache_dir")]
+    small = ["data=embedded", "data.max_documents=2", "memory.segment=32", "trainer.steps=2", "device=cpu"]
+    small += ["trainer.batch=2", "trainer.save_every=null", "trainer.validate_rows=1", "trainer.warmup=1"]
+    own = ["pretrain.task.sequence=64", "booksum.task.train_input_tokens=64", "booksum.trainer.batch=1"]
+    own += ["booksum.task.train_summary_tokens=40"]
+    first, second = adapt.adapt(str(base), ["pretrain", "booksum"], [*own, *small, *places])
+    assert [r.config["trainer"]["batch"] for r in (first, second)] == [2, 1]
+    assert first.config["task"]["sequence"] == 64 and first.tokens == 2 * 2 * 64
+    assert (first.train["tokens_before"], second.train["tokens_before"]) == (0, first.tokens)
+    words = adapt.added(second)
+    assert words.startswith(f"{base}: ") and f"{first.tokens + second.tokens:,} tokens of training" in words
+    asked = [f"checkpoint={second.train['folder']}", "task.max_new_tokens=4", "task.max_books=1"]
+    asked += ["task.lengths=[]", "task.input_tokens=64", "task.samples=1", "data.max_documents=2"]
+    cfg = compose_run(["task=booksum", *asked, *places])
+    found = run_eval(cfg, given={word.partition("=")[0] for word in asked}, command=[])
+    assert (found.train["tokens"], found.train["tokens_before"]) == (second.tokens, first.tokens)
+    with pytest.raises(UserError, match="stage booksum, which is not among"):
+        adapt.adapt(str(base), ["pretrain"], [*own, *small, *places])
+
+
+def test_the_papers_protocol_scaled_down():
+    """20M tokens of text at 4K, then 400 steps on prompts of 4K to 6K, segments of 2K, labelled so."""
+    text, keys = (
+        compose_run([f"experiment=adapt_{s}_paper", "data.path=x"]) for s in ("pretrain", "passkey")
+    )
+    assert text.trainer.steps * text.trainer.batch * text.task.sequence == pytest.approx(20e6, rel=0.01)
+    assert (text.task.sequence, keys.trainer.steps, keys.task.segments) == (4096, 400, 3)
+    assert text.memory == keys.memory and keys.memory.segment == 2048 and not keys.trainer.curriculum
+    assert keys.task.protocol == "paper, scaled down" and keys.task.trials == 20 and not keys.task.text_share
+
+
 def test_what_cannot_be_loaded_is_told(tmp_path, base):
     for name in (str(tmp_path / "nothing"), str(tmp_path / "nothing.gguf")):
         with pytest.raises(UserError, match="cannot be loaded"):

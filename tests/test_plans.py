@@ -11,6 +11,7 @@ from infini_bench.models import build_model
 from infini_bench.plans import Plan, Setting, plan_names, read_plan
 from infini_bench.report.tidy import NAMES, TABLES, VIEWS
 from infini_bench.reproduce import plan
+from infini_bench.tasks import build_task
 
 # Plans of settings that no released memory has yet are data only: what they vary must not exist by accident.
 FUTURE = ("diag_features", "diag_gates", "diag_local")
@@ -117,6 +118,19 @@ def test_a_sweep_of_rates_has_the_models_of_table2_on_validation(tmp_path):
         ]
     found = sizes(jobs[:13])
     assert len(found) == 13 and max(found.values()) / min(found.values()) < 1.02
+
+
+@pytest.mark.parametrize("scale", ["gpu", "laptop", "smoke"])
+@pytest.mark.parametrize("name", ["table3_hard", "diag_mqar"])
+def test_rivals_have_equal_parameters_outside_table_2_too(name, scale, tmp_path):
+    sizes = {}
+    for job in plan(name, scale, tmp_path, None, None, data=tmp_path):
+        words = build_task(job.cfg).tokenizer.vocab_size if name == "diag_mqar" else job.cfg.data.vocab_size
+        with torch.device("meta"):
+            model = build_model(job.cfg.decoder, job.cfg.memory, words)
+        sizes[job.cfg.model] = sum(p.numel() for p in model.parameters())
+    assert {"armt", "rmt", "infini_linear"} <= set(sizes)
+    assert max(sizes.values()) / min(sizes.values()) < 1.02
 
 
 def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from report_fakes import CONFIG, lm, passkey, record, sheet_text
+from report_fakes import CONFIG, booksum, lm, passkey, record, row, sheet_text
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -12,6 +12,7 @@ from infini_bench.cli.main import app
 from infini_bench.data import Tokenizer, build_tokenizer, load_documents
 from infini_bench.data.tokenizers import PretrainedTokenizer
 from infini_bench.report.records import read_records
+from infini_bench.report.tidy import tidy
 from infini_bench.schema import DataConfig
 
 BASE = "bases/smol.gguf"
@@ -54,10 +55,40 @@ def test_bits_per_byte_before_and_after_stand_in_the_row_of_the_keys():
     assert "Bits/byte of embedded (validation): before, of the pretrained" in sheet.caption
 
 
+def test_they_stand_in_every_line_of_needles_and_of_summaries():
+    (first, second, _, text), before = chain(), language(bits=2.0, id="base")
+    columns = {"length": 4096, "n": 10, "protocol": "curriculum", "split": "test", "position": "start"}
+    found = [row("exact_match", 90.0, condition=name, **columns) for name in ("number", "uuid")]
+    task = {"name": "needles", "digits": 10, "distractors": 3, "values": 4, "segments": 16, "depths": ["0"]}
+    asked = {"task": task, "base": {"model": "runs/first0"}}
+    summaries = booksum(config={"base": {"model": "runs/first0"}}, id="books")
+    for metric in [*summaries.metrics]:
+        summaries.metrics.append({**metric, "position": "wikipedia"})
+    for table, shown in (
+        ("table3_hard", record(metrics=found, config=asked)),
+        ("table4_booksum", summaries),
+    ):
+        shown.train = {"id": "second0", "tokens": 5}
+        titles, sheet = sheet_text([first, second, shown, text, before], table)
+        lines = [dict(zip(titles, cells, strict=True)) for cells in sheet.rows]
+        assert len(lines) == 2 and "Bits/byte of embedded (validation)" in sheet.caption
+        for line in lines:
+            assert line["bits/byte, before"].startswith("2.000")
+            assert line["bits/byte, after"].startswith("2.125")
+        assert "bits/byte, after" not in sheet_text([booksum()], "table4_booksum")[0]
+
+
+def test_tokens_of_training_are_those_of_all_stages():
+    keys = chain()[2]
+    keys.train |= {"tokens": 1_773, "tokens_before": 3_000}
+    titles, sheet = sheet_text([keys], "table3_passkey")
+    assert sheet.rows[0][titles.index("train tokens")] == "4,773"
+
+
 def test_text_cut_to_a_length_makes_no_column_of_that_length():
     records = chain()
-    for row in records[-1].metrics:
-        row["length"] = 65536
+    for metric in records[-1].metrics:
+        metric["length"] = 65536
     titles, sheet = sheet_text(records, "table3_passkey")
     assert "64K" not in titles and "bits/byte, after" in titles and "needle at start/middle" in sheet.caption
 
@@ -70,6 +101,14 @@ def test_models_from_scratch_have_no_such_columns_and_a_zero_shot_has_no_after()
     titles, sheet = sheet_text([zero, language(bits=2.0)], "table3_passkey")
     assert [title for title in titles if "bits/byte" in title] == ["bits/byte, before"]
     assert sheet.rows[0][titles.index("bits/byte, before")].startswith("2.000")
+    assert "512" in titles and sheet.rows[0][titles.index("trained at")] == "—"
+    zero.config["trainer"]["lr"] = 0.1  # of a training that there was not
+    names = {r["variant"] for r in tidy([zero, *chain()]) if r["table"] == "table3_passkey"}
+    assert names == {"data.tokenizer=bpe", "data.tokenizer=smol.gguf"}
+    asis, tuned = (booksum(config={"base": {"model": BASE}}, id=name) for name in ("asis", "tuned"))
+    asis.train, tuned.train, asis.config_hash = {}, {"id": "x", "task": "booksum", "tokens": 5}, "other"
+    names = {r["variant"] for r in tidy([asis, tuned]) if r["table"] == "table4_booksum"}
+    assert names == {"trained.task=null", "trained.task=booksum"}, "they never share a row"
 
 
 def test_another_segment_or_corpus_is_no_before():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -112,6 +113,39 @@ def test_scale_device_and_corpus_never_mix(change):
 def test_other_tests_and_protocols_never_mix():
     changed = lm(seed=1, data_fingerprint="ffff")
     assert {r["variant"] for r in tidy([lm(), changed])} == {"data_fingerprint=null", "data_fingerprint=ffff"}
+
+
+def test_no_path_and_nothing_that_follows_from_a_setting_names_a_row():
+    numbers = itertools.count()
+
+    def run(steps, folder, **changes):
+        places = {"data.path": f"{folder}/books", "data.tokenizer": f"{folder}/smol.gguf"}
+        config = {**places, "base": {"model": f"{folder}/smol.gguf"}, "trainer.steps": steps}
+        found = passkey(config=config, data_fingerprint="f0", **changes)
+        found.config_hash = found.id = f"run{next(numbers)}"
+        found.config["task"] = {**found.config["task"], "protocol": "curriculum"}
+        found.train = {"id": f"{folder}/x", "steps": steps, "path": f"{folder}/books", "tokens": 5}
+        return found
+
+    variants = {r["variant"] for r in tidy([run(10, "/here"), run(10, "/there", seed=1)])}
+    assert variants == {None}
+    variants = {r["variant"] for r in tidy([run(10, "/here"), run(20, "/there", tokenizer_fingerprint="t")])}
+    assert variants == {"trainer.steps=10", "trainer.steps=20"}  # not also trained.steps and the tokenizer's
+    paper = run(10, "/here")
+    paper.config["task"]["protocol"] = "paper, scaled down"
+    for metric in paper.metrics:
+        metric["protocol"] = "paper, scaled down"
+    assert {(r["variant"], r["protocol"]) for r in tidy([run(10, "/here"), paper])} == {
+        (None, "curriculum"),
+        (None, "paper, scaled down"),
+    }
+    early = run(10, "/here")
+    early.train["steps"] = 5
+    assert {r["variant"] for r in tidy([run(10, "/here"), early])} == {"trained.steps=10", "trained.steps=5"}
+    other = run(10, "/here")
+    other.train["path"] = "/here/plays"
+    names = {"trained.corpus=books", "trained.corpus=plays"}
+    assert {r["variant"] for r in tidy([run(10, "/here"), other])} == names
 
 
 def test_a_number_that_is_none_stays_none():

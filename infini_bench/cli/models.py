@@ -53,12 +53,19 @@ def adapt(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or run folder.")],
     overrides: Overrides = None,
     stages: Annotated[
-        str, typer.Option(help="pretrain, passkey, needles, booksum; several with commas, in order.")
+        str,
+        typer.Option(
+            help="pretrain, passkey, needles, booksum; as the paper, scaled down: pretrain_paper, "
+            "passkey_paper. Several with commas, in order."
+        ),
     ] = "pretrain",
 ) -> None:
     """Give a pretrained Llama, Mistral or Qwen2 a memory and train it, in stages that build on each other.
 
     pretrain reads long documents: data=books_local data.path=FOLDER, or any other data set.
+
+    Overrides hold for every stage; with a stage's name before them for that one: --stages pretrain,booksum
+    pretrain.data.path=BOOKS pretrain.task.sequence=512 booksum.data.path=BOOKSUM.
 
     base.lora=16 base.save=changes trains and saves only what is added; base.freeze=true only the memory.
     """

@@ -1,21 +1,24 @@
-"""What adaptation did to a language model: bits per byte before and after, for the rows of retrieval tables.
+"""What adaptation did to a language model: bits per byte before and after, for rows of adapted models.
 
 Found among the records: before = a language-model evaluation of the base itself, with local attention in the
 same segments (``infini-bench eval lm --base BASE model=local_block``); after = one of the very run whose
-retrieval is shown. Both on a validation split, of the same corpus and as much of it.
+keys or summaries are shown. Both on a validation split, of the same corpus and as much of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from infini_bench.report.cells import ABSENT, Column, Line, Row, measured
 from infini_bench.report.records import Record
 
-METRIC = "bits_per_byte"
 SPLIT = "validation"
-PLACES = ("before", "after")
+METRICS = {"bits_per_byte_before": "before", "bits_per_byte_after": "after"}
+# Tables that show them -> what tells their lines apart beside the protocol.
+SHOWN = {"table3_passkey": (), "table3_hard": ("condition",), "table4_booksum": ("length", "position")}
 
 
 def rooted(records: list[Record]) -> list[Record]:
@@ -39,7 +42,7 @@ def _rooted(record: Record, trainings: dict[str, Record]) -> Record:
 
 
 def language(record: Record, records: list[Record]) -> list[tuple[Record, dict[str, Any]]]:
-    """(Evaluation, metric row) of bits per byte before and after, ``condition`` saying which; newest ones.
+    """(Evaluation, metric row) of bits per byte before and after, as METRICS; newest ones.
 
     records: all, as `rooted` gives them.
     """
@@ -53,8 +56,8 @@ def language(record: Record, records: list[Record]) -> list[tuple[Record, dict[s
     shared = [corpus for corpus in before if corpus in after] or [*before, *after]
     if not shared:
         return []
-    pairs = zip(PLACES, (before.get(shared[-1]), after.get(shared[-1])), strict=True)
-    return [(r, {**_row(r), "condition": place}) for place, r in pairs if r is not None]
+    pairs = zip(METRICS, (before.get(shared[-1]), after.get(shared[-1])), strict=True)
+    return [(r, {**_row(r), "metric": name}) for name, r in pairs if r is not None]
 
 
 def _local(record: Record, base: str, segment: int) -> bool:
@@ -71,5 +74,40 @@ def _corpus(record: Record) -> tuple:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    row = next(row for row in record.metrics if (row["metric"], row["condition"]) == (METRIC, None))
+    row = next(row for row in record.metrics if (row["metric"], row["condition"]) == ("bits_per_byte", None))
     return {**row, "length": None}  # in these tables a length is a prompt's
+
+
+def lines(record: Record, table: str) -> list[dict[str, Any]]:
+    """Columns of each line that an evaluation has in a table."""
+    keys = ("dataset", "split", "protocol", *SHOWN[table])
+    return [
+        dict(zip(keys, values, strict=True))
+        for values in dict.fromkeys(tuple(row.get(key) for key in keys) for row in record.metrics)
+    ]
+
+
+def columns(rows: list[Row]) -> list[Column]:
+    """Those of METRICS that a sheet has."""
+    there = {row["metric"] for row in rows}
+    return [Column(f"bits/byte, {place}", _cell(name)) for name, place in METRICS.items() if name in there]
+
+
+def _cell(metric: str) -> Callable[[Line], str]:
+    def cell(line: Line) -> str:
+        row = next((row for row in line if row["metric"] == metric), None)
+        if row is None:
+            return ABSENT
+        return measured(metric, 3, condition=row["condition"], position=row["position"])(line)
+
+    return cell
+
+
+def caption(rows: list[Row]) -> str:
+    found = {f"{r['extra']['corpus']} ({r['extra']['split']})" for r in rows if r["metric"] in METRICS}
+    if not found:
+        return ""
+    return (
+        f" Bits/byte of {', '.join(sorted(found))}: before, of the pretrained model with attention inside "
+        "the same segments; after, of the adapted model of the line."
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infini_bench.report import paper
+from infini_bench.report import adapted, paper
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -117,6 +117,7 @@ def _table(rows: list[Row]) -> list[Column]:
             Column(f"Δ vs {name}", here("delta_overall", 2, name, "+"))
             for name in (*CONTROLS, *SUMMARIES, *controls(rows))
         ),
+        *adapted.columns(rows),
         *BUDGET,
         Column(
             f"{paper.HEADER}: R-1 / R-2 / R-L / overall", lambda line: _printed(line[0]["model"]), wide=True
@@ -144,6 +145,7 @@ def _caption(rows: list[Row]) -> str:
         + (_CONTROLLED if controls(rows) else "")
         + (_HALVES if any(row["condition"] in HALVES for row in rows) else "")
         + (" Models with the paper's numbers alone were not run here." if printed_only(rows, 2) else "")
+        + adapted.caption(rows)
     )
 
 

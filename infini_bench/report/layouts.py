@@ -28,10 +28,10 @@ from infini_bench.report.cells import (
     Row,
     find,
     grouped,
-    measured,
     number,
-    printed,
 )
+from infini_bench.report.pooled import DEPTHS
+from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.records import Record, current
 from infini_bench.report.tidy import BY_BASE, NAMES, POSITIONS, VIEWS, rank, tables_of
 from infini_bench.schema import ANY_ALIGNMENT
@@ -63,6 +63,7 @@ LINES = {  # what the rows of a line share beside model and variant; a control b
 PIPELINE = "At this scale perplexities and ROUGE prove the pipeline, not the architecture."
 SMOKE = "Trained for seconds: this scale proves the pipeline only."
 NEEDLE = "constant"  # the paper's kind
+OF_PAPER = "token accuracy at start/middle/end (in the question's own segment)"
 SHEET = ("scale", "device", "dataset", "split")  # what the rows of a sheet share; views have no split
 OF_SCALE = ("table2_lm", "lm_position", "table4_booksum")
 
@@ -155,20 +156,18 @@ def _failures(records: Iterable[Record]) -> dict[str, list[str]]:
 def _table3(rows: list[Row]) -> list[Column]:
     keys = [row for row in rows if row["metric"] == "exact_match"]
     lengths, places = sorted({row["length"] for row in keys}), _places(keys)
-    bits = [row["condition"] for row in rows if row["metric"] == adapted.METRIC]
+    pooled = sorted({row["length"] for row in rows if row["metric"] == POOLED})
     return [
         MODEL,
         SEEDS,
         Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
-        Column("trained at", lambda line: format_length(_trained_length(line[0]["config"]))),
+        Column("trained at", _trained),
         *(Column(_header(rows, length), _passkey(length, places)) for length in lengths),
-        *(
-            Column(f"bits/byte, {place}", measured(adapted.METRIC, 3, condition=place))
-            for place in adapted.PLACES
-            if place in bits
-        ),
+        *(Column(f"{format_length(length)}, all depths", _found(length)) for length in pooled),
+        *adapted.columns(rows),
         *BUDGET,
-        printed("32K … 1M, token accuracy after fine-tuning", _printed_passkey),
+        Column("token accuracy", _tokens(lengths, places), wide=True),
+        Column(f"{paper.HEADER}: {OF_PAPER}", _printed_passkey, wide=True),
     ]
 
 
@@ -177,8 +176,14 @@ def _places(rows: list[Row]) -> list[str]:
 
 
 def _header(rows: list[Row], length: int) -> str:
-    within = all(length <= _trained_length(row["config"]) for row in rows)
+    trained = [row for row in rows if row["train_tokens"] is not None]
+    within = trained and all(length <= _trained_length(row["config"]) for row in trained)
     return format_length(length) + ("*" if within else "")
+
+
+def _trained(line: Line) -> str:
+    """A pretrained model as it is was trained at no length of keys."""
+    return ABSENT if line[0]["train_tokens"] is None else format_length(_trained_length(line[0]["config"]))
 
 
 def _trained_length(config: Row) -> int:
@@ -204,9 +209,39 @@ def _passkey(length: int, places: list[str]) -> Callable[[Line], str]:
     return cell
 
 
-def _printed_passkey(model: str) -> str:
-    cells = paper.TABLE3.get((model, "paper"))
-    return " … ".join("/".join(map(str, cells[i])) for i in (0, -1)) if cells else ABSENT
+def _found(length: int) -> Callable[[Line], str]:
+    """How many keys of how many, over all depths outside the question's segment, with its interval."""
+
+    def cell(line: Line) -> str:
+        row = find(line, POOLED, condition=NEEDLE, length=length)
+        if row is None:
+            return ABSENT
+        found = round(row["value"] / 100 * row["n"])
+        return f"{found} of {row['n']}\n[{row['ci_low']:.0f}-{row['ci_high']:.0f}]"
+
+    return cell
+
+
+def _tokens(lengths: list[int], places: list[str]) -> Callable[[Line], str]:
+    """``length: share for each position``, a line for each length."""
+
+    def cell(line: Line) -> str:
+        parts = []
+        for length in lengths:
+            match = {"length": length, "condition": NEEDLE}
+            cells = [find(line, "token_accuracy", position=place, **match) for place in places]
+            shown = "/".join(ABSENT if row is None else number(row["value"], 0) for row in cells)
+            parts += [f"{format_length(length)}: {shown}"] if any(cells) else []
+        return ";\n".join(parts) or ABSENT
+
+    return cell
+
+
+def _printed_passkey(line: Line) -> str:
+    """The paper's zero-shot numbers for such a line, else those after fine-tuning; all its lengths."""
+    cells = paper.passkey(line[0]["model"], line[0]["protocol"])
+    named = zip(map(format_length, paper.TABLE3_LENGTHS), cells or (), strict=bool(cells))
+    return ";\n".join(f"{length}: {'/'.join(map(str, cell))}" for length, cell in named) or ABSENT
 
 
 def _caption3(rows: list[Row]) -> str:
@@ -217,8 +252,14 @@ def _caption3(rows: list[Row]) -> str:
         f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(keys))}, {counts} trials "
         "a number (all seeds together); in brackets 95 % Wilson intervals, wider where seeds disagree; "
         f"off: the same with memory off. * = not longer than trained."
-        f"{_caption_alignment(rows)}{_caption_bits(rows)}"
+        f"{_caption_pooled(rows)}{_caption_alignment(rows)}{adapted.caption(rows)}"
     )
+
+
+def _caption_pooled(rows: list[Row]) -> str:
+    if not any(row["metric"] == POOLED for row in rows):
+        return ""
+    return f" All depths: keys found of those asked for at {'/'.join(DEPTHS)} together."
 
 
 def _caption_alignment(rows: list[Row]) -> str:
@@ -227,16 +268,6 @@ def _caption_alignment(rows: list[Row]) -> str:
     return (
         f" {ANY_ALIGNMENT.capitalize()}: each trial cuts another number of tokens, up to a segment, so that "
         "questions start at all places of a segment; elsewhere all trials of a number share one place."
-    )
-
-
-def _caption_bits(rows: list[Row]) -> str:
-    found = {f"{r['extra']['corpus']} ({r['extra']['split']})" for r in rows if r["metric"] == adapted.METRIC}
-    if not found:
-        return ""
-    return (
-        f" Bits/byte of {', '.join(sorted(found))}: before, of the pretrained model with attention inside "
-        "the same segments; after, of the model that is asked for keys."
     )
 
 

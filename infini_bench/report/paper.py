@@ -94,7 +94,7 @@ def value(table: str, row: dict) -> float | None:
     if table == "table2_lm" and metric == "token_ppl":
         return TABLE2.get(model, {}).get(row["dataset"])
     if table == "table3_passkey" and metric == "token_accuracy" and condition != "memory_off":
-        return _passkey(model, "zero_shot" if row["protocol"].startswith("zero_shot") else "paper", row)
+        return _passkey(passkey(model, row["protocol"]), row)
     if table == "table4_booksum" and condition == "pairwise" and row.get("position") is None:
         return TABLE4.get(model, {}).get(metric)
     return None
@@ -106,9 +106,13 @@ def _papers_body(config: dict) -> bool:
     return (body["layers"], body["heads"], body["head_dim"], memory["segment"]) == (12, 8, 128, 2048)
 
 
-def _passkey(model: str, protocol: str, row: dict) -> float | None:
+def passkey(model: str, protocol: str) -> tuple[tuple[int, int, int], ...] | None:
+    """Table 3's numbers to print beside a row: zero-shot ones if it is so, else those after fine-tuning."""
+    return TABLE3.get((model, "zero_shot" if protocol.startswith("zero_shot") else "paper"))
+
+
+def _passkey(cells: tuple[tuple[int, int, int], ...] | None, row: dict) -> float | None:
     positions = ("start", "middle", "end")
-    cells = TABLE3.get((model, protocol))
     if cells is None or row["length"] not in TABLE3_LENGTHS or row["position"] not in positions:
         return None
     return float(cells[TABLE3_LENGTHS.index(row["length"])][positions.index(row["position"])])

@@ -17,7 +17,7 @@ from infini_bench.report.compare import RATE, mean_interval, memory, rate
 Row = dict[str, Any]
 Seeds = dict[tuple[int, int], Row]
 NAME = "table2_lr"
-FREE = (RATE, "data.path", "trained.path")
+FREE = (RATE, "data.path", "trained.corpus")
 CHOSEN = "chosen_rate"
 
 

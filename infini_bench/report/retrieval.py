@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from infini_bench.metrics.intervals import wilson
+from infini_bench.report import adapted
 from infini_bench.report.cells import ABSENT, BUDGET, MODEL, SEEDS, Column, Line, Row, fact, grouped
 from infini_bench.report.diagnostics import trained_segments
 from infini_bench.units import K, format_length
@@ -37,7 +38,7 @@ def effective_length(line: Line) -> int | None:
     if start is None or start[0] < LEAST:
         return None
     longest = base(line)
-    for length in sorted({row["length"] for row in line if row["length"] > longest}):
+    for length in (length for length in asked(line) if length > longest):
         found = score(line, length)
         if found is None or found[0] < SHARE * start[0]:
             break
@@ -47,20 +48,24 @@ def effective_length(line: Line) -> int | None:
 
 def base(line: Line) -> int:
     """4K, or the shortest length of a line that was not asked there."""
-    lengths = {row["length"] for row in line}
-    return BASE if BASE in lengths else min(lengths)
+    return BASE if BASE in asked(line) else min(asked(line))
+
+
+def asked(rows: list[Row]) -> list[int]:
+    """The lengths of prompts, rising."""
+    return sorted({row["length"] for row in rows if row["metric"] == "exact_match"})
 
 
 def _hard(rows: list[Row]) -> list[Column]:
-    lengths = sorted({row["length"] for row in rows})
     return [
         MODEL,
         SEEDS,
         Column("needles", lambda line: str(line[0]["condition"])),
         Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
         Column("trained at", _trained),
-        *(Column(format_length(length), _cell(length)) for length in lengths),
+        *(Column(format_length(length), _cell(length)) for length in asked(rows)),
         Column("effective length", _effective),
+        *adapted.columns(rows),
         Column("memory floats", fact("state_floats"), wide=True),
         *BUDGET,
     ]
@@ -96,6 +101,7 @@ def _caption(rows: list[Row]) -> str:
         f"{task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
         "another split than training's. Effective length: the longest up to which every score is at least "
         f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there."
+        f"{adapted.caption(rows)}"
     )
 
 

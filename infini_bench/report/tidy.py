@@ -21,7 +21,7 @@ from typing import Any
 from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper, rates
-from infini_bench.report.adapted import language, rooted
+from infini_bench.report.adapted import SHOWN, language, lines, rooted
 from infini_bench.report.compare import (
     booksum_deltas,
     compressions,
@@ -31,6 +31,8 @@ from infini_bench.report.compare import (
     position_deltas,
 )
 from infini_bench.report.familiar import halves
+from infini_bench.report.pooled import METRIC as POOLED
+from infini_bench.report.pooled import pooled
 from infini_bench.report.records import UNHASHED, Record, current
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 from infini_bench.unread import reads
@@ -76,7 +78,7 @@ TABLE2 = (
     *("local_block", "local_sliding", "full", "infini_linear_xl", "infini_delta_xl"),
 )
 POSITIONS = ("start", "middle", "end_outside", "end")
-PROPORTIONS = ("exact_match", "token_accuracy")
+PROPORTIONS = ("exact_match", "token_accuracy", POOLED)
 COUNTS = ("non_finite",)
 # How a run is computed, saved and watched: no number depends on it beyond rounding.
 NEUTRAL = (
@@ -113,6 +115,15 @@ OF_SHAPE = (
     *("memory.segment", "task.batch"),
 )
 WEIGHTS = ("decoder", "memory", "base", "trainer", "scale")  # settings of what has weights
+# Known by the name of the file or folder: where that lies on a machine decides nothing.
+PLACED = ("base.model", "data.path", "data.tokenizer", "memory.kind", "task.memory.kind")
+# What follows from settings, or from files that have changed: named where no setting tells two runs apart.
+DERIVED = ("trained.steps", "data_fingerprint", "tokenizer_fingerprint")
+# Settings of a training, which name no row of a pretrained model that was asked as it is.
+OF_TRAINING = (
+    *("trainer.", "trained.", "base.freeze", "base.lora", "base.save", "decoder.init_std", "task.train_"),
+    *("task.segments", "task.own_segment", "task.crossing", "task.text_share", "task.lm_weight"),
+)
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
@@ -131,6 +142,7 @@ def tidy(records: Iterable[Record]) -> list[Row]:
         before = by_seed.get(row["seed"])
         if before is None or row["metric"] not in PROPORTIONS or row["n"] >= before["n"]:
             by_seed[row["seed"]] = row
+    cells |= pooled(cells, CELL)
     rows = [_aggregate(list(by_seed.values())) for by_seed in cells.values()]
     pairs = chain(
         deltas(measured, rates.chosen(measured)),
@@ -172,18 +184,18 @@ def measurements(records: Iterable[Record]) -> list[Row]:
         for metric in _metrics(record, table)
         if table not in VIEWS or record.task != "lm" or metric["position"] is None
     ]
-    retrieval = [record for record, table in shown if table == TABLES["passkey"]]
-    return rows + [row for r in retrieval for row in _language(r, found, variants[r.id, TABLES["passkey"]])]
+    adapted = [(record, table) for record, table in shown if table in SHOWN]
+    return rows + [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
 
 
-def _language(record: Record, found: list[Record], variant: str | None) -> list[Row]:
-    """Bits per byte of an adapted model, before and after, as rows beside its retrieval."""
-    place = {key: record.metrics[0][key] for key in ("dataset", "split", "protocol")}
+def _language(record: Record, found: list[Record], table: str, variant: str | None) -> list[Row]:
+    """Bits per byte of an adapted model, before and after, as rows of each line that it has in a table."""
     rows = []
     for source, metric in language(record, found):
         extra = {"corpus": metric["dataset"], "split": source.config["task"]["split"]}
-        row = _measurement(record, {**metric, **place, "extra": extra}, TABLES["passkey"], variant)
-        rows.append({**row, "records": [record.id, source.id]})
+        for line in lines(record, table):
+            row = _measurement(record, {**metric, **line, "extra": extra}, table, variant)
+            rows.append({**row, "records": [record.id, source.id]})
     return rows
 
 
@@ -229,7 +241,7 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
         "model": record.config["model"],
         "variant": " ".join(filter(None, [(metric.get("extra") or {}).get("variant"), variant])) or None,
         "params": record.params,
-        "train_tokens": record.tokens if record.kind == "train" else record.train.get("tokens"),
+        "train_tokens": _train_tokens(record),
         "state_floats": record.state_floats,
         "device": record.device,
         "scale": record.config["scale"],
@@ -243,11 +255,17 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
     }
 
 
+def _train_tokens(record: Record) -> int | None:
+    """Tokens of training, all stages together; in the first ones a pretrained model's own do not count."""
+    own = record.tokens if record.kind == "train" else record.train.get("tokens")
+    return None if own is None else own + record.train.get("tokens_before", 0)
+
+
 def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | None]:
     """(Record id, table) -> the settings that tell it from others of the same scale, machine, corpus.
 
     A memory's own settings are compared among runs of its model, all others among all runs. DEFINING settings
-    that are not at their default, those of the paper, are always named.
+    that are not at their default, those of the paper, are always named, DERIVED ones only where they have to.
     """
     default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
     groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
@@ -257,26 +275,54 @@ def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | No
         place += (task.get("split"), task.get("joined", False))  # sheets and lines of their own
         place += (r.config["model"],) if weightless(r.config) else ()
         place += (pretrained(r.config),) if table in BY_BASE else ()
-        groups[place].append(((r.id, table), setup_of(r)))
+        groups[place].append(((r.id, table), setup_of(r, "task.protocol" if _has_column(r, table) else None)))
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
         keys = sorted({key for _, setup in group for key in setup})
         for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
             rivals = {key: same if _own(key) else [other for _, other in group] for key in keys}
+            for key in (key for key in keys if key.startswith(OF_TRAINING)):
+                rivals[key] = [other for other in rivals[key] if key in other]
             differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
+            differing = [key for key in differing if key not in DERIVED]
             shape = OF_SHAPE if place[0] == "efficiency" else ()
             differing = [key for key in differing if key not in ("model", *shape)]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
-            named = sorted({*differing, *own})
+            named = sorted({*differing, *own, *_decisive(setup, [other for _, other in group], keys)})
+            named = [key for key in named if key in setup or not key.startswith(OF_TRAINING)]
             names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
     return names
+
+
+def _decisive(setup: dict[str, str], others: list[dict[str, str]], keys: list[str]) -> list[str]:
+    """Those of DERIVED that alone tell a run from others on its budget."""
+    shared = [key for key in keys if key not in DERIVED and not _own(key)]
+    alike = [other for other in others if all(other.get(key) == setup.get(key) for key in shared)]
+    found = []
+    for key in DERIVED:
+        same = [other for other in alike if other.get(key) == setup.get(key)]
+        found += [key] if len(same) < len(alike) else []
+        alike = same
+    return found
+
+
+def _has_column(record: Record, table: str) -> bool:
+    """Whether the protocol of a run's training stands in a column of the table, so that it names no row."""
+    shown = {row.get("protocol") for row in record.metrics} - {None}
+    trained = str(record.config["task"].get("protocol"))
+    return table not in VIEWS and bool(shown) and all(str(name).startswith(trained) for name in shown)
 
 
 def pretrained(config: dict[str, Any]) -> str | None:
     """The pretrained model that was adapted, without its folder; None from scratch."""
     model = (config.get("base") or {}).get("model")
-    return None if model is None else str(model).rstrip("/").rpartition("/")[2]
+    return _place(model)
+
+
+def _place(path: str | None) -> str | None:
+    """The name of a file or folder, without where it lies."""
+    return None if path is None else str(path).rstrip("/").rpartition("/")[2]
 
 
 def weightless(config: dict[str, Any]) -> bool:
@@ -297,14 +343,15 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def setup_of(record: Record) -> dict[str, str]:
+def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
     """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``.
 
     A setting younger than the record has its default, which is how the run behaved; one that its memory does
-    not read is left out.
+    not read is left out, and so is ``but``. No path is among it.
     """
     flat: dict[str, str] = {}
-    left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir"}
+    left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir", but}
+    left_out |= {"data.path"} if record.kind == "eval" else set()  # it has the fingerprint
     if record.task == "efficiency":
         left_out -= {"trainer.compile", "trainer.checkpoint_segments"}  # nothing but speed and memory do
 
@@ -313,7 +360,7 @@ def setup_of(record: Record) -> dict[str, str]:
             for key, item in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, item)
         elif prefix not in left_out:
-            flat[prefix] = _text(value)
+            flat[prefix] = _text(_place(value) if prefix in PLACED else value)
 
     known = asdict(RunConfig(task=TASKS[record.task]()))
     without = {*UNHASHED, "seed", *(WEIGHTS if weightless(record.config) else ())}
@@ -326,8 +373,14 @@ def setup_of(record: Record) -> dict[str, str]:
     if record.kind == "train":
         return flat  # of one that failed no more is known, and it stands beside its finished seeds
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
-    walk("trained", {key: record.train.get(key) for key in ("task", "data", "path", "steps", "train_kind")})
     flat.pop("task.train_kind", None)  # an evaluation's own says nothing of what its model learned
+    if pretrained(record.config) and "id" not in record.train:  # asked as it is
+        flat = {key: value for key, value in flat.items() if not key.startswith(OF_TRAINING)}
+        return (
+            flat if but else {**flat, "trained.task": "null"}
+        )  # where no protocol tells it from a trained one
+    trained = {key: record.train.get(key) for key in ("task", "data", "steps", "train_kind")}
+    walk("trained", {**trained, "corpus": _place(record.train.get("path"))})
     return flat
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from infini_bench.report.records import Record
 from infini_bench.report.tidy import pretrained, setup_of
 
-PLACE = ("data.path", "trained.path")  # the fingerprint knows the corpus by content
+PLACE = ("data.path", "trained.corpus")  # the fingerprint knows the corpus by content
 
 
 def reads(records: Iterable[Record], split: str, scale: str) -> list[Record]:

@@ -28,7 +28,14 @@ from infini_bench.train.log import MetricsLog, read_log
 from infini_bench.train.optim import load_state_tensors, state_tensors
 from infini_bench.train.parallel import full
 from infini_bench.train.signals import StopRequest
-from infini_bench.train.state import Resumed, TrainState, check_same_run, read_checkpoint, run_of
+from infini_bench.train.state import (
+    Resumed,
+    TrainState,
+    check_same_run,
+    read_checkpoint,
+    run_of,
+    tokens_so_far,
+)
 from infini_bench.train.step import Stepper, StepStats
 
 Tensors = dict[str, torch.Tensor]
@@ -43,6 +50,7 @@ class TrainResult:
     checkpoint: Path  # the last one
     steps: int
     tokens: int
+    tokens_before: int
     seconds: float
     final_loss: float | None
     best_loss: float | None
@@ -88,7 +96,11 @@ class Trainer:
         self.model = self.frozen(resumed.model) if resumed else self.new_model()
         self.stepper = Stepper(cfg, self.accelerator, self.task, self.model)
         self.curriculum = Curriculum(cfg.trainer)
-        self.state = TrainState(processes=self.accelerator.num_processes, data=self.task.fingerprint)
+        self.state = TrainState(
+            tokens_before=tokens_so_far(cfg.base.model),
+            processes=self.accelerator.num_processes,
+            data=self.task.fingerprint,
+        )
         if resumed:
             self.restore(resumed)
         self.log: MetricsLog | None = None
@@ -261,6 +273,7 @@ class Trainer:
             checkpoint=find_checkpoint(self.folder),
             steps=self.state.step,
             tokens=self.state.tokens,
+            tokens_before=self.state.tokens_before,
             seconds=self.state.seconds,
             final_loss=self.state.loss,
             best_loss=self.state.best_loss,

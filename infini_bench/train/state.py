@@ -14,8 +14,9 @@ from infini_bench.data import Tokenizer
 from infini_bench.errors import UserError
 from infini_bench.files import read_json
 from infini_bench.models import MemoryLlamaForCausalLM, load_model
+from infini_bench.pretrained import is_own
 from infini_bench.schema import RunConfig
-from infini_bench.train.checkpoint import Checkpoints, verify
+from infini_bench.train.checkpoint import Checkpoints, find_checkpoint, verify
 
 # What may change when a run is resumed: nothing here has a part in a step's numbers but ``steps``, which a
 # user sets to train longer; the schedule is then that of the longer run.
@@ -29,7 +30,8 @@ class TrainState:
 
     grad_norms: number, sum and largest of the gradient norms before clipping, as far as they were counted.
 
-    cursor: rows drawn, all processes together. seconds: of all sessions. loss: of the last step, nats.
+    cursor: rows drawn, all processes together. tokens_before: those of the stages before this run. seconds:
+    of all sessions. loss: of the last step, nats.
     best_loss: lowest validation loss. data: the task's fingerprint. There is no generator state, because each
     step seeds its own from (seed, step, process), and none for the data, because a batch is a function of the
     cursor.
@@ -38,6 +40,7 @@ class TrainState:
     step: int = 0
     cursor: int = 0
     tokens: int = 0
+    tokens_before: int = 0
     seconds: float = 0.0
     loss: float | None = None
     best_loss: float | None = None
@@ -60,6 +63,18 @@ class Resumed:
     model: MemoryLlamaForCausalLM
     optimizer: dict[str, torch.Tensor]
     tokenizer: Tokenizer
+
+
+def tokens_so_far(base: str | None) -> int:
+    """Tokens of all stages that end in ``base``; 0 if that is no run of ours.
+
+    Also 0 for a checkpoint that is for evaluation only and does not say.
+    """
+    state = find_checkpoint(Path(base)) / "state.json" if base is not None and is_own(base) else None
+    if state is None or not state.exists():
+        return 0
+    counts = read_json(state)
+    return counts["tokens"] + counts.get("tokens_before", 0)
 
 
 def run_of(path: Path) -> Path:

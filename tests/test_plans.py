@@ -9,7 +9,8 @@ from infini_bench.config import evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.plans import Plan, Setting, plan_names, read_plan
-from infini_bench.report.tidy import NAMES, TABLES, VIEWS
+from infini_bench.report.tidy import NAMES, TABLES
+from infini_bench.report.variants import VIEWS
 from infini_bench.reproduce import plan
 from infini_bench.tasks import build_task
 

@@ -24,7 +24,7 @@ from infini_bench.report.cells import (
 )
 from infini_bench.report.compare import SUMMARIES, controls
 from infini_bench.report.familiar import HALVES
-from infini_bench.report.tidy import weightless
+from infini_bench.report.variants import weightless
 from infini_bench.units import format_length
 
 NAME = "table4_booksum"

@@ -11,7 +11,7 @@ from infini_bench.report import paper
 from infini_bench.report.booksum import spread
 from infini_bench.report.cells import Line, Row, grouped
 from infini_bench.report.style import grid, legend, look
-from infini_bench.report.tidy import weightless
+from infini_bench.report.variants import weightless
 from infini_bench.units import format_length
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from infini_bench.report.cells import (
 from infini_bench.report.pooled import DEPTHS
 from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.records import Record, current
-from infini_bench.report.tidy import BY_BASE, NAMES, POSITIONS, VIEWS, rank, tables_of
+from infini_bench.report.tidy import NAMES, POSITIONS, rank, tables_of
+from infini_bench.report.variants import BY_BASE, VIEWS
 from infini_bench.schema import ANY_ALIGNMENT
 from infini_bench.units import format_length
 

@@ -9,16 +9,13 @@ A run has a place in its task's own table, unless it is part of plans whose runs
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, fields
 from itertools import chain
 from statistics import mean, variance
 from typing import Any
 
-from infini_bench.config import TASKS
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper, rates
 from infini_bench.report.adapted import SHOWN, language, lines, rooted
@@ -33,9 +30,8 @@ from infini_bench.report.compare import (
 from infini_bench.report.familiar import halves
 from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.pooled import pooled
-from infini_bench.report.records import UNHASHED, Record, current
-from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
-from infini_bench.unread import reads
+from infini_bench.report.records import Record, current
+from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
 
 Row = dict[str, Any]
 
@@ -56,13 +52,11 @@ TABLES = {
     "reach": "diag_gradients",
     "efficiency": "efficiency",
 }
-VIEWS = ("diag_features", "diag_gates", "diag_local")  # plans whose runs, of several tasks, share a table
 NAMES = (
     *("table1_memory", "table2_lm", rates.NAME, "lm_position", "figure3_gates"),
     *("table3_passkey", "table3_hard", "table4_booksum"),
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
-BY_BASE = ("table3_passkey", "table3_hard")  # whose sheets are of one pretrained model, or from scratch
 MODELS = (
     *("transformer_xl", "memorizing", "retrieval", "compressive", "rmt", "armt", "autocompressor", "sink"),
     *("local_block", "local_sliding", "local_sparse", "local_kernel", "full"),
@@ -80,51 +74,6 @@ TABLE2 = (
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy", POOLED)
 COUNTS = ("non_finite",)
-# How a run is computed, saved and watched: no number depends on it beyond rounding.
-NEUTRAL = (
-    *("trainer.compile", "trainer.checkpoint_segments", "trainer.log_every", "trainer.validate_every"),
-    *("trainer.validate_rows", "trainer.save_every", "trainer.keep", "memory.backend", "memory.index"),
-    "task.compile",
-)
-# What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
-COVERAGE = (
-    *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
-    *("task.segments_after", "task.fillers", "task.pairs", "task.kinds", "task.questions"),
-    *("task.gates", "task.baseline", "task.samples"),
-    *("task.map_tokens", "task.map_new_tokens", "task.any_alignment"),  # they stand in the protocol
-    *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
-    *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),
-    "task.seconds",
-)
-# What makes a memory another one than the paper's: named in the variant even where nothing else differs.
-DEFINING = (
-    *(
-        "memory.features",
-        "memory.normaliser",
-        "memory.decay",
-        "memory.write_gate",
-        "memory.write_start",
-        "memory.write_split",
-        "memory.gradient_depth",
-    ),
-    *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),
-)
-# Settings that the shape in a row of `efficiency` names; its runs need no variant for them.
-OF_SHAPE = (
-    *("decoder.layers", "decoder.dim", "decoder.heads", "decoder.kv_heads", "decoder.head_dim"),
-    *("memory.segment", "task.batch"),
-)
-WEIGHTS = ("decoder", "memory", "base", "trainer", "scale")  # settings of what has weights
-# Known by the name of the file or folder: where that lies on a machine decides nothing.
-PLACED = ("base.model", "data.path", "data.tokenizer", "memory.kind", "task.memory.kind")
-# What follows from settings, or from files that have changed: named where no setting tells two runs apart.
-DERIVED = ("trained.steps", "data_fingerprint", "tokenizer_fingerprint")
-# Settings of a training, which name no row of a pretrained model that was asked as it is.
-OF_TRAINING = (
-    *("trainer.", "trained.", "base.freeze", "base.lora", "base.save", "decoder.init_std", "task.train_"),
-    *("task.segments", "task.own_segment", "task.crossing", "task.text_share", "task.lm_weight"),
-)
-MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
 
@@ -177,7 +126,7 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
     shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
     shown += [(r, "figure3_gates") for r in ended if r.task == "lm" and r.train.get("gates")]
-    variants = _variants(shown)
+    variants = variants_of(shown)
     rows = [
         _measurement(record, metric, table, variants[record.id, table])
         for record, table in shown
@@ -248,8 +197,8 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
         "base": pretrained(record.config),
         "commit": commit or None,
         "seed": (record.train.get("seed", record.seed), record.seed),  # of the training, of the evaluation
-        "budget": tuple(sorted((k, v) for k, v in setup.items() if not _own(k))),
-        "own": tuple(sorted((k, v) for k, v in setup.items() if _own(k))),
+        "budget": tuple(sorted((k, v) for k, v in setup.items() if not of_memory(k))),
+        "own": tuple(sorted((k, v) for k, v in setup.items() if of_memory(k))),
         "config": record.config,
         "records": [record.id],
     }
@@ -259,129 +208,6 @@ def _train_tokens(record: Record) -> int | None:
     """Tokens of training, all stages together; in the first ones a pretrained model's own do not count."""
     own = record.tokens if record.kind == "train" else record.train.get("tokens")
     return None if own is None else own + record.train.get("tokens_before", 0)
-
-
-def _variants(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | None]:
-    """(Record id, table) -> the settings that tell it from others of the same scale, machine, corpus.
-
-    A memory's own settings are compared among runs of its model, all others among all runs. DEFINING settings
-    that are not at their default, those of the paper, are always named, DERIVED ones only where they have to.
-    """
-    default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
-    groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
-    for r, table in shown:
-        task = r.config["task"]
-        place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
-        place += (task.get("split"), task.get("joined", False))  # sheets and lines of their own
-        place += (r.config["model"],) if weightless(r.config) else ()
-        place += (pretrained(r.config),) if table in BY_BASE else ()
-        groups[place].append(((r.id, table), setup_of(r, "task.protocol" if _has_column(r, table) else None)))
-    names: dict[tuple[str, str], str | None] = {}
-    for place, group in groups.items():
-        keys = sorted({key for _, setup in group for key in setup})
-        for run, setup in group:
-            same = [other for _, other in group if other["model"] == setup["model"]]
-            rivals = {key: same if _own(key) else [other for _, other in group] for key in keys}
-            for key in (key for key in keys if key.startswith(OF_TRAINING)):
-                rivals[key] = [other for other in rivals[key] if key in other]
-            differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
-            differing = [key for key in differing if key not in DERIVED]
-            shape = OF_SHAPE if place[0] == "efficiency" else ()
-            differing = [key for key in differing if key not in ("model", *shape)]
-            own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
-            named = sorted({*differing, *own, *_decisive(setup, [other for _, other in group], keys)})
-            named = [key for key in named if key in setup or not key.startswith(OF_TRAINING)]
-            names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
-    return names
-
-
-def _decisive(setup: dict[str, str], others: list[dict[str, str]], keys: list[str]) -> list[str]:
-    """Those of DERIVED that alone tell a run from others on its budget."""
-    shared = [key for key in keys if key not in DERIVED and not _own(key)]
-    alike = [other for other in others if all(other.get(key) == setup.get(key) for key in shared)]
-    found = []
-    for key in DERIVED:
-        same = [other for other in alike if other.get(key) == setup.get(key)]
-        found += [key] if len(same) < len(alike) else []
-        alike = same
-    return found
-
-
-def _has_column(record: Record, table: str) -> bool:
-    """Whether the protocol of a run's training stands in a column of the table, so that it names no row."""
-    shown = {row.get("protocol") for row in record.metrics} - {None}
-    trained = str(record.config["task"].get("protocol"))
-    return table not in VIEWS and bool(shown) and all(str(name).startswith(trained) for name in shown)
-
-
-def pretrained(config: dict[str, Any]) -> str | None:
-    """The pretrained model that was adapted, without its folder; None from scratch."""
-    model = (config.get("base") or {}).get("model")
-    return _place(model)
-
-
-def _place(path: str | None) -> str | None:
-    """The name of a file or folder, without where it lies."""
-    return None if path is None else str(path).rstrip("/").rpartition("/")[2]
-
-
-def weightless(config: dict[str, Any]) -> bool:
-    """Whether what was evaluated has no weights: settings of a model say nothing about it."""
-    return config["task"].get("baseline") in EXTRACTIVE
-
-
-def _own(key: str) -> bool:
-    """Whether a setting belongs to the memory rather than to the budget that all models share.
-
-    The feed-forward's width does: it makes room for a memory's parameters, so that all models have as many.
-    """
-    memory = key.startswith(("memory.", "task.memory")) and key != "memory.segment"
-    return memory or key in ("model", "decoder.ffn")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
-    """All that decides the result but the seed, flat: ``{"memory.segment": "64", ...}``.
-
-    A setting younger than the record has its default, which is how the run behaved; one that its memory does
-    not read is left out, and so is ``but``. No path is among it.
-    """
-    flat: dict[str, str] = {}
-    left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir", but}
-    left_out |= {"data.path"} if record.kind == "eval" else set()  # it has the fingerprint
-    if record.task == "efficiency":
-        left_out -= {"trainer.compile", "trainer.checkpoint_segments"}  # nothing but speed and memory do
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, item)
-        elif prefix not in left_out:
-            flat[prefix] = _text(_place(value) if prefix in PLACED else value)
-
-    known = asdict(RunConfig(task=TASKS[record.task]()))
-    without = {*UNHASHED, "seed", *(WEIGHTS if weightless(record.config) else ())}
-    for config in (known, record.config):
-        walk("", {key: value for key, value in config.items() if key not in without})
-    given = record.config.get("memory", {})
-    memory = MemoryConfig(**{f.name: given[f.name] for f in fields(MemoryConfig) if f.name in given})
-    for name in (f.name for f in fields(MemoryConfig) if not reads(memory, f.name)):
-        flat.pop(f"memory.{name}", None)
-    if record.kind == "train":
-        return flat  # of one that failed no more is known, and it stands beside its finished seeds
-    walk("", {key: getattr(record, key) for key in MEASURED_WITH})
-    flat.pop("task.train_kind", None)  # an evaluation's own says nothing of what its model learned
-    if pretrained(record.config) and "id" not in record.train:  # asked as it is
-        flat = {key: value for key, value in flat.items() if not key.startswith(OF_TRAINING)}
-        return (
-            flat if but else {**flat, "trained.task": "null"}
-        )  # where no protocol tells it from a trained one
-    trained = {key: record.train.get(key) for key in ("task", "data", "steps", "train_kind")}
-    walk("trained", {**trained, "corpus": _place(record.train.get("path"))})
-    return flat
 
 
 def _aggregate(rows: list[Row]) -> Row:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from infini_bench.report.records import Record
-from infini_bench.report.tidy import pretrained, setup_of
+from infini_bench.report.variants import pretrained, setup_of
 
 PLACE = ("data.path", "trained.corpus")  # the fingerprint knows the corpus by content
 

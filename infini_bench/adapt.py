@@ -38,7 +38,10 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
     check_stages(stages, overrides)
     for stage in stages:
         own = of_stage(stage, overrides)
-        check_read(given(own), [compose_run(_words(model, stage, own))])
+        cfg = compose_run(_words(model, stage, own))
+        check_read(given(own), [cfg])
+        if stage != stages[0]:  # whose data are read at once anyway
+            check_data(cfg)
     records: list[Record] = []
     for stage in stages:
         words = _words(model, stage, of_stage(stage, overrides))
@@ -62,6 +65,15 @@ def check_stages(stages: Sequence[str], overrides: Sequence[str]) -> None:
     for word in overrides:
         if (match := OF_STAGE.fullmatch(word)) and match[2] not in stages:
             raise UserError(f"{word} is for the stage {match[2]}, which is not among --stages; leave it out.")
+
+
+def check_data(cfg: RunConfig) -> str:
+    """Reads the data of a stage to come; their fingerprint. Raises UserError as its training would."""
+    from infini_bench.tasks import build_task
+
+    task = build_task(cfg)
+    task.check_training()
+    return task.fingerprint
 
 
 def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:

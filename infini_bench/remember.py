@@ -26,6 +26,8 @@ def remember(name: str, book: Path, out: Path, device: str = "auto") -> dict[str
 
     Returns what the file says about itself: model, fingerprint, document, its SHA-256 and its tokens.
     """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file for the memory.")
     try:
         text = book.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

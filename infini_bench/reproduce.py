@@ -92,6 +92,9 @@ def reproduce(
             return 0
     if not planned:
         raise UserError(f"There is nothing to do for {what} at scale={scale} with these models and names.")
+    for path in sorted({job.cfg.data.path for job in planned if job.cfg.data.path}):
+        if data is not None and not Path(path).exists():
+            raise UserError(f"--data {data} lacks what {what} reads: {path} does not exist.")
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)

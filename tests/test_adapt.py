@@ -156,6 +156,11 @@ def test_overrides_for_one_stage_and_tokens_of_all_stages(base, tmp_path):
     assert (found.train["tokens"], found.train["tokens_before"]) == (second.tokens, first.tokens)
     with pytest.raises(UserError, match="stage booksum, which is not among"):
         adapt.adapt(str(base), ["pretrain"], [*own, *small, *places])
+    elsewhere = [f"{name}={tmp_path / 'none'}" for name in ("runs", "records")]
+    wrong = [*own, *small, *places, *elsewhere, "booksum.task.train_kind=prose"]
+    with pytest.raises(UserError, match=r"no summary of task\.train_kind=prose"):
+        adapt.adapt(str(base), ["pretrain", "booksum"], wrong)
+    assert not (tmp_path / "none").exists()  # the first stage has not begun
 
 
 def test_the_papers_protocol_scaled_down():

@@ -77,7 +77,7 @@ def faked(tmp_path, monkeypatch):
             "memory_parameters": 1,
             "segmentwise": False,
         }
-        sizes |= {"state_floats": 7, "peak_bytes": 0}
+        sizes |= {"state_floats": 7, "peak_bytes": 0, "tokens_before": 0}
         return TrainResult(folder, folder, interrupted=cfg.seed == 3, **numbers, **marks, **sizes)
 
     monkeypatch.setattr(infini_bench.train, "train", train)

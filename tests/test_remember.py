@@ -18,6 +18,11 @@ from infini_bench.tasks.haystack import QUESTION, prompt_text
 SHIPPED = "shipped/passkey"
 
 
+def test_a_folder_is_no_place_for_a_memory(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        remember(SHIPPED, tmp_path / "unread.txt", tmp_path, "cpu")
+
+
 def exported(folder: Path, tmp_path: Path, **memory) -> Path:
     from infini_bench.data import build_tokenizer
 

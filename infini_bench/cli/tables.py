@@ -130,7 +130,12 @@ def profile(
     Forward, training step and decoding, beside local attention only. `infini-bench report` makes a table and
     a figure, efficiency, of the records. What was profiled before is done; force=true times it again.
     """
-    matches = [MATCHES[name] for name in (vs or "").split(",") if name in MATCHES]
+    peers = vs.split(",") if vs else []
+    for name in peers:
+        if name not in MATCHES:
+            there = ", ".join(MATCHES)
+            raise UserError(f'There is no peer "{name}"{suggest(name, MATCHES)}; choose from {there}.')
+    matches = [MATCHES[name] for name in peers]
     names = models or ",".join(matches) or PROFILED.get(level, PROFILED["model"])
     options = ["task=efficiency", f"scale={scale}", f"task.level={level}", f"model={names}"]
     if lengths is not None:

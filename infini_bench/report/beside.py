@@ -54,6 +54,7 @@ def beside(records: Path, name: str, data: Path | None, shown: Shown) -> str:
 
 def find_record(records: Path, name: str) -> Record:
     found = read_records(records)
+    name = Path(name).name.removesuffix(".jsonl")
     same = [r for r in found if r.id == name] or [r for r in found if name in r.id]
     if len(same) != 1:
         there = "; `infini-bench ls runs` lists all" if not same else f", e.g. {same[0].id} and {same[1].id}"
@@ -71,7 +72,9 @@ def _lines(records: Path, record: Record) -> list[dict[str, Any]]:
 
 def _chosen(record: Record, lines: list[dict[str, Any]], shown: Shown) -> list[dict[str, Any]]:
     """Of one condition and one input length; of sentences that were chosen for one kind of reference."""
-    lines = [line for line in lines if line.get("references") in (None, [shown.kind])]
+    lines = [line for line in lines if line.get("references") in (None, [None], [shown.kind])]
+    if not lines:
+        raise UserError(f"{record.id} chose its sentences for one kind of reference; name it with --kind.")
     conditions = list(dict.fromkeys(line["condition"] for line in lines))
     found = [line for line in lines if line["condition"] == shown.condition]
     if not found:

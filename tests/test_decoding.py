@@ -36,6 +36,11 @@ def test_steps_equal_calls_over_segment_borders(name, ragged, decoder):
             wanted, calls = model.step(token, calls, keep="last")
         assert torch.allclose(steps.step(token), wanted[:, -1], atol=2e-5)
     assert steps.state.get_seq_length() == calls.get_seq_length() == 40
+    if name in STEADY:
+        state_after = calls.spread(8).tensors()
+        assert state_after.keys() == steps.state.tensors().keys()
+        for key, x in steps.state.tensors().items():
+            assert torch.allclose(x, state_after[key], atol=2e-5), key
     assert all(torch.equal(x, before[name]) for name, x in state.tensors().items())
 
 

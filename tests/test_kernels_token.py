@@ -1,7 +1,6 @@
 """The Triton kernels of delta_token against float64, key by key: on a GPU if there is one, else in Triton's
 interpreter."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from test_kernels import (
     DEVICE,
     DTYPES,
     GPU,
-    H,
     N,
     distance,
     document,
@@ -21,8 +19,6 @@ from test_kernels import (
 )
 
 from infini_bench.memory import reference
-from infini_bench.memory.kernels import backend
-from infini_bench.schema import MemoryConfig
 
 
 def exact(q, k, v, local, beta, M, gate, done, written, features):
@@ -193,23 +189,3 @@ def test_the_operators_keep_their_promises_to_the_compiler():
     share = torch.sigmoid(beta).detach().requires_grad_()
     x = (q.requires_grad_(), local.requires_grad_(), share, before, before[..., :0, 0], 1, "relu2")
     torch.library.opcheck(ops._read, x, test_utils=tests)
-
-
-def test_backend_auto_leaves_kernels_that_no_gpu_has_verified_to_the_eager_form(monkeypatch, caplog):
-    monkeypatch.setattr(backend, "_of_device", lambda *_: None)  # as on a GPU that can run them
-    backend._tell.cache_clear()
-    backend._warn.cache_clear()
-    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, N, H, 64))
-    blocks = SimpleNamespace(q_BSQHD=x, k_BSKGD=x, v_BSKGD=x, done=0, full=1)
-
-    def choose(update, backend_name):
-        none = {"normaliser": "none"} if update == "delta_token" else {}
-        with caplog.at_level("INFO"):
-            return backend.choose(
-                MemoryConfig(segment=N, update=update, backend=backend_name, **none), blocks
-            )
-
-    assert choose("delta", "auto") and "verified" not in caplog.text
-    assert not choose("delta_token", "auto")
-    assert "auto: eager, because the kernels of memory.update=delta_token have not been" in caplog.text
-    assert choose("delta_token", "triton") and caplog.records[-1].levelname == "WARNING"

@@ -1,8 +1,8 @@
 """Whether the Triton kernels compute a call of the compressive memory: one explicit rule, logged once.
 
-``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it or they are
-``UNVERIFIED``; ``eager`` never; ``triton`` always, and raises UserError where they cannot run. A call of one
-token is never theirs: launching them costs more than what they compute.
+``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it; ``eager``
+never; ``triton`` always, and raises UserError where they cannot run. A call of one token is never theirs:
+launching them costs more than what they compute.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from infini_bench.schema import MemoryConfig
 log = logging.getLogger(__name__)
 
 UPDATES = ("linear", "delta", "delta_token")
-# Right in Triton's interpreter, and each kernel alone on an H200 (Triton 3.6.0). To be taken out as soon as
-# test_kernels_token.py passes on a GPU, where the whole memory is compared.
-UNVERIFIED = ("delta_token",)
 FEATURES = ("elu1", "relu2", "exp")
 SIZES = (16, 32, 64, 128)
 SHARED = (96 << 10, 192 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
@@ -85,11 +82,6 @@ def _tell(chosen: str, why: str | None) -> None:
     log.info("memory.backend=auto: %s%s", chosen, f", because {why}" if why else "")
 
 
-@cache
-def _warn(doubt: str) -> None:
-    log.warning("memory.backend=triton: %s", doubt)
-
-
 def choose(cfg: MemoryConfig, b: Blocks) -> bool:
     """Whether the kernels compute this call. UserError where ``memory.backend=triton`` asks too much."""
     if cfg.backend == "eager" or (cfg.backend == "auto" and b.q_BSQHD.device.type != "cuda"):
@@ -97,12 +89,6 @@ def choose(cfg: MemoryConfig, b: Blocks) -> bool:
     why = refusal(cfg, b)
     if cfg.backend == "triton" and why:
         raise UserError(f"memory.backend=triton cannot run: {why}; write memory.backend=auto.")
-    if not why and cfg.update in UNVERIFIED and b.q_BSQHD.device.type == "cuda":
-        doubt = f"the kernels of memory.update={cfg.update} have not been verified on a GPU yet"
-        if cfg.backend == "auto":
-            why = f"{doubt} (memory.backend=triton runs them)"
-        elif not torch.compiler.is_compiling():
-            _warn(doubt)
     if cfg.backend == "auto" and not torch.compiler.is_compiling():
         _tell("eager" if why else "triton", why)
     return why is None

@@ -290,6 +290,14 @@ def test_a_backend_that_cannot_run_is_an_error_only_where_it_was_asked_for(chang
             assert mem(*x, rope)[0].isfinite().all()
 
 
+def test_delta_token_in_float16_is_left_to_the_eager_form():
+    cfg = MemoryConfig(segment=N, update="delta_token", normaliser="none", backend="triton")
+    mem = build_memory(cfg, H, G, D).to(DEVICE)
+    x = [torch.ones(2, N, heads, D, dtype=torch.float16, device=DEVICE) for heads in (H, G, G)]
+    with pytest.raises(UserError, match="delta_token in float16"):
+        mem(*x, [torch.ones(1, N, D, device=DEVICE, dtype=torch.float16)] * 2)
+
+
 def test_padding_and_odd_head_sizes_and_float64_are_left_to_the_eager_form():
     def wants(size=D, dtype=DTYPES[0], mask=None, device=DEVICE, backend="triton"):
         mem = build_memory(MemoryConfig(segment=N, backend=backend), H, G, size).to(device)

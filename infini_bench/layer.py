@@ -67,10 +67,10 @@ class MemoryDecoderLayer(LlamaDecoderLayer):
         """hidden_states (B, T, dim) -> (B, T, dim); the cache's layer gets the new state."""
         assert position_embeddings is not None
         layer = None if past_key_values is None else past_key_values.layers[self.index]
-        state = None if layer is None else layer.state
+        state, taken = lowered(None if layer is None else layer.state, self.self_attn.memory.settled)
         out, new = self.body(hidden_states, position_embeddings, state, attention_mask)
         if layer is not None:
-            layer.state = new
+            layer.state = {**new, **{name: new[name] + count for name, count in taken.items()}}
         return out
 
     def body(
@@ -89,3 +89,14 @@ class MemoryDecoderLayer(LlamaDecoderLayer):
     def inside(self, x_B1C: Tensor, rope: Rope, state: State) -> tuple[Tensor, State]:
         """``body`` for a step of `decoding` inside a segment, with a name of its own to be compiled by."""
         return MemoryDecoderLayer.body(self, x_B1C, rope, state, None, True)
+
+
+def lowered(state: State | None, settled: int | None) -> tuple[State | None, dict[str, int]]:
+    """The state with counts as low as a memory with this ``settled`` lets them be, and what was taken off.
+
+    A compiled layer is compiled anew for each value of an int.
+    """
+    if state is None or settled is None or not isinstance(state["done"], int):
+        return state, {}
+    taken = {"seen": state["seen"], "done": max(state["done"] - settled, 0)}
+    return {**state, **{name: state[name] - count for name, count in taken.items()}}, taken

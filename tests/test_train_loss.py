@@ -147,8 +147,21 @@ def test_reading_before_leaves_autocast_its_gradients(decoder):
             None,
         ),  # of the layer that looks up, and of the others
         (MemoryConfig("knn", 8, entries=20, neighbours=5), 2 * 3, 3),  # a call has its own number of entries
+        (
+            MemoryConfig(segment=8, update="delta"),
+            3,
+            2,
+        ),  # of the first of four calls, two whole ones, the last
+        (MemoryConfig("xl", 8), 3, 2),
     ],
-    ids=["infini_delta", "transformer_xl", "memorizing", "memorizing in calls"],
+    ids=[
+        "infini_delta",
+        "transformer_xl",
+        "memorizing",
+        "memorizing in calls",
+        "delta in calls",
+        "xl in calls",
+    ],
 )
 def test_compiled_layers_have_the_loss_and_gradients_and_share_their_graphs(
     decoder, memory, graphs, segments, monkeypatch

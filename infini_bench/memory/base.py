@@ -58,6 +58,8 @@ class Memory(nn.Module):
     auxiliary: Tensor | None = None  # what the last training call adds to the loss, summed over its tokens
     differentiable = True  # False: what crosses a boundary is not differentiated, by design
     steady = False  # True: ``segments`` heeds `cut_one`, whose slots beyond the last token are unused
+    # Segments done from which on their number changes nothing; None: it always may, or ``seen`` does.
+    settled: int | None = None
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__()

@@ -67,6 +67,8 @@ class CompressiveMemory(Memory):
         self.sigma = FEATURES[cfg.features]
         self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
         self.previous, self.steady = self.path.previous, self.path.steady
+        if cfg.gradient_depth is None and self.path.settled is not None:
+            self.settled = max(1, self.path.settled)
         self.width = WIDTHS.get(cfg.features, 1) * head_dim
         self.memory_gate = nn.Parameter(torch.empty(heads), requires_grad=cfg.gate_frozen is None)
         if cfg.gate_input:

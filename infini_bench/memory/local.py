@@ -41,6 +41,7 @@ class LocalMemory(Memory):
 
     has_memory = False
     steady = True
+    settled = 0
 
     def start(self, k_BTGD: Tensor) -> State:
         return {}

@@ -37,7 +37,7 @@ class WindowMemory(Memory):
         self.differentiable = cfg.kind in ("sliding", "sink")
         self.previous = -(-(self.window - 1) // cfg.segment) if self.window else int(cfg.kind != "block")
         self.front = self.previous * cfg.segment  # key slots before the own segment's
-        self.settled = self.previous  # age from which all segments share one mask
+        self.settled: int = self.previous  # age from which all segments share one mask
         self.has_memory = self.previous > 0
         self.differentiable = cfg.kind in ("sliding", "sink")
 

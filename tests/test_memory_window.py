@@ -315,6 +315,7 @@ def test_a_look_up_is_dense_attention_cut_to_the_best_entries(index, scores, mon
     if index == "faiss":
         pytest.importorskip("faiss")
     monkeypatch.setattr(knn, "SCORES", scores)
+    monkeypatch.setattr(knn, "WEIGHTS", scores)
     segment, entries, n, before, stored = 64, 512, 5, 512, torch.tensor([512, 300])
     mem = make(segment, kind="knn", entries=entries, neighbours=n, index=index)
     q, k, v = qkv(2 * segment)

@@ -35,6 +35,25 @@ def rotate(x_BSNHD: Tensor, rope: Rope, slots: Tensor) -> Tensor:
     return x_BSNHD * cos + turned * sin
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient arrives contiguous.
+
+    torch 2.11 keeps cuDNN's plan of attention's backward pass, its choice on an H100 or H200, by the layouts
+    of queries, keys, values and mask. The gradient of outputs is then read by the strides that the first one
+    had. These differ between compiled layers, and between models of one process: a view of a matrix
+    product's result here, a tensor of its own where a layer mixes its outputs there. One would be read far
+    beyond its end, the other at wrong places.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx.contiguous()
+
+
 def attend(q_BSQHD: Tensor, k_BSKGD: Tensor, v_BSKGD: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Softmax attention inside each segment (Eq. 6 with sqrt(D), as every implementation): (B, S, Q, H, D).
 
@@ -43,7 +62,8 @@ def attend(q_BSQHD: Tensor, k_BSKGD: Tensor, v_BSKGD: Tensor, mask: Tensor | Non
     n_seg, groups = q_BSQHD.shape[1], q_BSQHD.shape[3] != k_BSKGD.shape[3]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_BSQHD, k_BSKGD, v_BSKGD))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups)
-    return out.transpose(1, 2).unflatten(0, (-1, n_seg))
+    out = out.transpose(1, 2)
+    return (ContiguousGradient.apply(out) if out.requires_grad else out).unflatten(0, (-1, n_seg))
 
 
 class Memory(nn.Module):

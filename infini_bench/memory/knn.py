@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 told: set[str] = set()  # what the log says already
 FAISS = importlib.util.find_spec("faiss") is not None
 SCORES = 2**27  # that exist at once: 512 MiB in float32
+WEIGHTS = 2**25  # of rows summed by one kernel: CUDA's backward pass counts 32 threads for each, in int32
 FOLD = 16  # scores of which the first round of a search sees the largest only
 
 
@@ -194,9 +195,10 @@ nearest.register_autograd(_backward_of_nearest, setup_context=_save_nearest)
 
 def weighted_rows(weights_YSXn: Tensor, place_YSXn: Tensor, x_YPD: Tensor) -> Tensor:
     """Sum over n of weights times the rows ``place`` of x (Y P, D): (Y, S, X, D); the rows are not copied."""
-    weights, place = (x.flatten(0, 2) for x in (weights_YSXn, place_YSXn))
-    sums = F.embedding_bag(place, x_YPD.flatten(0, 1), per_sample_weights=weights, mode="sum")
-    return sums.view(*place_YSXn.shape[:3], -1)
+    rows, bags = x_YPD.flatten(0, 1), max(1, WEIGHTS // place_YSXn.shape[-1])
+    parts = zip(*(x.flatten(0, 2).split(bags) for x in (weights_YSXn, place_YSXn)), strict=True)
+    sums = [F.embedding_bag(place, rows, per_sample_weights=w, mode="sum") for w, place in parts]
+    return torch.cat(sums).view(*place_YSXn.shape[:3], -1)
 
 
 def by_torch(q_YXD: Tensor, k_YCD: Tensor, dead_Y: Tensor | None, n: int) -> tuple[Tensor, Tensor]:

@@ -82,16 +82,14 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
         for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
             rivals = {key: same if of_memory(key) else [other for _, other in group] for key in keys}
-            for key in (key for key in keys if key.startswith(OF_TRAINING)):
-                rivals[key] = [other for other in rivals[key] if key in other]
-            differing = [key for key in keys if len({other.get(key) for other in rivals[key]}) > 1]
+            # among those that have the setting: where one does not, another setting says so
+            differing = [key for key in keys if len({o[key] for o in rivals[key] if key in o}) > 1]
             differing = [key for key in differing if key not in DERIVED]
             shape = OF_SHAPE if place[0] == "efficiency" else ()
             differing = [key for key in differing if key not in ("model", *shape)]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
             named = sorted({*differing, *own, *_decisive(setup, [other for _, other in group], keys)})
-            named = [key for key in named if key in setup or not key.startswith(OF_TRAINING)]
-            names[run] = " ".join(f"{key}={setup.get(key)}" for key in named) or None
+            names[run] = " ".join(f"{key}={setup[key]}" for key in named if key in setup) or None
     return names
 
 

@@ -40,17 +40,18 @@ def check_peers(task: Any) -> None:
         level = "operator" if name == fla.NAME else "model"
         if task.task.level != level:
             raise UserError(f"{name} is timed by profile --level {level}, not --level {task.task.level}.")
-        if level == "operator":
-            installed(name, fla.MODULE, name)
-            fla.check(task)
-        else:
-            installed(name, PEERS[name].module, PEERS[name].install)
     if task.task.level == "model" and task.task.vs:
         unlike = {name: PEERS[name].unlike(task.cfg) for name in task.task.vs}
         if all(unlike.values()):
             raise UserError("; ".join(f"{name} {why}" for name, why in unlike.items()) + ".")
         if "train" not in task.task.modes and "forward" not in task.task.modes:
             raise UserError("--vs times forward and train; task.modes has neither.")
+    for name in task.task.vs:  # last, since what is wrong anyway is no reason to install anything
+        if name == fla.NAME:
+            installed(name, fla.MODULE, name)
+            fla.check(task)
+        else:
+            installed(name, PEERS[name].module, PEERS[name].install)
 
 
 def installed(name: str, module: str, install: str) -> Any:

@@ -15,6 +15,7 @@ from test_tasks_probes import pick
 from typer.testing import CliRunner
 
 from infini_bench.cli.main import app
+from infini_bench.cli.tables import MATCHES
 from infini_bench.config import build_config, to_dict
 from infini_bench.errors import UserError
 from infini_bench.memory import build_memory
@@ -166,6 +167,10 @@ def test_beside_a_peer_that_is_alike_the_other_is_a_row_that_says_so(monkeypatch
     assert pick(rows, "ratio_to_peer_inference") == [1.0, None]
 
 
+def test_the_command_line_knows_the_packages_that_can_be_timed():
+    assert {*MATCHES} == {*efficiency_peers.PEERS, FLA}
+
+
 @pytest.mark.parametrize(
     ("package", "command"),
     [
@@ -176,7 +181,7 @@ def test_beside_a_peer_that_is_alike_the_other_is_a_row_that_says_so(monkeypatch
 )
 def test_a_package_that_is_not_there_or_broken(monkeypatch, package, command):
     monkeypatch.setattr(efficiency_peers, "find_spec", lambda name: None)
-    cfg = beside({MEMORIZING: "memorizing", RECURRENT: "rmt"}.get(package, "infini_linear"), package, 1)
+    cfg = beside(MATCHES[package], package, 1 if package == MEMORIZING else None)
     with pytest.raises(UserError, match=f"is not installed; run `{command}"):
         build_task(cfg).build(CPU)
     monkeypatch.setattr(efficiency_peers, "find_spec", lambda name: name)

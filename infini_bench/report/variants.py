@@ -151,7 +151,7 @@ def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
     left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir", but}
     left_out |= {"data.path"} if record.kind == "eval" else set()  # it has the fingerprint
     if record.task == "efficiency":
-        left_out -= {"trainer.compile", "trainer.checkpoint_segments"}  # nothing but speed and memory do
+        left_out -= {"trainer.compile", "trainer.checkpoint_segments", "memory.backend"}  # speed does
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):

@@ -15,7 +15,7 @@ from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
 
-STAGES = ("pretrain", "passkey", "needles", "booksum", "pretrain_paper", "passkey_paper")
+STAGES = ("pretrain", "passkey", "passkey_far", "needles", "booksum", "pretrain_paper", "passkey_paper")
 OF_STAGE = re.compile(rf"([+~]*)({'|'.join(STAGES)})\.(.+)", re.DOTALL)  # an override for one stage only
 
 

@@ -1,5 +1,6 @@
 """A pretrained model gets a memory: families, what is trained, what is saved, stages, export."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,13 @@ def test_the_papers_protocol_scaled_down():
     assert (text.task.sequence, keys.trainer.steps, keys.task.segments) == (4096, 400, 3)
     assert text.memory == keys.memory and keys.memory.segment == 2048 and not keys.trainer.curriculum
     assert keys.task.protocol == "paper, scaled down" and keys.task.trials == 20 and not keys.task.text_share
+
+
+def test_keys_over_256_segments_go_on_from_64():
+    near, far = (compose_run([f"experiment=adapt_{s}", "data.path=x"]) for s in ("passkey", "passkey_far"))
+    assert (near.task.segments, near.trainer.curriculum[-1]) == (64, 64) and far.task.segments == 256
+    assert far.memory == near.memory and replace(far.task, segments=64) == near.task
+    assert not far.trainer.curriculum and far.trainer.lr < near.trainer.lr
 
 
 def test_what_cannot_be_loaded_is_told(tmp_path, base):

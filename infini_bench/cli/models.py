@@ -55,8 +55,8 @@ def adapt(
     stages: Annotated[
         str,
         typer.Option(
-            help="pretrain, passkey, needles, booksum; as the paper, scaled down: pretrain_paper, "
-            "passkey_paper. Several with commas, in order."
+            help="pretrain, passkey, passkey_far (after passkey: 256 segments), needles, booksum; as the "
+            "paper, scaled down: pretrain_paper, passkey_paper. Several with commas, in order."
         ),
     ] = "pretrain",
 ) -> None:

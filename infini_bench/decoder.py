@@ -35,6 +35,7 @@ from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
 from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.memory import Memory, build_tokens
+from infini_bench.memory.base import Rope, State
 from infini_bench.memory.tokens import TokenMemory, ZeroLinear
 from infini_bench.recurrent import AssociativeLayer, SegmentRun
 from infini_bench.registry import MODEL_TYPE
@@ -173,8 +174,31 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = padding_only(q_length=x.shape[1], attention_mask=attention_mask)
         state = MemoryCache.empty(len(self.layers)) if cache is None else cache
-        out = SegmentRun(memory, super().forward, state, len(self.layers))(x, mask)
+        out = SegmentRun(self, memory, state)(x, mask)
         return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=cache)
+
+    def round(
+        self,
+        x_BKD: Tensor,
+        rope: Rope,
+        beside: State,
+        writes: int,
+        mask_BK: Tensor | None = None,
+        cache: MemoryCache | None = None,
+    ) -> tuple[Tensor, State]:
+        """All layers over one round of a `SegmentRun`: last hidden states (B, K, dim), and what they wrote.
+
+        beside, writes: see `TokenMemory`; mask_BK: bool, False = no token, None = all are.
+        """
+        assert self.recurrence is not None
+        mask = padding_only(q_length=x_BKD.shape[1], attention_mask=mask_BK)
+        x_BKD, written = self.recurrence.run(self.layers, x_BKD, beside, writes, mask, rope, cache)
+        return self.norm(x_BKD), written
+
+    def whole(self, x_BKD: Tensor, rope: Rope, beside: State, writes: int) -> tuple[Tensor, State]:
+        """``round`` of a whole segment in training, with a name of its own to be compiled by: a function of
+        tensors alone."""
+        return self.round(x_BKD, rope, beside, writes)
 
 
 class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
@@ -198,8 +222,9 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     def compile_layers(self) -> None:
         """torch.compile the layers' ``body``, once for all of them, and the loss; in place.
 
-        The layers' shapes stay static: a number of segments compiles in seconds, a scan of dynamic length in
-        minutes.
+        Of a model that runs segment by segment all layers of a whole one are a graph besides: what a call of
+        each costs in Python would be paid in every segment. Shapes stay static: a number of segments compiles
+        in seconds, a scan of dynamic length in minutes.
         Raises UserError for a model whose segments all differ in length.
         """
         if self.config.memory["kind"] == "autocompressor":
@@ -210,6 +235,8 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         body = torch.compile(MemoryDecoderLayer.body, dynamic=False)
         for layer in self.model.layers:
             layer.body = MethodType(body, layer)
+        whole = torch.compile(MemoryLlamaModel.whole, dynamic=False)
+        self.model.whole = MethodType(whole, self.model)
         self.nats = torch.compile(nats)
         self.compile_steps()
 

@@ -10,21 +10,21 @@ Shapes: B batch, T tokens of the call, K tokens of a round, R read tokens, m wri
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from infini_bench.cache import MemoryCache, MemoryLayer
 from infini_bench.layer import MemoryDecoderLayer
-from infini_bench.memory.base import State
+from infini_bench.memory.base import Rope, State
 from infini_bench.memory.blocks import Count
-from infini_bench.memory.tokens import Association, Associations, TokenMemory
+from infini_bench.memory.tokens import Association, TokenMemory
 from infini_bench.schema import MemoryConfig
 
 if TYPE_CHECKING:
-    from infini_bench.decoder import MemoryLlamaConfig
+    from infini_bench.decoder import MemoryLlamaConfig, MemoryLlamaModel
 
 
 class AssociativeLayer(MemoryDecoderLayer):
@@ -35,30 +35,30 @@ class AssociativeLayer(MemoryDecoderLayer):
         self.association = Association(MemoryConfig(**config.memory), config.hidden_size)
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, associations: Associations, **kwargs: Any
-    ) -> Tensor:
-        M, z = associations.M[self.index], associations.z[self.index]
-        if associations.reads:
-            hidden_states = hidden_states + self.association.read(hidden_states, M, z)
-        out = super().forward(hidden_states, *args, **kwargs)
-        if associations.tokens:
-            associations.new.append(self.association.write(out[:, -associations.tokens :], M, z))
-        return out
+        self, x_BKD: Tensor, *args: Any, M: Tensor, z: Tensor, reads: bool, writes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K, dim), M (B, F, dim) and z (B, F) before -> after; writes: the last so many columns write."""
+        if reads:
+            x_BKD = x_BKD + self.association.read(x_BKD, M, z)
+        out = super().forward(x_BKD, *args)
+        return (out, *self.association.write(out[:, -writes:], M, z)) if writes else (out, M, z)
 
 
 class SegmentRun:
     """One call of such a model.
 
-    layers: the forward pass of ``LlamaModel``. cache: ``depth`` layers with the unfinished segment's keys and
-    values, and behind them one for this run: ``fill`` tokens of that segment, ``done`` segments, ``seen``
-    columns, and what the memory carries; it is added to a cache that has none yet.
+    cache: a layer for each of the model's, with the unfinished segment's keys and values, and behind them
+    one for this run: ``fill`` tokens of that segment, ``done`` segments, ``seen`` columns, and what the
+    memory carries; it is added to a cache that has none yet.
     """
 
-    def __init__(self, memory: TokenMemory, layers: Callable[..., Any], cache: MemoryCache, depth: int):
+    def __init__(self, model: MemoryLlamaModel, memory: TokenMemory, cache: MemoryCache):
+        depth = len(model.layers)
         if len(cache.layers) == depth:
             cache.layers.append(MemoryLayer())
-        self.memory, self.layers, self.own = memory, layers, cache.layers[depth]
+        self.model, self.memory, self.own = model, memory, cache.layers[depth]
         self.cache = MemoryCache(cache.layers[:depth])
+        self.ropes: dict[int, Rope] = {}  # by length: all whole segments share one
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Last hidden states (B, T, dim) of embeddings; the cache gets the new state.
@@ -77,12 +77,12 @@ class SegmentRun:
 
     def even(self, x_BTD: Tensor) -> Tensor:
         """All rows at the same place: one round a segment, no mask, and nothing is asked of the device."""
-        out, used, tokens = [], 0, x_BTD.shape[1]
-        while used < tokens:
-            take = min(tokens - used, self.memory.segment - self.state["fill"])
-            out.append(self.round(x_BTD[:, used : used + take], take))
-            used += take
-        return torch.cat(out, 1)
+        size, tokens = self.memory.segment, x_BTD.shape[1]
+        first = min(tokens, size - self.state["fill"])
+        whole, rest = divmod(tokens - first, size)
+        # cut at once: a slice a segment would fill a gradient of all tokens with zeros every time
+        parts = x_BTD.split([first, *[size] * whole, *[rest] * (rest > 0)], 1)
+        return torch.cat([self.round(part, part.shape[1]) for part in parts], 1)
 
     def ragged(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Rows at different places: each row's next tokens are gathered, and their outputs scattered back."""
@@ -114,27 +114,32 @@ class SegmentRun:
         x, mask = torch.cat([read, x_BKD, write], 1), None
         if here_BK is not None:
             mask = torch.cat([marks(begins, reads, read), here_BK, marks(ends, memory.tokens, write)], 1)
-        around = memory.around(state, some(ends))
-        last = self.cache.get_seq_length() + x.shape[1] - 1
-        out = self.layers(
-            inputs_embeds=x,
-            attention_mask=mask,
-            position_ids=torch.tensor([[last]]),  # ends the rotary table; on the CPU, where it is asked for
-            past_key_values=self.cache,
-            use_cache=True,
-            **around,
-        ).last_hidden_state
+        out, written = self.layers(x, mask, some(ends))
+        _, own, last = out.split([read.shape[1], x_BKD.shape[1], write.shape[1]], 1)
         if some(ends):
-            state |= self.end(out[:, -memory.tokens :], None if isinstance(ends, bool) else ends, around)
+            state |= self.end(last, None if isinstance(ends, bool) else ends, written)
         state |= {"fill": total % memory.segment, "done": state["done"] + total // memory.segment}
-        return out[:, read.shape[1] : read.shape[1] + x_BKD.shape[1]]
+        return own
 
-    def end(self, out_BmD: Tensor, full_B: Tensor | None, around: dict[str, Any]) -> State:
+    def layers(self, x_BKD: Tensor, mask_BK: Tensor | None, ends: bool) -> tuple[Tensor, State]:
+        """Last hidden states (B, K, dim) of a round, and what the layers wrote.
+
+        A whole segment of rows that agree needs no caches; in training it is one graph, if that is compiled.
+        """
+        seen = self.cache.get_seq_length()
+        size = seen + x_BKD.shape[1]
+        if size not in self.ropes:  # the last position is on the CPU, where it is asked for
+            self.ropes[size] = self.model.rotary_emb(x_BKD, torch.tensor([[size - 1]]))
+        given = x_BKD, self.ropes[size], self.memory.beside(self.state), self.memory.tokens * ends
+        shared = isinstance(self.model.layers[0], FSDPModule)  # gathered one by one: no graph holds them all
+        if ends and not seen and mask_BK is None and torch.is_grad_enabled() and not shared:
+            return self.model.whole(*given)
+        return self.model.round(*given, mask_BK, self.cache)
+
+    def end(self, out_BmD: Tensor, full_B: Tensor | None, written: State) -> State:
         """What crosses the border of the rows that end a segment, None = all; its inside is cleared."""
-        depth, carried = (
-            self.memory.cfg.gradient_depth,
-            self.memory.after(self.state, out_BmD, full_B, around),
-        )
+        depth = self.memory.cfg.gradient_depth
+        carried = self.memory.after(self.state, out_BmD, full_B, written)
         for layer in self.cache.layers:
             layer.reset() if full_B is None else layer.reset_rows(full_B)
         if full_B is None and depth is not None and (self.state["done"] + 1) % depth == 0:

@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import MEMORIES, awake
 from torch._dynamo.backends.registry import lookup_backend
 
+from infini_bench.decoder import MemoryLlamaModel
 from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.models import build_model
 from infini_bench.schema import MemoryConfig
@@ -202,3 +204,81 @@ def test_a_compiled_look_up_leaves_the_state_of_a_plain_one(decoder, monkeypatch
             outs.append([out, *state.tensors().values()])
     for x, y in zip(outs[0] + outs[1], outs[2] + outs[3], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("name", "depth", "segments", "graphs"),
+    [
+        ("rmt", None, None, 1),
+        ("rmt", 2, 3, 1),
+        ("armt", None, 2, 2),  # a first segment reads nothing
+        ("armt", 2, None, 3),  # and what was detached needs no gradient
+    ],
+)
+def test_compiled_segments_are_one_graph_each_and_share_it(
+    decoder, name, depth, segments, graphs, monkeypatch
+):
+    """All layers of a whole segment are one graph, however many segments, steps and lengths there are."""
+    memory = MemoryConfig(segment=8, gradient_depth=depth, **MEMORIES[name])
+    model = awake(build_model(replace(decoder, layers=2), memory, 13))
+    tokens, weights, task_weights = batch()
+    sizes = [TOKENS - 3, 32, TOKENS]  # of whole segments, of fewer, and with an unfinished one at the end
+    batches = [(tokens[:, : n + 1], weights[:, :n], task_weights[:, :n]) for n in sizes]
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def states() -> list[torch.Tensor]:
+        nll, after = model.losses(ids, targets)
+        return [nll, *after.tensors().values()]
+
+    plain, state = [], states()
+    for run.batch in batches:
+        plain.append(run(model, segments))
+    compiler, made = torch.compile, []
+
+    def count(graph, inputs):
+        made.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def compile(function, **given):
+        backend = count if function is MemoryLlamaModel.whole else "eager"
+        return compiler(function, backend=backend, fullgraph=True, **given)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    loss = SequenceLoss(model, segments, compiled=True)
+    for given, expected in zip(batches, plain, strict=True):
+        model.zero_grad()
+        value, sums = loss(*given)
+        value.backward()
+        assert_same(expected, (value.detach(), sums, {n: p.grad for n, p in model.named_parameters()}))
+        assert len(made) == graphs
+    for ours, theirs in zip(states(), state, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(made) == graphs
+
+
+@pytest.mark.parametrize("name", ["rmt", "armt", "autocompressor"])
+def test_only_whole_segments_in_training_are_one_graph(decoder, name, monkeypatch):
+    """What is read, padded, unfinished or goes on from an open segment runs layer by layer."""
+    model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES[name]), 13)
+    ids, own, widths = torch.randint(13, (2, 24)), model.model.whole, []
+
+    def whole(x, *given):
+        widths.append(x.shape[1])
+        return own(x, *given)
+
+    monkeypatch.setattr(model.model, "whole", whole)
+    with torch.no_grad():
+        _, state = model.step(ids)
+        _, rest = model.step(ids[:, :3])
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[0, :2] = False
+    model.step(ids, mask=mask)
+    model.step(ids[:, :5], rest)
+    assert widths == []
+    model.step(ids[:, :13], rest)  # ends the open segment, then a whole one
+    model.step(ids[:, :10], state)
+    assert len(widths) == 2
+    with model.memory_off():
+        model.step(ids)
+    assert len(widths) == 5

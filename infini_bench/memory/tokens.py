@@ -12,7 +12,7 @@ features, dim (D in suffixes) the model's width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,14 +66,23 @@ class TokenMemory(nn.Module):
     def write(self, state: State) -> Tensor:
         """The tokens behind a segment: (B, m, dim)."""
 
-    def around(self, state: State, writes: bool) -> dict[str, Any]:
-        """What every decoder layer is given beside its input; writes: whether write tokens are among it."""
+    def beside(self, state: State) -> State:
+        """What the decoder layers read beside their input, and write anew at a segment's end."""
         return {}
 
+    def run(
+        self, layers: Iterable[nn.Module], x_BKD: Tensor, beside: State, writes: int, *given: Any
+    ) -> tuple[Tensor, State]:
+        """The decoder layers, one after the other, and what they wrote. writes: so many of the last columns
+        are write tokens; given: what each layer takes after its input."""
+        for layer in layers:
+            x_BKD = layer(x_BKD, *given)
+        return x_BKD, {}
+
     @abstractmethod
-    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, around: dict[str, Any]) -> State:
+    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, written: State) -> State:
         """What crosses the segment's end. out_BmD: last hidden states of the write tokens; full_B: the rows
-        that end one, None = all; around: what the layers were given."""
+        that end one, None = all; written: by the layers."""
 
 
 def where(full_B: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
@@ -114,7 +123,7 @@ class RecurrentTokens(TokenMemory):
             return memory if done else first
         return where(done > 0, memory, first)
 
-    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, around: dict[str, Any]) -> State:
+    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, written: State) -> State:
         return {"memory": where(full_B, out_BmD, state["memory"]).clone()}
 
 
@@ -144,7 +153,7 @@ class AutoCompressor(TokenMemory):
     def write(self, state: State) -> Tensor:
         return self.learned(len(state["memory"]))
 
-    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, around: dict[str, Any]) -> State:
+    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, written: State) -> State:
         if full_B is None:
             return {"memory": torch.cat([state["memory"], out_BmD], 1)}
         done, padded = state["done"], F.pad(state["memory"], (0, 0, 0, self.tokens))
@@ -180,25 +189,23 @@ class AssociativeTokens(TokenMemory):
     def write(self, state: State) -> Tensor:
         return self.learned(len(state["M"]))
 
-    def around(self, state: State, writes: bool) -> dict[str, Any]:
-        M, z, done = state["M"], state["z"], state["done"]
+    def beside(self, state: State) -> State:
+        done = state["done"]
         reads = self.enabled and not (isinstance(done, int) and done == 0)
-        return {"associations": Associations(M.unbind(1), z.unbind(1), reads, self.tokens if writes else 0)}
+        return {"M": state["M"], "z": state["z"], "reads": reads}
 
-    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, around: dict[str, Any]) -> State:
-        M, z = (torch.stack(x, 1) for x in zip(*around["associations"].new, strict=True))
-        return {"M": where(full_B, M, state["M"]), "z": where(full_B, z, state["z"])}
+    def run(
+        self, layers: Iterable[nn.Module], x_BKD: Tensor, beside: State, writes: int, *given: Any
+    ) -> tuple[Tensor, State]:
+        new = []
+        for layer, M, z in zip(layers, beside["M"].unbind(1), beside["z"].unbind(1), strict=True):
+            x_BKD, M, z = layer(x_BKD, *given, M=M, z=z, reads=beside["reads"], writes=writes)
+            new.append((M, z))
+        M, z = (torch.stack(x, 1) for x in zip(*new, strict=True)) if writes else (beside["M"], beside["z"])
+        return x_BKD, {"M": M, "z": z}
 
-
-@dataclass
-class Associations:
-    """What ARMT's layers read in one pass, M (B, F, dim) and z (B, F) of each, and what they wrote."""
-
-    M: tuple[Tensor, ...]
-    z: tuple[Tensor, ...]
-    reads: bool
-    tokens: int  # the last so many columns are write tokens
-    new: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    def after(self, state: State, out_BmD: Tensor, full_B: Tensor | None, written: State) -> State:
+        return {name: where(full_B, x, state[name]) for name, x in written.items()}
 
 
 class Association(nn.Module):

@@ -58,7 +58,7 @@ class SegmentRun:
             cache.layers.append(MemoryLayer())
         self.model, self.memory, self.own = model, memory, cache.layers[depth]
         self.cache = MemoryCache(cache.layers[:depth])
-        self.ropes: dict[int, Rope] = {}  # by length: all whole segments share one
+        self.rope: Rope | None = None  # of the last round: whole segments share it
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Last hidden states (B, T, dim) of embeddings; the cache gets the new state.
@@ -128,9 +128,10 @@ class SegmentRun:
         """
         seen = self.cache.get_seq_length()
         size = seen + x_BKD.shape[1]
-        if size not in self.ropes:  # the last position is on the CPU, where it is asked for
-            self.ropes[size] = self.model.rotary_emb(x_BKD, torch.tensor([[size - 1]]))
-        given = x_BKD, self.ropes[size], self.memory.beside(self.state), self.memory.tokens * ends
+        if self.rope is None or self.rope[0].shape[1] != size:
+            last = torch.tensor([[size - 1]])  # on the CPU, where it is asked for
+            self.rope = self.model.rotary_emb(x_BKD, last)
+        given = x_BKD, self.rope, self.memory.beside(self.state), self.memory.tokens * ends
         shared = isinstance(self.model.layers[0], FSDPModule)  # gathered one by one: no graph holds them all
         if ends and not seen and mask_BK is None and torch.is_grad_enabled() and not shared:
             return self.model.whole(*given)

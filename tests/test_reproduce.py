@@ -259,3 +259,14 @@ def test_only_the_demo_is_judged(tmp_path, calls, capsys):
 
 def test_no_plan_writes_into_the_committed_results():
     assert module.default_folder("demo") == Path("runs/demo")
+
+
+def test_what_is_recorded_as_done_stays_done(tmp_path, monkeypatch):
+    """A setting that is added to the schema changes what tells runs apart: hours on a GPU would be missing."""
+    results = Path(__file__).parents[1] / "results"
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    models = ["infini_linear", "infini_delta", "transformer_xl"]
+    jobs = plan("table2", "gpu", results, [0], models, data=Path("data"), only="books")
+    found = {each.job.name: each.state for each in module.standing(jobs)}
+    assert found == {f"lm {model} books seed 0": "done" for model in models}

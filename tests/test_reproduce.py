@@ -262,7 +262,7 @@ def test_no_plan_writes_into_the_committed_results():
 
 
 def test_what_is_recorded_as_done_stays_done(tmp_path, monkeypatch):
-    """A setting that is added to the schema changes what tells runs apart: hours on a GPU would be missing."""
+    """Else a setting that is added to the schema has all that was run on a GPU run again."""
     results = Path(__file__).parents[1] / "results"
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()

@@ -141,28 +141,14 @@ def test_reading_before_leaves_autocast_its_gradients(decoder):
 @pytest.mark.parametrize(
     ("memory", "graphs", "segments"),
     [
-        (MemoryConfig(segment=8, update="delta"), 1, None),
-        (MemoryConfig("xl", 8), 1, None),
-        (
-            MemoryConfig("knn", 8, entries=20, neighbours=5),
-            2,
-            None,
-        ),  # of the layer that looks up, and of the others
-        (MemoryConfig("knn", 8, entries=20, neighbours=5), 2 * 3, 3),  # a call has its own number of entries
-        (
-            MemoryConfig(segment=8, update="delta"),
-            3,
-            2,
-        ),  # of the first of four calls, two whole ones, the last
-        (MemoryConfig("xl", 8), 3, 2),
-    ],
-    ids=[
-        "infini_delta",
-        "transformer_xl",
-        "memorizing",
-        "memorizing in calls",
-        "delta in calls",
-        "xl in calls",
+        pytest.param(MemoryConfig(segment=8, update="delta"), 1, None, id="infini_delta"),
+        pytest.param(MemoryConfig("xl", 8), 1, None, id="transformer_xl"),
+        # of the layer that looks up, and of the others; in calls, each has its own number of entries
+        pytest.param(MemoryConfig("knn", 8, entries=20, neighbours=5), 2, None, id="memorizing"),
+        pytest.param(MemoryConfig("knn", 8, entries=20, neighbours=5), 2 * 3, 3, id="memorizing in calls"),
+        # of the first of four calls, of two whole ones, and of the last, which is shorter
+        pytest.param(MemoryConfig(segment=8, update="delta"), 3, 2, id="infini_delta in calls"),
+        pytest.param(MemoryConfig("xl", 8), 3, 2, id="transformer_xl in calls"),
     ],
 )
 def test_compiled_layers_have_the_loss_and_gradients_and_share_their_graphs(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
@@ -68,7 +69,11 @@ class MemoryDecoderLayer(LlamaDecoderLayer):
         assert position_embeddings is not None
         layer = None if past_key_values is None else past_key_values.layers[self.index]
         state, taken = lowered(None if layer is None else layer.state, self.self_attn.memory.settled)
-        out, new = self.body(hidden_states, position_embeddings, state, attention_mask)
+        given = hidden_states, position_embeddings, state, attention_mask
+        if torch.compiler.is_compiling():  # a larger graph: torch 2.11 would call a compiled body without self
+            out, new = MemoryDecoderLayer.body(self, *given)
+        else:
+            out, new = self.body(*given)
         if layer is not None:
             layer.state = {**new, **{name: new[name] + count for name, count in taken.items()}}
         return out

@@ -70,7 +70,7 @@ class MemoryDecoderLayer(LlamaDecoderLayer):
         layer = None if past_key_values is None else past_key_values.layers[self.index]
         state, taken = lowered(None if layer is None else layer.state, self.self_attn.memory.settled)
         given = hidden_states, position_embeddings, state, attention_mask
-        if torch.compiler.is_compiling():  # a larger graph: torch 2.11 would call a compiled body without self
+        if torch.compiler.is_compiling():  # by a larger graph: torch 2.11 loses a compiled body's self
             out, new = MemoryDecoderLayer.body(self, *given)
         else:
             out, new = self.body(*given)

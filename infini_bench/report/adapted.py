@@ -2,7 +2,7 @@
 
 Found among the records: before = a language-model evaluation of the base itself, with local attention in the
 same segments (``infini-bench eval lm --base BASE model=local_block``); after = one of the very run whose
-keys or summaries are shown. Both on a validation split, of the same corpus and as much of it.
+keys or summaries are shown. Both on a validation split, of the same documents and as much of each.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _local(record: Record, base: str, segment: int) -> bool:
 
 
 def _corpus(record: Record) -> tuple:
-    task = record.config["task"]
-    limits = (task.get("max_documents"), task.get("max_tokens"))
-    return (record.data_fingerprint, *limits)
+    """The documents that were read, and how many bytes of each: runs may have had more to choose from."""
+    extra = _row(record)["extra"]
+    return tuple(extra["documents"]), tuple(extra["bytes"])
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -192,6 +192,13 @@ def test_jobs_of_a_grid_have_names_and_logs_of_their_own(tmp_path, monkeypatch):
     assert (first.cfg.task.trials, first.cfg.memory.features, first.cfg.trainer.steps) == (5, "elu1", 9)
 
 
+def test_a_setting_of_one_task_fits_a_plan_of_two_when_only_that_is_run(tmp_path):
+    asked = ("diag_gates", "smoke", tmp_path, None, ["infini_linear"], ["task.max_documents=2"])
+    with pytest.raises(UserError, match=r"task.max_documents belongs to task=lm"):
+        plan(*asked)
+    assert {job.cfg.task.max_documents for job in plan(*asked, only="lm frozen")} == {2}
+
+
 def test_all_models_means_every_file(tmp_path, monkeypatch):
     for path in ("plan/p.yaml", "model/a.yaml", "model/b.yaml"):
         (tmp_path / path).parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ variants: {name: [memory.gate_split=2]}        # ... with each of these; or, of 
 overrides: []                                  # for every job
 each: {memorizing: [memory.entries=16384]}     # for the jobs of one model
 seeds: [0, 1, 2]                               # unset = 0
-scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above but tasks
+scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above
 
 ``{data}`` in an override stands for the folder of ``--data``.
 """

@@ -154,14 +154,18 @@ def plan(
     for (task, own), (setting, model) in product(plan.tasks.items(), [*_rows(plan, models)]):
         words = [f"model={model}", f"task={task}", *places, *own, *setting.overrides]
         words = _filled([*words, *plan.each.get(model, []), *overrides], data)
+        names = {
+            seed: " ".join([task, model, *([setting.name] if setting.name else []), f"seed {seed}"])
+            for seed in _seeds(seeds, setting.seeds, plan.seeds)
+        }
+        named |= {word for name in names.values() for word in name.split()}
+        kept = {seed: name for seed, name in names.items() if set(only.split()) <= set(name.split())}
+        if not kept:  # settings need only fit what is run
+            continue
         cfg = compose_run(words)
-        for seed in _seeds(seeds, setting.seeds, plan.seeds):
-            name = " ".join([task, model, *([setting.name] if setting.name else []), f"seed {seed}"])
+        for seed, name in kept.items():
             parts = [task, model, re.sub(r"[^\w.=-]+", "-", setting.name), f"seed{seed}"]
             log = out / "logs" / f"{'-'.join(part for part in parts if part)}.txt"
-            named |= set(name.split())
-            if not set(only.split()) <= set(name.split()):
-                continue
             job = Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name)
             jobs.append((seed if seeds is None else seeds.index(seed), job))
     for word in (word for word in only.split() if word not in named):

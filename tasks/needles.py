@@ -116,15 +116,17 @@ class NeedlesTask(Task):
         rng = np.random.default_rng([self.cfg.seed, zlib.crc32(split.encode()), number])
         text = self.text(task.train_fillers[rng.integers(len(task.train_fillers))], split)
         before = task.train_questions[rng.integers(len(task.train_questions))] == "before"
-        drawn = [self.needles.trial(rng, self.kinds[name], before) for name in task.train_kinds]
-        trials = [trial for trial in drawn if trial.size <= length]
-        if not trials:
-            needed = -(-(min(trial.size for trial in drawn) - 1) // segment)
+        sizes: list[int] = []
+        for name in rng.permutation(task.train_kinds):  # the first that fits, as tokenizing all takes long
+            trial = self.needles.trial(rng, self.kinds[name], before)
+            sizes.append(trial.size)
+            if trial.size <= length:
+                break
+        else:
             raise UserError(
-                f"Set task.segments and trainer.curriculum to {needed} or more: the shortest prompt "
-                f"fills that many segments of {segment} tokens."
+                f"Set task.segments and trainer.curriculum to {-(-(min(sizes) - 1) // segment)} or more: the "
+                f"shortest prompt fills that many segments of {segment} tokens."
             )
-        trial = trials[rng.integers(len(trials))]
         near, border = rng.random() < task.own_segment, length - 1 - segment
         least = max(trial.size, border + 2 + (trial.near + len(trial.answer) if near else 0))
         end = int(rng.integers(min(least, length), length + 1))

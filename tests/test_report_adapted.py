@@ -117,7 +117,7 @@ def test_another_segment_or_corpus_is_no_before():
     other.config["memory"]["segment"] = 64
     longer = language(bits=2.0, id="base")
     for found in longer.metrics:
-        found["extra"] = {**row["extra"], "bytes": [200, 200]}
+        found["extra"] = {**found["extra"], "bytes": [200, 200]}
     for records in ([*chain(), other], [*chain(), longer]):
         titles, sheet = sheet_text(records, "table3_passkey")
         shown = {title: cell for title, cell in zip(titles, sheet.rows[0], strict=True) if "bits" in title}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from infini_bench.cli.bridge import compose_run, given, quote
 from infini_bench.errors import UserError
+from infini_bench.files import writing
 from infini_bench.origin import find_origin, trained_config
 from infini_bench.pretrained import is_own, looks_local, merge_lora
 from infini_bench.report.records import Record
@@ -115,11 +116,14 @@ def export(checkpoint: Path | str, out: Path) -> None:
     from infini_bench.show import quiet
     from infini_bench.train.checkpoint import load_checkpoint_model
 
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new folder.")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty; give a new folder.")
     quiet()
     path, _ = find_origin(RunConfig(checkpoint=str(checkpoint)))
     model, tokenizer, _ = load_checkpoint_model(path)
     merge_lora(model)
-    save_model(model, out)
-    tokenizer.save(out)
+    with writing(out):
+        save_model(model, out)
+        tokenizer.save(out)

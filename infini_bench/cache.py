@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from infini_bench.errors import UserError
+from infini_bench.files import atomic_write
 from infini_bench.memory.base import State
 
 BUFFERED = (
@@ -246,7 +247,7 @@ class MemoryCache(Cache):
 
     def save(self, path: Path, about: dict[str, str] | None = None) -> None:
         """One safetensors file. about: what the file says of itself, see `about`."""
-        save_file({name: x.detach().contiguous() for name, x in self.tensors().items()}, path, about)
+        atomic_write(path, save({name: x.detach().contiguous() for name, x in self.tensors().items()}, about))
 
     @staticmethod
     def about(path: Path) -> dict[str, str]:

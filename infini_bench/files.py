@@ -20,6 +20,7 @@ _REASONS = {
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "permission denied; choose a folder that you may write to",
     errno.EROFS: "the file system is read-only; choose a folder that you may write to",
+    errno.ENOENT: "no folder can be made there; choose another",
     errno.ENOTDIR: "a part of that path is a file; choose another folder",
     errno.EEXIST: "a file of that name is in the way; choose another folder",
     errno.EISDIR: "a folder of that name is in the way; choose another name",

@@ -12,7 +12,6 @@ from infini_bench.cache import MemoryCache
 from infini_bench.data import Tokenizer
 from infini_bench.device import torch_device
 from infini_bench.errors import UserError
-from infini_bench.files import writing
 from infini_bench.models import MemoryLlamaForCausalLM, load_model
 from infini_bench.origin import PACKAGE
 from infini_bench.progress import Progress
@@ -41,9 +40,7 @@ def remember(name: str, book: Path, out: Path, device: str = "auto") -> dict[str
         state = feed(model, chunked(ids, size), None, bar)
     about = {"model": name, "fingerprint": identity(model), "document": book.name}
     about |= {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": str(ids.size)}
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        state.save(out, about)
+    state.save(out, about)
     return about
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from report_fakes import record
 from typer.testing import CliRunner
 
 from infini_bench import __version__
 from infini_bench.cli import main as cli
 from infini_bench.cli.doctor import Finding, examine
 from infini_bench.cli.listing import describe
+from infini_bench.report.records import write_record
 
 HEAVY = ("torch", "transformers", "datasets", "hydra", "omegaconf", "pandas", "numpy")
 
@@ -182,10 +184,12 @@ def test_cfg_prints_the_settings():
     assert "steps: 7" in text and "name: passkey" in text and "hydra" not in text
 
 
-def test_report_of_an_empty_folder_writes_empty_tables_and_of_none_nothing(tmp_path):
+def test_report_without_records_leaves_the_tables_that_there_are(tmp_path):
     assert invoke("report", "--out", "tables").exit_code == 2
-    assert not (tmp_path / "tables").exists()
     (tmp_path / "results" / "records").mkdir(parents=True)
+    assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 2
+    assert not (tmp_path / "tables").exists()
+    write_record(record(), tmp_path / "results" / "records")
     assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 0
     assert (tmp_path / "tables" / "table3_passkey.csv").exists()
     assert invoke("report", "--out", "page.html", "--format", "html").exit_code == 0

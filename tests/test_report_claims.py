@@ -110,13 +110,21 @@ def test_a_variant_wins_on_both_sets_or_not_at_all():
 
 
 def test_memory_off_is_paired_by_document():
-    runs = [model(name, (100.0, 300.0)) for name in ("infini_linear", "infini_delta")]
+    names = ("infini_linear", "infini_delta")
+    runs = [model(name, (100.0, 300.0), seed) for name in names for seed in (0, 1)]
+    rival = [model("local_block", (120.0, 320.0), seed) for seed in (0, 1)]
     for run in runs:
         (off,) = (m for m in run.metrics if m["metric"] == "bits_per_byte_memory_off")
         off["extra"] = {**off["extra"], "nats": [110.0, 305.0]}
-    assert verdicts(runs)["memory_used"][0] == YES
-    off["extra"]["nats"] = [110.0, 295.0]
-    assert verdicts(runs)["memory_used"][0] == NO
+    assert verdicts([*runs, *rival])["memory_used"][0] == YES
+    assert verdicts(runs)["memory_used"][0] == OPEN, "no model without a memory"
+    assert verdicts([*runs[::2], *rival[:1]])["memory_used"][0] == OPEN, "one seed"
+    worse = [model("local_block", (95.0, 290.0), seed) for seed in (0, 1)]
+    assert verdicts([*runs, *worse])["memory_used"][0] == NO, "no memory at all does better"
+    for run in runs[2:]:
+        (off,) = (m for m in run.metrics if m["metric"] == "bits_per_byte_memory_off")
+        off["extra"] = {**off["extra"], "nats": [110.0, 295.0]}
+    assert verdicts([*runs, *rival])["memory_used"][0] == NO
 
 
 def footprint(name, floats, scale="paper"):
@@ -162,17 +170,18 @@ def test_keys_at_a_million():
     assert verdicts([lost])["plug_and_play"][0] == NO
 
 
-def gated(name, values, **changes):
+def gated(name, values, seed=0, **changes):
     history = [{"step": 5, "gates": values}]
     train = {"folder": "x", "gates": history, "final_loss": 1.0}
-    return record(name, kind="train", train=train, config={**GPU, **changes})
+    return record(name, seed, kind="train", train=train, config={**GPU, **changes})
 
 
 def test_gates_and_stability():
     runs = [
-        gated("infini_linear", [[0.05, 0.5], [0.02, 0.9]]),
-        gated("infini_delta", [[0.1, 0.5], [0.2, 0.5]]),
+        *(gated("infini_linear", [[0.05, 0.5], [0.02, 0.9]], seed) for seed in (0, 1)),
+        *(gated("infini_delta", [[0.1, 0.5], [0.2, 0.5]], seed) for seed in (0, 1)),
     ]
+    assert verdicts(runs[::2])["mixer_heads"][0] == OPEN, "one seed"
     found = verdicts(runs)
     assert [found[name][0] for name in ("local_head_a_layer", "specialised_heads", "mixer_heads")] == [
         NO,
@@ -181,13 +190,13 @@ def test_gates_and_stability():
     ]
     assert "infini_linear 100 %, infini_delta 50 %" in found["local_head_a_layer"][1]
     assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, YES]
-    assert "1 of 1" in found["stable_bptt_delta"][1]
+    assert "2 of 2" in found["stable_bptt_delta"][1]
     error = "UserError: Step 9 gave loss nan and gradient norm nan; nothing was saved"
-    broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=GPU)
+    broken = record("infini_delta", 2, kind="train", status="failed", error=error, config=GPU)
     found = verdicts([*runs, broken])
     assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, NO]
     other = {**GPU, "memory": {"kind": "compressive", "segment": 32, "features": "relu2"}}
-    broken = record("infini_delta", 1, kind="train", status="failed", error=error, config=other)
+    broken = record("infini_delta", 2, kind="train", status="failed", error=error, config=other)
     assert verdicts([*runs, broken])["stable_bptt_delta"][0] == YES, "not the paper's memory"
 
 

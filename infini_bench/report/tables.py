@@ -51,6 +51,8 @@ def write_report(
     if not Path(records).is_dir():
         raise UserError(f"There is no folder of records at {records}; nothing was written.")
     found = read_records(records)
+    if not found:
+        raise UserError(f"There is no record in {records}; nothing was written.")
     rows = tidy(found)
     files: dict[str, str] = {}
     lines = claims.judged(Evidence(rows, current(found)))

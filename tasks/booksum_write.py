@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +23,21 @@ if TYPE_CHECKING:
     from .booksum import Booksum
 
 Summaries = list[np.ndarray]  # token ids of one book's samples, without the end
-Made = Iterator[tuple[int | None, str, int, Summaries]]  # input length, condition, number of the book
+Asked = tuple[int | None, str, int, Summaries]  # input length, condition, number of the book
+Made = Iterator[Asked]
 OWN = "pairwise"  # the condition of what is no control
 SHUFFLE = 7  # sets the order of shuffled segments apart from what samples are drawn with
+
+
+@dataclass
+class Prompt:
+    """What a summary follows: the state at the last segment's border of what was read, and the rest."""
+
+    length: int | None
+    condition: str
+    place: int  # of the book in its group
+    state: Any
+    tail: np.ndarray
 
 
 class Writer:
@@ -57,9 +70,11 @@ class Writer:
                     yield length, condition, int(numbers[place]), summaries
 
     def _group(self, numbers, books: list[np.ndarray], lengths, controlled: bool) -> Made:
-        """Books that are written side by side; each is read once, its state asked at every length."""
+        """Books that are written side by side, at all lengths and controls at once: a step of many rows takes
+        hardly longer than one of few. Each book is read once, and its state kept at every length."""
         states: list[Any] = [None] * len(books)
         read = [0] * len(books)
+        own: list[Prompt] = []
         for length in lengths:
             cuts = [book[:length] for book in books]
             borders = [len(cut) // self.model.segment * self.model.segment for cut in cuts]
@@ -68,25 +83,23 @@ class Writer:
             tails = [
                 np.concatenate([c[b:], self.booksum.separator]) for c, b in zip(cuts, borders, strict=True)
             ]
-            for place, summaries in enumerate(self._write(numbers, states, tails)):
-                yield length, OWN, place, summaries
+            own += prompts(length, OWN, states, tails)
         wholes = [cut[:border] for cut, border in zip(cuts, borders, strict=True)]
-        for condition, around, start in self._controls(numbers, wholes, states, controlled):
-            with around:
-                made = self._write(numbers, start(), tails)
-            for place, summaries in enumerate(made):
-                yield length, condition, place, summaries
-
-    def _controls(self, numbers, wholes: list[np.ndarray], states: list[Any], controlled: bool):
-        """Condition, what holds while it is read and written, and a function that gives its states."""
+        if controlled and len(books) > 1:
+            own += prompts(length, "other_memory", [*states[1:], states[0]], tails)
         if controlled:
-            yield "memory_off", self.model.memory_off(), lambda: [None] * len(wholes)
-            if len(wholes) > 1:
-                yield "other_memory", nullcontext(), lambda: [*states[1:], states[0]]
             shuffled = [self._shuffled(*each) for each in zip(numbers, wholes, strict=True)]
-            yield "shuffled", nullcontext(), lambda: list(map(self._read, shuffled))
+            own += prompts(length, "shuffled", list(map(self._read, shuffled)), tails)
+        yield from self._write(numbers, own)
+        if controlled:
+            with self.model.memory_off():
+                made = self._write(numbers, prompts(length, "memory_off", [None] * len(books), tails))
+            yield from made
         for gate in self.task.gates:
-            yield f"gate_{gate:g}", fixed_gates(self.model, gate), lambda: list(map(self._read, wholes))
+            with fixed_gates(self.model, gate):
+                states = list(map(self._read, wholes))
+                made = self._write(numbers, prompts(length, f"gate_{gate:g}", states, tails))
+            yield from made
 
     def _shuffled(self, number: int, whole: np.ndarray) -> np.ndarray:
         segments = whole.reshape(-1, self.model.segment)
@@ -98,9 +111,15 @@ class Writer:
         size = aligned(self.task.chunk, self.model.segment)
         return feed(self.model, chunked(tokens[None], size), state, self.reading) if len(tokens) else state
 
-    def _write(self, numbers, states: list[Any], tails: list[np.ndarray]) -> list[Summaries]:
-        keys = [[self.cfg.seed, int(number)] for number in numbers]
-        return self._generate(keys, stack(states), tails, self.task.max_new_tokens, self.task.samples)
+    def _write(self, numbers, asked: list[Prompt]) -> list[Asked]:
+        """What is written for each of the prompts, side by side."""
+        keys = [[self.cfg.seed, int(numbers[each.place])] for each in asked]
+        states, tails = stack([each.state for each in asked]), [each.tail for each in asked]
+        made = self._generate(keys, states, tails, self.task.max_new_tokens, self.task.samples)
+        return [
+            (each.length, each.condition, each.place, summaries)
+            for each, summaries in zip(asked, made, strict=True)
+        ]
 
     def _generate(self, keys, state, tails: list[np.ndarray], most: int, samples: int) -> list[Summaries]:
         """What follows each row's state and the end of its prompt. keys: seeds of the rows' draws."""
@@ -162,6 +181,12 @@ class Writer:
             keys = [[*key, i] for i in group]
             found += [samples[0] for samples in self._generate(keys, state, tails, most, 1)]
         return found
+
+
+def prompts(length: int | None, condition: str, states: list[Any], tails: list[np.ndarray]) -> list[Prompt]:
+    """Of all books of a group."""
+    pairs = zip(states, tails, strict=True)
+    return [Prompt(length, condition, place, *each) for place, each in enumerate(pairs)]
 
 
 def stack(states: list[Any]):

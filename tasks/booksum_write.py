@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,40 +148,63 @@ class Writer:
         """Hierarchical summaries: parts of ``map_tokens``, each a document of its own, are summarised in up
         to ``map_new_tokens``; the summaries, end to end, are cut into parts again until there is one.
 
-        Its summary, of up to ``max_new_tokens``, is the book's. The level and number of a part belong to the
-        seed of its draws, behind the sample's.
+        Its summary, of up to ``max_new_tokens``, is the book's. Parts of all books and samples are written
+        side by side, ``batch`` of them. The level and number of a part belong to the seed of its draws,
+        behind the sample's.
         """
-        self.reading, count = None, len(books) * len(lengths)
-        with self.progress.task("summaries", count) as bar:
+        self.reading, samples = None, range(1 if self.task.greedy else self.task.samples)
+        with self.progress.task("summaries", len(books) * len(lengths)) as bar:
             for length in lengths:
-                for number, book in enumerate(books):
-                    samples = range(1 if self.task.greedy else self.task.samples)
-                    summaries = [self._reduced(book[:length], [self.cfg.seed, number, i]) for i in samples]
+                texts = {(n, i): book[:length] for n, book in enumerate(books) for i in samples}
+                found = self._reduced(texts)
+                for number in range(len(books)):
                     bar.advance()
-                    yield length, OWN, number, summaries
+                    yield length, OWN, number, [found[number, i] for i in samples]
 
-    def _reduced(self, tokens: np.ndarray, key: list[int]) -> np.ndarray:
-        border, level = self.booksum.tokenizer.encode("\n\n"), 0
-        while len(tokens) > self.task.map_tokens:
-            parts = list(np.split(tokens, range(self.task.map_tokens, len(tokens), self.task.map_tokens)))
-            made = self._parts(parts, [*key, level], self.task.map_new_tokens)
-            tokens, level = np.concatenate([ids for part in made for ids in (part, border)]), level + 1
-        return self._parts([tokens], [*key, level], self.task.max_new_tokens)[0]
-
-    def _parts(self, parts: list[np.ndarray], key: list[int], most: int) -> Summaries:
-        """A summary of each part; all but the last are of one length."""
-        segment, found = self.model.segment, []
-        *equal, last = range(len(parts))
-        groups = [equal[a : a + self.task.batch] for a in range(0, len(equal), self.task.batch)]
-        for group in [*groups, [last]]:
-            rows = np.stack([parts[i] for i in group])
-            border = rows.shape[1] // segment * segment
-            size = aligned(self.task.chunk, segment, len(rows))
-            state = feed(self.model, chunked(rows[:, :border], size), None, self.reading)
-            tails = [np.concatenate([row[border:], self.booksum.separator]) for row in rows]
-            keys = [[*key, i] for i in group]
-            found += [samples[0] for samples in self._generate(keys, state, tails, most, 1)]
+    def _reduced(self, texts: dict[tuple[int, int], np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+        """The summary of each book (by number and sample), a level of all of them after the other."""
+        size, border, level = self.task.map_tokens, self.booksum.tokenizer.encode("\n\n"), 0
+        found: dict[tuple[int, int], np.ndarray] = {}
+        while texts:
+            whole = {key: [text] for key, text in texts.items() if len(text) <= size}
+            rest = {
+                key: list(np.split(text, range(size, len(text), size)))
+                for key, text in texts.items()
+                if key not in whole
+            }
+            made = self._parts(whole, level, self.task.max_new_tokens)
+            found |= {key: summary for key, (summary,) in made.items()}
+            made = self._parts(rest, level, self.task.map_new_tokens)
+            texts = {
+                key: np.concatenate([ids for part in parts for ids in (part, border)])
+                for key, parts in made.items()
+            }
+            level += 1
         return found
+
+    def _parts(self, texts: dict[tuple[int, int], Summaries], level: int, most: int):
+        """A summary of each part of each text; those of one length are read side by side."""
+        segment = self.model.segment
+        parts = [
+            (len(ids) // segment * segment, [self.cfg.seed, *key, level, i], ids)
+            for key, text in texts.items()
+            for i, ids in enumerate(text)
+        ]
+        order = sorted(range(len(parts)), key=lambda i: parts[i][0])
+        made: dict[int, np.ndarray] = {}
+        for a in range(0, len(order), self.task.batch):
+            group = order[a : a + self.task.batch]
+            states: list[Any] = []
+            for border, same in groupby(group, lambda i: parts[i][0]):
+                rows = [parts[i][2][:border] for i in same]
+                size = aligned(self.task.chunk, segment, len(rows))
+                read = chunked(np.stack(rows), size)
+                states += [feed(self.model, read)] if border else [None] * len(rows)
+            tails = [np.concatenate([parts[i][2][parts[i][0] :], self.booksum.separator]) for i in group]
+            written = self._generate([parts[i][1] for i in group], stack(states), tails, most, 1)
+            made |= {i: samples[0] for i, samples in zip(group, written, strict=True)}
+        each = (made[i] for i in range(len(parts)))
+        return {key: [next(each) for _ in text] for key, text in texts.items()}
 
 
 def prompts(length: int | None, condition: str, states: list[Any], tails: list[np.ndarray]) -> list[Prompt]:

@@ -426,6 +426,19 @@ def test_map_reduce_summarises_parts_and_then_their_summaries(make):
         build_config({"task": {"name": "booksum", "map_tokens": 100, "map_new_tokens": 51}})
 
 
+def test_parts_of_all_books_and_samples_are_written_side_by_side(make, decoder):
+    """The summaries are those that each part would have by itself."""
+    found = []
+    for batch in (1, 5, 50):
+        options = {"map_tokens": 150, "map_new_tokens": 50, "max_new_tokens": 9, "samples": 2}
+        task = make(baseline="map_reduce", greedy=False, temperature=2.0, batch=batch, **options)
+        torch.manual_seed(0)
+        model = build_model(decoder, MemoryConfig(segment=SEGMENT), task.tokenizer.vocab_size).double().eval()
+        found.append(texts(task, value(task.evaluate(model), "overall")))
+    assert found[0] == found[1] == found[2] and [*found[0]] == ["test0", "test1", "test2"]
+    assert all(len(set(each)) == 2 for each in found[0].values())
+
+
 # --- training on whole books ------------------------------------------------------------------------------
 
 

@@ -62,10 +62,7 @@ class SteadySteps(Steps):
         """Float32 logits (B, V) after one more token."""
         last, state = self.model.segment - 1, self.state
         ending = [row for row, fill in enumerate(self.fills) if fill == last]
-        if len(ending) == len(self.fills):
-            logits = super().step(ids_B1)
-        else:
-            logits = self.inside(ids_B1)
+        logits = super().step(ids_B1) if len(ending) == len(self.fills) else self.inside(ids_B1)
         if 0 < len(ending) < len(self.fills):  # their logits are right, but they wrote nothing
             rows = torch.tensor(ending, device=ids_B1.device)
             _, written = self.model.step(ids_B1[rows], state.select_rows(rows), keep="none")

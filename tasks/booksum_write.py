@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from infini_bench.errors import UserError
+from infini_bench.memory.retrieval import RetrievalMemory
 from infini_bench.stream import chunked, feed, generate, prefill_rows
 
 from .base import aligned, has_controls
@@ -110,7 +111,8 @@ class Writer:
     def _read(self, tokens: np.ndarray, state=None):
         """The state after more whole segments of one book."""
         size = aligned(self.task.chunk, self.model.segment)
-        return feed(self.model, chunked(tokens[None], size), state, self.reading) if len(tokens) else state
+        with encoding(self.model):
+            return feed(self.model, chunked(tokens[None], size), state, self.reading) if len(tokens) else state
 
     def _write(self, numbers, asked: list[Prompt]) -> list[Asked]:
         """What is written for each of the prompts, side by side."""
@@ -217,6 +219,19 @@ def stack(states: list[Any]):
     """One batch of states at segment borders; None where a document starts, or where all do."""
     known = next((state for state in states if state is not None), None)
     return None if known is None else type(known).stack(states)
+
+
+@contextmanager
+def encoding(model) -> Iterator[None]:
+    """Inside, retrieval reads its window alone: what is fed is found later, when a summary is written."""
+    memories = [m for m in model.modules() if isinstance(m, RetrievalMemory)]
+    for memory in memories:
+        memory.searching = False
+    try:
+        yield
+    finally:
+        for memory in memories:
+            memory.searching = True
 
 
 @contextmanager

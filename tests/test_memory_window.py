@@ -231,9 +231,24 @@ def test_few_or_all_older_keys_are_retrieved_however_few_scores_fit_at_once(neig
     compare(mem, 5 * 6 + 2, 1e-12)
     q, k, v = (x.detach() for x in qkv(5 * 6 + 2))
     with torch.no_grad():
-        out, state, _ = feed(mem, q, k, v, [13, 1, 18])
+        out, state, _ = feed(
+            mem, q, k, v, [13, 1, 9, *[1] * 9]
+        )  # a step of one token sums chosen values alone
         assert (out - slow(mem, q, k, v)).abs().max() < 1e-12
     assert torch.equal(state["mem_k"], k[:, :30]) and torch.equal(state["mem_v"], v[:, :30])
+
+
+def test_what_is_read_without_searching_sees_the_window_and_is_found_later():
+    mem, xl = make(kind="retrieval", neighbours=2), make(kind="xl")
+    q, k, v = (x.detach() for x in qkv(5 * 6 + 2))
+    mem.searching = False
+    with torch.no_grad():
+        read, state = mem(*(x[:, :25] for x in (q, k, v)), rope_table(mem.span))
+        window = xl(*(x[:, :25] for x in (q, k, v)), rope_table(xl.span))[0]
+        mem.searching = True
+        last = mem(*(x[:, 25:] for x in (q, k, v)), rope_table(mem.span), state)[0]
+    assert (read - window).abs().max() < 1e-12
+    assert (last - slow(mem, q, k, v)[:, 25:]).abs().max() < 1e-12  # of one layer, whose keys are as given
 
 
 def test_retrieval_is_a_window_of_two_segments_while_nothing_is_older():

@@ -11,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from infini_bench.config import build_config
 from infini_bench.errors import UserError
+from infini_bench.memory.retrieval import RetrievalMemory
 from infini_bench.models import build_model
 from infini_bench.progress import NullProgress
 from infini_bench.schema import BooksumConfig, DataConfig, DecoderConfig, MemoryConfig, RunConfig
@@ -437,6 +438,22 @@ def test_parts_of_all_books_and_samples_are_written_side_by_side(make, decoder):
         found.append(texts(task, value(task.evaluate(model), "overall")))
     assert found[0] == found[1] == found[2] and [*found[0]] == ["test0", "test1", "test2"]
     assert all(len(set(each)) == 2 for each in found[0].values())
+
+
+def test_a_model_with_retrieval_searches_when_it_writes(make, decoder, monkeypatch):
+    keys, read = [], RetrievalMemory.read
+
+    def noted(self, b, s, k, *rest):
+        keys.append((b.tokens, k.shape[1]))
+        return read(self, b, s, k, *rest)
+
+    monkeypatch.setattr(RetrievalMemory, "read", noted)
+    task = make(max_new_tokens=3, controls=False, max_books=1)
+    model = build_model(decoder, MemoryConfig("retrieval", SEGMENT, neighbours=8), task.tokenizer.vocab_size)
+    task.evaluate(model)
+    assert max(n for tokens, n in keys if tokens == SEGMENT) <= SEGMENT  # of 128 of the book's 150 tokens
+    assert {n for tokens, n in keys if tokens != SEGMENT} == {128}
+    assert all(memory.searching for memory in model.memories)
 
 
 # --- training on whole books ------------------------------------------------------------------------------

@@ -221,6 +221,18 @@ def test_memory_off_leaves_the_own_segment_alone(decoder, path):
     assert all(module.enabled for module in model.modules() if hasattr(module, "enabled"))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_full_attention_goes_on_under_autocast(padded, decoder):
+    model = build_model(decoder, MemoryConfig(kind="full", segment=8), 13).eval()
+    ids, mask = torch.randint(13, (2, 20)), torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :3] = not padded
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model.step(ids, None, "last", mask)[0]
+        state = model.step(ids[:, :12], None, "none", mask[:, :12])[1]
+        assert (model.step(ids[:, 12:], state, "last")[0] - whole).abs().max() < 0.02
+    assert state.layers[0].state["past_k"].dtype == torch.bfloat16
+
+
 # --- retrieval over all older keys ----------------------------------------------------------------------
 
 

@@ -110,9 +110,9 @@ class Writer:
 
     def _read(self, tokens: np.ndarray, state=None):
         """The state after more whole segments of one book."""
-        size = aligned(self.task.chunk, self.model.segment)
+        chunks = chunked(tokens[None], aligned(self.task.chunk, self.model.segment))
         with encoding(self.model):
-            return feed(self.model, chunked(tokens[None], size), state, self.reading) if len(tokens) else state
+            return feed(self.model, chunks, state, self.reading) if len(tokens) else state
 
     def _write(self, numbers, asked: list[Prompt]) -> list[Asked]:
         """What is written for each of the prompts, side by side."""

@@ -188,6 +188,17 @@ class MemoryCache(Cache):
         """The rows of ``index`` (int64), which may repeat."""
         return MemoryCache([layer.map(lambda x: x[index.to(x.device)]) for layer in self.layers])
 
+    def with_rows(self, index: Tensor, other: MemoryCache) -> MemoryCache:
+        """The same state with the rows of ``other`` in the places ``index`` (int64)."""
+
+        def put(own: MemoryLayer, new: MemoryLayer) -> MemoryLayer:
+            pairs = ((name, x, (new.state or {})[name]) for name, x in (own.state or {}).items())
+            return MemoryLayer(
+                {n: x.index_copy(0, index, y) if isinstance(x, Tensor) else x for n, x, y in pairs}
+            )
+
+        return MemoryCache([put(*pair) for pair in zip(self.layers, other.layers, strict=True)])
+
     @classmethod
     def stack(cls, states: Sequence[MemoryCache | None]) -> MemoryCache | None:
         """One batch of states of documents of any length, each at a segment's border; None = at the start.

@@ -39,9 +39,10 @@ class Steps:
 
 
 class SteadySteps(Steps):
-    """Steps between two segment borders in shapes that stay; one that completes a row's segment is a call.
+    """Steps between two segment borders in shapes that stay; rows that complete a segment are fed by a call.
 
-    fills: of each row, how many tokens of the unfinished segment there are.
+    Of many rows nearly every step completes some row's segment, and a call writes whole segments: so it is
+    made of those rows alone. fills: of each row, how many tokens of the unfinished segment there are.
     """
 
     model: MemoryLlamaForCausalLM
@@ -59,13 +60,18 @@ class SteadySteps(Steps):
     @torch.no_grad()
     def step(self, ids_B1: Tensor) -> Tensor:
         """Float32 logits (B, V) after one more token."""
-        last = self.model.segment - 1
-        logits = super().step(ids_B1) if last in self.fills else self.inside(ids_B1)
+        last, state = self.model.segment - 1, self.state
+        ending = [row for row, fill in enumerate(self.fills) if fill == last]
+        logits = super().step(ids_B1) if len(ending) == len(self.fills) else self.inside(ids_B1)
+        if 0 < len(ending) < len(self.fills):  # their logits are right, but they wrote nothing
+            rows = torch.tensor(ending, device=ids_B1.device)
+            _, written = self.model.step(ids_B1[rows], state.select_rows(rows), keep="none")
+            self.state = self.state.with_rows(rows, written)
         self.fills = [0 if fill == last else fill + 1 for fill in self.fills]
         return logits
 
     def inside(self, ids_B1: Tensor) -> Tensor:
-        """A step that completes no segment."""
+        """A step that writes no memory, whether or not it completes a row's segment."""
         inner, layers = self.model.model, []
         x_B1C = inner.embed_tokens(ids_B1)
         for layer, state in zip(inner.layers, self.states(), strict=True):

@@ -279,7 +279,7 @@ def run_job(job: Job, board: Any) -> Outcome:
         if job.cfg.task.untrained:
             timed("eval", run_eval, job.cfg, [job.cfg.task.name, *job.settings])
         else:
-            trained = timed("train", run_train, _startable(job.cfg), job.settings)
+            trained = timed("train", run_train, _startable(job), job.settings)
             cfg = replace(job.cfg, checkpoint=trained.train["folder"])
             words = [word for word in job.settings if not word.startswith(("model=", "task=", *TRAINED))]
             timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
@@ -295,10 +295,12 @@ def run_job(job: Job, board: Any) -> Outcome:
     return outcome
 
 
-def _startable(cfg: RunConfig) -> RunConfig:
-    """``cfg``, set to go on with its interrupted run, or to run again if a finished run's folder is gone."""
-    digest = config_hash(asdict(cfg))
-    same = [r for r in current(read_records(cfg.records)) if (r.kind, r.config_hash) == ("train", digest)]
+def _startable(job: Job) -> RunConfig:
+    """The job's ``cfg``, set to go on with its interrupted run, or to run again if a finished run's folder
+    is gone."""
+    cfg, records = job.cfg, current(read_records(job.cfg.records))
+    digests = _trainings([job], records)
+    same = [r for r in records if r.kind == "train" and r.config_hash in digests]
     if not same:
         return cfg
     folder = same[0].train.get("folder", "")
@@ -309,10 +311,20 @@ def _startable(cfg: RunConfig) -> RunConfig:
     return replace(cfg, resume=folder) if there and (same[0].status == "interrupted" or killed) else cfg
 
 
-def _planned_records(jobs: list[Job], records: list[Record]) -> list[Record]:
+def _planned_records(jobs: Sequence[Job], records: list[Record]) -> list[Record]:
     """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
-    digests = {config_hash(asdict(job.cfg)) for job in jobs}
+    digests = _trainings(jobs, records)
     return [r for r in records if {r.config_hash, r.train.get("config_hash")} & digests]
+
+
+def _trainings(jobs: Sequence[Job], records: list[Record]) -> set[str]:
+    """Hashes of the jobs' configurations, and of recorded trainings that differ in the decoder alone: a run
+    on a pretrained model has that model's, which no job knows before it is read."""
+    digests = {config_hash(asdict(job.cfg)) for job in jobs}
+    jobs_own = {json.dumps(asdict(job.cfg.decoder)) for job in jobs if job.cfg.base.model is not None}
+    based = [r for r in records if r.kind == "train" and r.config.get("base", {}).get("model") is not None]
+    pairs = [(r, {**r.config, "decoder": json.loads(text)}) for r in based for text in jobs_own]
+    return digests | {r.config_hash for r, config in pairs if config_hash(config) in digests}
 
 
 def _lost(job: Job) -> Outcome:

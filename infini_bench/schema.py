@@ -243,7 +243,7 @@ class BooksumConfig(TaskConfig):
     top_p: float = 0.95
     greedy: bool = False
     samples: int = 1  # summaries a book
-    batch: int = 8  # books whose summaries are written side by side
+    batch: int = 8  # books whose summaries are written side by side, at all lengths and controls at once
     compile: bool = False  # compile the steps that write: pays for long summaries on a GPU
     chunk: int = 8192
     controls: bool = True  # memory off, another book's memory, the book's segments shuffled

@@ -112,6 +112,7 @@ def generate(
     """
     tokens: list[Tensor] = []
     steps = decoding(model, state)
+    del state  # the steps replace it: what grows would else be held twice
     done_B1 = torch.zeros(len(logits_BV), 1, dtype=torch.bool, device=logits_BV.device)
     while len(tokens) < max_new_tokens:
         if tokens:

@@ -1,10 +1,11 @@
 """Book summaries (Table 4): a whole book is read, its summary written from the carried state.
 
-Protocol, version 3. Prompt: the book's tokens (the first ``input_tokens`` and, of them, each of ``lengths``),
-then `SEPARATOR`. The state is carried from the first token to the last; then up to ``max_new_tokens`` are
-generated, ended by the end-of-text token: greedily, or by nucleus sampling with ``temperature`` and
-``top_p``, ``samples`` a book. Token t of a sample is drawn with number t of numpy's
-``default_rng([seed, book, sample])``.
+Protocol, version 4. Prompt: the book's tokens (the first ``input_tokens`` and, of them, each of ``lengths``),
+then `SEPARATOR`. The state is carried from the first token to the last (a memory that retrieves reads whole
+segments with its window alone, as Unlimiformer encodes; version 3 searched there, too, in the square of a
+book's time); then up to ``max_new_tokens`` are generated, ended by the end-of-text token: greedily, or by
+nucleus sampling with ``temperature`` and ``top_p``, ``samples`` a book. Token t of a sample is drawn with
+number t of numpy's ``default_rng([seed, book, sample])``.
 
 * ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F1 x 100 (metrics/rouge.py), mean over books.
 * ``overall``: geometric mean of the books' mean R-1, R-2 and R-L. ``overall_gain``: of a length over the next
@@ -55,7 +56,7 @@ SEPARATOR = "\n\nSummary of the text above:\n\n"
 
 class Booksum(Task):
     name = "booksum"
-    version = "3"
+    version = "4"
     score = ("overall", "rouge1", "rouge2", "rougeL", "rougeLsum")
 
     def __init__(self, cfg, tokenizer=None):

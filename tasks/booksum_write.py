@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from infini_bench.errors import UserError
+from infini_bench.memory.retrieval import RetrievalMemory
 from infini_bench.stream import chunked, feed, generate, prefill_rows
 
 from .base import aligned, has_controls
@@ -22,9 +25,21 @@ if TYPE_CHECKING:
     from .booksum import Booksum
 
 Summaries = list[np.ndarray]  # token ids of one book's samples, without the end
-Made = Iterator[tuple[int | None, str, int, Summaries]]  # input length, condition, number of the book
+Asked = tuple[int | None, str, int, Summaries]  # input length, condition, number of the book
+Made = Iterator[Asked]
 OWN = "pairwise"  # the condition of what is no control
 SHUFFLE = 7  # sets the order of shuffled segments apart from what samples are drawn with
+
+
+@dataclass
+class Prompt:
+    """What a summary follows: the state at the last segment's border of what was read, and the rest."""
+
+    length: int | None
+    condition: str
+    place: int  # of the book in its group
+    state: Any
+    tail: np.ndarray
 
 
 class Writer:
@@ -57,9 +72,11 @@ class Writer:
                     yield length, condition, int(numbers[place]), summaries
 
     def _group(self, numbers, books: list[np.ndarray], lengths, controlled: bool) -> Made:
-        """Books that are written side by side; each is read once, its state asked at every length."""
+        """Books that are written side by side, at all lengths and controls at once: a step of many rows takes
+        hardly longer than one of few. Each book is read once, and its state kept at every length."""
         states: list[Any] = [None] * len(books)
         read = [0] * len(books)
+        own: list[Prompt] = []
         for length in lengths:
             cuts = [book[:length] for book in books]
             borders = [len(cut) // self.model.segment * self.model.segment for cut in cuts]
@@ -68,25 +85,23 @@ class Writer:
             tails = [
                 np.concatenate([c[b:], self.booksum.separator]) for c, b in zip(cuts, borders, strict=True)
             ]
-            for place, summaries in enumerate(self._write(numbers, states, tails)):
-                yield length, OWN, place, summaries
+            own += prompts(length, OWN, states, tails)
         wholes = [cut[:border] for cut, border in zip(cuts, borders, strict=True)]
-        for condition, around, start in self._controls(numbers, wholes, states, controlled):
-            with around:
-                made = self._write(numbers, start(), tails)
-            for place, summaries in enumerate(made):
-                yield length, condition, place, summaries
-
-    def _controls(self, numbers, wholes: list[np.ndarray], states: list[Any], controlled: bool):
-        """Condition, what holds while it is read and written, and a function that gives its states."""
+        if controlled and len(books) > 1:
+            own += prompts(length, "other_memory", [*states[1:], states[0]], tails)
         if controlled:
-            yield "memory_off", self.model.memory_off(), lambda: [None] * len(wholes)
-            if len(wholes) > 1:
-                yield "other_memory", nullcontext(), lambda: [*states[1:], states[0]]
             shuffled = [self._shuffled(*each) for each in zip(numbers, wholes, strict=True)]
-            yield "shuffled", nullcontext(), lambda: list(map(self._read, shuffled))
+            own += prompts(length, "shuffled", list(map(self._read, shuffled)), tails)
+        yield from self._write(numbers, own)
+        if controlled:
+            with self.model.memory_off():
+                made = self._write(numbers, prompts(length, "memory_off", [None] * len(books), tails))
+            yield from made
         for gate in self.task.gates:
-            yield f"gate_{gate:g}", fixed_gates(self.model, gate), lambda: list(map(self._read, wholes))
+            with fixed_gates(self.model, gate):
+                states = list(map(self._read, wholes))
+                made = self._write(numbers, prompts(length, f"gate_{gate:g}", states, tails))
+            yield from made
 
     def _shuffled(self, number: int, whole: np.ndarray) -> np.ndarray:
         segments = whole.reshape(-1, self.model.segment)
@@ -95,12 +110,19 @@ class Writer:
 
     def _read(self, tokens: np.ndarray, state=None):
         """The state after more whole segments of one book."""
-        size = aligned(self.task.chunk, self.model.segment)
-        return feed(self.model, chunked(tokens[None], size), state, self.reading) if len(tokens) else state
+        chunks = chunked(tokens[None], aligned(self.task.chunk, self.model.segment))
+        with encoding(self.model):
+            return feed(self.model, chunks, state, self.reading) if len(tokens) else state
 
-    def _write(self, numbers, states: list[Any], tails: list[np.ndarray]) -> list[Summaries]:
-        keys = [[self.cfg.seed, int(number)] for number in numbers]
-        return self._generate(keys, stack(states), tails, self.task.max_new_tokens, self.task.samples)
+    def _write(self, numbers, asked: list[Prompt]) -> list[Asked]:
+        """What is written for each of the prompts, side by side."""
+        keys = [[self.cfg.seed, int(numbers[each.place])] for each in asked]
+        states, tails = stack([each.state for each in asked]), [each.tail for each in asked]
+        made = self._generate(keys, states, tails, self.task.max_new_tokens, self.task.samples)
+        return [
+            (each.length, each.condition, each.place, summaries)
+            for each, summaries in zip(asked, made, strict=True)
+        ]
 
     def _generate(self, keys, state, tails: list[np.ndarray], most: int, samples: int) -> list[Summaries]:
         """What follows each row's state and the end of its prompt. keys: seeds of the rows' draws."""
@@ -128,46 +150,88 @@ class Writer:
         """Hierarchical summaries: parts of ``map_tokens``, each a document of its own, are summarised in up
         to ``map_new_tokens``; the summaries, end to end, are cut into parts again until there is one.
 
-        Its summary, of up to ``max_new_tokens``, is the book's. The level and number of a part belong to the
-        seed of its draws, behind the sample's.
+        Its summary, of up to ``max_new_tokens``, is the book's. Parts of all books and samples are written
+        side by side, ``batch`` of them. The level and number of a part belong to the seed of its draws,
+        behind the sample's.
         """
-        self.reading, count = None, len(books) * len(lengths)
-        with self.progress.task("summaries", count) as bar:
+        self.reading, samples = None, range(1 if self.task.greedy else self.task.samples)
+        with self.progress.task("summaries", len(books) * len(lengths)) as bar:
             for length in lengths:
-                for number, book in enumerate(books):
-                    samples = range(1 if self.task.greedy else self.task.samples)
-                    summaries = [self._reduced(book[:length], [self.cfg.seed, number, i]) for i in samples]
+                texts = {(n, i): book[:length] for n, book in enumerate(books) for i in samples}
+                found = self._reduced(texts)
+                for number in range(len(books)):
                     bar.advance()
-                    yield length, OWN, number, summaries
+                    yield length, OWN, number, [found[number, i] for i in samples]
 
-    def _reduced(self, tokens: np.ndarray, key: list[int]) -> np.ndarray:
-        border, level = self.booksum.tokenizer.encode("\n\n"), 0
-        while len(tokens) > self.task.map_tokens:
-            parts = list(np.split(tokens, range(self.task.map_tokens, len(tokens), self.task.map_tokens)))
-            made = self._parts(parts, [*key, level], self.task.map_new_tokens)
-            tokens, level = np.concatenate([ids for part in made for ids in (part, border)]), level + 1
-        return self._parts([tokens], [*key, level], self.task.max_new_tokens)[0]
-
-    def _parts(self, parts: list[np.ndarray], key: list[int], most: int) -> Summaries:
-        """A summary of each part; all but the last are of one length."""
-        segment, found = self.model.segment, []
-        *equal, last = range(len(parts))
-        groups = [equal[a : a + self.task.batch] for a in range(0, len(equal), self.task.batch)]
-        for group in [*groups, [last]]:
-            rows = np.stack([parts[i] for i in group])
-            border = rows.shape[1] // segment * segment
-            size = aligned(self.task.chunk, segment, len(rows))
-            state = feed(self.model, chunked(rows[:, :border], size), None, self.reading)
-            tails = [np.concatenate([row[border:], self.booksum.separator]) for row in rows]
-            keys = [[*key, i] for i in group]
-            found += [samples[0] for samples in self._generate(keys, state, tails, most, 1)]
+    def _reduced(self, texts: dict[tuple[int, int], np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+        """The summary of each book (by number and sample), a level of all of them after the other."""
+        size, border, level = self.task.map_tokens, self.booksum.tokenizer.encode("\n\n"), 0
+        found: dict[tuple[int, int], np.ndarray] = {}
+        while texts:
+            whole = {key: [text] for key, text in texts.items() if len(text) <= size}
+            rest = {
+                key: list(np.split(text, range(size, len(text), size)))
+                for key, text in texts.items()
+                if key not in whole
+            }
+            made = self._parts(whole, level, self.task.max_new_tokens)
+            found |= {key: summary for key, (summary,) in made.items()}
+            made = self._parts(rest, level, self.task.map_new_tokens)
+            texts = {
+                key: np.concatenate([ids for part in parts for ids in (part, border)])
+                for key, parts in made.items()
+            }
+            level += 1
         return found
+
+    def _parts(self, texts: dict[tuple[int, int], Summaries], level: int, most: int):
+        """A summary of each part of each text; those of one length are read side by side."""
+        segment = self.model.segment
+        parts = [
+            (len(ids) // segment * segment, [self.cfg.seed, *key, level, i], ids)
+            for key, text in texts.items()
+            for i, ids in enumerate(text)
+        ]
+        order = sorted(range(len(parts)), key=lambda i: parts[i][0])
+        made: dict[int, np.ndarray] = {}
+        for a in range(0, len(order), self.task.batch):
+            group = order[a : a + self.task.batch]
+            states: list[Any] = []
+            for border, same in groupby(group, lambda i: parts[i][0]):
+                rows = [parts[i][2][:border] for i in same]
+                size = aligned(self.task.chunk, segment, len(rows))
+                read = chunked(np.stack(rows), size)
+                states += [feed(self.model, read)] if border else [None] * len(rows)
+            tails = [np.concatenate([parts[i][2][parts[i][0] :], self.booksum.separator]) for i in group]
+            written = self._generate([parts[i][1] for i in group], stack(states), tails, most, 1)
+            made |= {i: samples[0] for i, samples in zip(group, written, strict=True)}
+        each = (made[i] for i in range(len(parts)))
+        return {key: [next(each) for _ in text] for key, text in texts.items()}
+
+
+def prompts(length: int | None, condition: str, states: list[Any], tails: list[np.ndarray]) -> list[Prompt]:
+    """Of all books of a group."""
+    pairs = zip(states, tails, strict=True)
+    return [Prompt(length, condition, place, *each) for place, each in enumerate(pairs)]
 
 
 def stack(states: list[Any]):
     """One batch of states at segment borders; None where a document starts, or where all do."""
     known = next((state for state in states if state is not None), None)
     return None if known is None else type(known).stack(states)
+
+
+@contextmanager
+def encoding(model) -> Iterator[None]:
+    """Inside, retrieval reads its window alone: what is fed is found later, when a summary is written."""
+    memories = [m for m in model.modules() if isinstance(m, RetrievalMemory)]
+    for memory in memories:
+        memory.searching = False
+    try:
+        yield
+    finally:
+        for memory in memories:
+            memory.searching = True
 
 
 @contextmanager

@@ -126,6 +126,8 @@ def test_pretrained_folder(tmp_path, bpe):
     assert tokenizer.name == str(tmp_path / "hf")
     assert tokenizer.vocab_size == 300 and tokenizer.eos_id == 0
     assert tokenizer.decode([*tokenizer.encode(TEXT), tokenizer.eos_id]) == TEXT
+    texts = [TEXT[:n] for n in range(40)]
+    assert [*map(list, tokenizer.encode_all(texts))] == [list(tokenizer.encode(text)) for text in texts]
     tokenizer.save(tmp_path / "saved")
     loaded = Tokenizer.load(tmp_path / "saved")
     assert (loaded.name, loaded.fingerprint) == (tokenizer.name, tokenizer.fingerprint)

@@ -56,6 +56,22 @@ def test_a_step_inside_a_segment_writes_nothing_and_asks_the_device_nothing(deco
     assert steps.fills == [6, 3]
 
 
+def test_rows_that_complete_a_segment_are_a_call_of_their_own(decoder, monkeypatch):
+    model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES["infini_delta"]), vocab_size=20).eval()
+    steps, fed = decoding(model, read(model, ragged=True)), []
+    step = model.step
+    monkeypatch.setattr(
+        model, "step", lambda ids, *args, **how: fed.append(len(ids)) or step(ids, *args, **how)
+    )
+    for _ in range(6):  # the rows have 5 and 2 tokens of their segments
+        steps.step(torch.zeros(2, 1, dtype=torch.long))
+    assert fed == [1, 1] and steps.fills == [3, 0]
+    even = decoding(model, read(model, ragged=False))
+    for _ in range(3):
+        even.step(torch.zeros(2, 1, dtype=torch.long))
+    assert fed[2:] == [2, 2] and even.fills == [0, 0]  # the prompt itself, and both rows at once
+
+
 def test_all_steps_inside_a_segment_share_one_graph(decoder, monkeypatch):
     graphs = []
 

@@ -221,6 +221,18 @@ def test_memory_off_leaves_the_own_segment_alone(decoder, path):
     assert all(module.enabled for module in model.modules() if hasattr(module, "enabled"))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_full_attention_goes_on_under_autocast(padded, decoder):
+    model = build_model(decoder, MemoryConfig(kind="full", segment=8), 13).eval()
+    ids, mask = torch.randint(13, (2, 20)), torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :3] = not padded
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model.step(ids, None, "last", mask)[0]
+        state = model.step(ids[:, :12], None, "none", mask[:, :12])[1]
+        assert (model.step(ids[:, 12:], state, "last")[0] - whole).abs().max() < 0.02
+    assert state.layers[0].state["past_k"].dtype == torch.bfloat16
+
+
 # --- retrieval over all older keys ----------------------------------------------------------------------
 
 
@@ -231,9 +243,24 @@ def test_few_or_all_older_keys_are_retrieved_however_few_scores_fit_at_once(neig
     compare(mem, 5 * 6 + 2, 1e-12)
     q, k, v = (x.detach() for x in qkv(5 * 6 + 2))
     with torch.no_grad():
-        out, state, _ = feed(mem, q, k, v, [13, 1, 18])
+        out, state, _ = feed(
+            mem, q, k, v, [13, 1, 9, *[1] * 9]
+        )  # a step of one token sums chosen values alone
         assert (out - slow(mem, q, k, v)).abs().max() < 1e-12
     assert torch.equal(state["mem_k"], k[:, :30]) and torch.equal(state["mem_v"], v[:, :30])
+
+
+def test_what_is_read_without_searching_sees_the_window_and_is_found_later():
+    mem, xl = make(kind="retrieval", neighbours=2), make(kind="xl")
+    q, k, v = (x.detach() for x in qkv(5 * 6 + 2))
+    mem.searching = False
+    with torch.no_grad():
+        read, state = mem(*(x[:, :25] for x in (q, k, v)), rope_table(mem.span))
+        window = xl(*(x[:, :25] for x in (q, k, v)), rope_table(xl.span))[0]
+        mem.searching = True
+        last = mem(*(x[:, 25:] for x in (q, k, v)), rope_table(mem.span), state)[0]
+    assert (read - window).abs().max() < 1e-12
+    assert (last - slow(mem, q, k, v)[:, 25:]).abs().max() < 1e-12  # of one layer, whose keys are as given
 
 
 def test_retrieval_is_a_window_of_two_segments_while_nothing_is_older():

@@ -229,8 +229,14 @@ def test_table3_trains_the_model_that_ships_on_a_gpu_beside_the_others(tmp_path)
 def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path):
     """Alike in all that `report.compare` asks for before it sets them beside one another."""
     jobs = plan("table4", "gpu", tmp_path, None, None, ["base.model=small.gguf"], data=tmp_path)
-    adapted, controls = jobs[:3], jobs[3:]
-    assert [job.cfg.model for job in adapted] == ["infini_linear", "infini_delta", "infini_delta_token"]
+    adapted = [job for job in jobs if "adapted" in job.name]
+    controls = [job for job in jobs if job not in adapted]
+    assert [job.cfg.model for job in jobs[:3]] == ["infini_delta_token", "smollm2_4k", "smollm2_1k"]
+    assert sorted((job.cfg.task.protocol, job.cfg.model) for job in adapted) == [
+        (protocol, model)
+        for protocol in ("prefix", "whole_book")
+        for model in ("infini_delta", "infini_delta_token", "infini_linear")
+    ]
     assert len(controls) == 7 and all(job.cfg.model in job.name for job in controls)
     assert all(job.cfg.model.startswith("smollm2_") for job in controls)
     alike = {
@@ -243,4 +249,6 @@ def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path)
     assert alike == {
         ("small.gguf", "small.gguf", str(tmp_path / "booksum"), "gpu", 400, 1, "wikipedia", 3, 1024)
     }
-    assert adapted[2].cfg.memory.features == "relu2" and "16K" in adapted[0].cfg.task.lengths
+    assert adapted[0].cfg.memory.features == "relu2" and "16K" in adapted[0].cfg.task.lengths
+    longest = {job.cfg.model: job.cfg.task.input_tokens for job in controls}
+    assert longest["smollm2_1k_unlimiformer"] == longest["smollm2_4k_unlimiformer"] == 65536

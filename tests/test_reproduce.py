@@ -240,6 +240,19 @@ def test_what_is_missing_is_known_and_the_next_of_it_runs(tmp_path, calls, capsy
         reproduce("table2", out=tmp_path, only="math", **options)
 
 
+def test_a_run_on_a_pretrained_model_is_known_by_all_but_its_architecture(tmp_path, calls):
+    words = ["base.model=small.gguf", "task.train_kind=wikipedia"]
+    jobs = plan("table4", "smoke", tmp_path, (0,), ("infini_linear", "infini_delta"), words)
+    cfg = replace(jobs[0].cfg, decoder=replace(jobs[0].cfg.decoder, layers=30))
+    digest, folder = config_hash(asdict(cfg)), tmp_path / "runs" / "cut"
+    folder.mkdir(parents=True)
+    own = {"config": asdict(cfg), "config_hash": digest, "train": {"folder": str(folder)}}
+    write_record(tmp_path / "records", booksum(kind="train", status="interrupted", **own))
+    assert module._startable(jobs[0]).resume == str(folder) and module._startable(jobs[1]).resume is None
+    write_record(tmp_path / "records", booksum(train={"config_hash": digest}))
+    assert [each.state for each in module.standing(jobs)] == ["done", "missing"]
+
+
 def test_ctrl_c_stops_all(tmp_path, calls, monkeypatch):
     def stopped(cfg, **options):
         return SimpleNamespace(status="interrupted", started="")

@@ -11,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from infini_bench.config import build_config
 from infini_bench.errors import UserError
+from infini_bench.memory.retrieval import RetrievalMemory
 from infini_bench.models import build_model
 from infini_bench.progress import NullProgress
 from infini_bench.schema import BooksumConfig, DataConfig, DecoderConfig, MemoryConfig, RunConfig
@@ -159,7 +160,7 @@ def test_what_is_read(make):
     task = make()
     model = Writer(task.tokenizer.eos_id)
     task.evaluate(model)
-    own, off, other, shuffled = model.prompts[::3]
+    own, other, shuffled, off = model.prompts[::3]
     assert own == b"a" * 150 and off == b"a" * 22  # the unfinished segment starts at 128
     # the second book's state at its own last border, then the first book's unfinished segment
     assert other == b"b" * 192 + b"a" * 22
@@ -378,7 +379,7 @@ def test_shuffled_books_keep_their_segments_and_their_end(make):
     task = make([(text, ["they lived"])] * 2)
     model = Writer(task.tokenizer.eos_id)
     rows = task.evaluate(model)
-    shuffled = model.prompts[-1].decode()
+    shuffled = model.prompts[-3].decode()  # without memory last
     assert shuffled != text and shuffled.endswith("a" * 7)
     parts = [shuffled[i : i + SEGMENT] for i in range(0, 9 * SEGMENT, SEGMENT)]
     assert sorted(parts) == sorted(letter * SEGMENT for letter in "abcabcabc")
@@ -424,6 +425,35 @@ def test_map_reduce_summarises_parts_and_then_their_summaries(make):
     assert {r["condition"] for r in rows} == {"pairwise", "best"}
     with pytest.raises(UserError, match="more than half"):
         build_config({"task": {"name": "booksum", "map_tokens": 100, "map_new_tokens": 51}})
+
+
+def test_parts_of_all_books_and_samples_are_written_side_by_side(make, decoder):
+    """The summaries are those that each part would have by itself."""
+    found = []
+    for batch in (1, 5, 50):
+        options = {"map_tokens": 150, "map_new_tokens": 50, "max_new_tokens": 9, "samples": 2}
+        task = make(baseline="map_reduce", greedy=False, temperature=2.0, batch=batch, **options)
+        torch.manual_seed(0)
+        model = build_model(decoder, MemoryConfig(segment=SEGMENT), task.tokenizer.vocab_size).double().eval()
+        found.append(texts(task, value(task.evaluate(model), "overall")))
+    assert found[0] == found[1] == found[2] and [*found[0]] == ["test0", "test1", "test2"]
+    assert all(len(set(each)) == 2 for each in found[0].values())
+
+
+def test_a_model_with_retrieval_searches_when_it_writes(make, decoder, monkeypatch):
+    keys, read = [], RetrievalMemory.read
+
+    def noted(self, b, s, k, *rest):
+        keys.append((b.tokens, k.shape[1]))
+        return read(self, b, s, k, *rest)
+
+    monkeypatch.setattr(RetrievalMemory, "read", noted)
+    task = make(max_new_tokens=3, controls=False, max_books=1)
+    model = build_model(decoder, MemoryConfig("retrieval", SEGMENT, neighbours=8), task.tokenizer.vocab_size)
+    task.evaluate(model)
+    assert max(n for tokens, n in keys if tokens == SEGMENT) <= SEGMENT  # of 128 of the book's 150 tokens
+    assert {n for tokens, n in keys if tokens != SEGMENT} == {128}
+    assert all(memory.searching for memory in model.memories)
 
 
 # --- training on whole books ------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class FullMemory(Memory):
         assert isinstance(seen, int)
         slots = torch.arange(seen, seen + q.shape[1], device=q.device)
         q, k = rotate(q[:, None], rope, slots), rotate(k[:, None], rope, slots)[:, 0]
+        q, k = q.to(v.dtype), k.to(v.dtype)  # as autocast would, which a mask without tensor passes by
         if seen:
             k, v = torch.cat([state["past_k"], k], 1), torch.cat([state["past_v"], v], 1)
         new = {"past_k": k, "past_v": v, "seen": k.shape[1], "done": 0}
@@ -73,6 +74,7 @@ class FullMemory(Memory):
         before, count = state.get("valid", before), state.get("count", count)
         slots = (count[:, None] + mask_BT.cumsum(1) - 1).clamp(min=0)
         q, k = rotate(q[:, None], rope, slots), rotate(k[:, None], rope, slots)[:, 0]
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if seen:
             k, v = torch.cat([state["past_k"], k], 1), torch.cat([state["past_v"], v], 1)
         valid = torch.cat([before, mask_BT], 1)

@@ -13,7 +13,8 @@ are clipped at 2N.
 Nothing is learned and nothing is compressed: a pretrained decoder takes it without training, and trained on
 documents of at most 2N tokens it computes what a model with a window of two segments does. Gradients flow
 through what was chosen, not through the choice. The search is exact and reads every key for every query: time
-grows with the square of the document, and the state by (dk + dv) G floats a token.
+grows with the square of the document, and the state by (dk + dv) G floats a token. With ``searching`` off
+only the window is read and all keys are kept, as Unlimiformer encodes: time then grows with the length.
 
 Shapes: B batch, S segments, N segment length, Q queries, K keys of a segment, P keys before a segment, C of
 them before the window, W keys of the window, H heads, G KV heads, R = H / G, D head size.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from infini_bench.memory.base import Memory, Rope, State, rotate
 from infini_bench.memory.blocks import Blocks
-from infini_bench.memory.knn import SCORES, keep
+from infini_bench.memory.knn import SCORES, keep, largest
 from infini_bench.schema import MemoryConfig
 
 
@@ -38,6 +39,7 @@ class RetrievalMemory(Memory):
     """
 
     previous = 1
+    searching = True  # False: only the window is read, of what is fed meanwhile
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
@@ -66,12 +68,13 @@ class RetrievalMemory(Memory):
         outs = []
         for s in range(n_seg):
             end = before + s * self.segment
+            first = 0 if self.searching else max(end - self.segment, 0)
             live = torch.as_tensor(stored, device=k.device).expand(k.shape[0]) + s * self.segment
-            outs.append(self.read(b, s, k[:, :end], v[:, :end], live, rope))
+            outs.append(self.read(b, s, k[:, first:end], v[:, first:end], live, rope))
         return torch.stack(outs, 1), state
 
     def read(self, b: Blocks, s: int, k_BPGD: Tensor, v_BPGD: Tensor, live_B: Tensor, rope: Rope) -> Tensor:
-        """Outputs of segment ``s``, whose row has ``live`` keys before it, the last of P: (B, Q, H, D)."""
+        """Outputs of segment ``s``, whose row has ``live`` keys before it, the last P given: (B, Q, H, D)."""
         n, old = self.segment, max(k_BPGD.shape[1] - self.segment, 0)
         near_k, near_v = (
             torch.cat([x[:, old:], own[:, s]], 1) for x, own in ((k_BPGD, b.k_BSKGD), (v_BPGD, b.v_BSKGD))
@@ -120,12 +123,21 @@ class RetrievalMemory(Memory):
             )
             near = near.masked_fill(~seen_BQW[:, None, None], -torch.inf)
             far = far.masked_fill(dead_BC[:, None, None, None], -torch.inf)
+            place = None
             if far.shape[-1] > self.cfg.neighbours:
-                best = far.detach().topk(self.cfg.neighbours, sorted=False).indices
-                chosen = torch.zeros_like(far, dtype=torch.bool).scatter_(-1, best, True)
-                far = far.masked_fill(~chosen, -torch.inf)
+                best, place = largest(far.detach(), self.cfg.neighbours)
+                if far.shape[3] == 1 and not torch.is_grad_enabled():
+                    far = best  # a step of decoding sums the chosen values, not all weighed with zeros
+                else:
+                    chosen = torch.zeros_like(far, dtype=torch.bool).scatter_(-1, place, True)
+                    far, place = far.masked_fill(~chosen, -torch.inf), None
             weights = torch.softmax(torch.cat([far, near], -1), -1).split([far.shape[-1], near.shape[-1]], -1)
-            old, new = (
-                torch.einsum("bgrqk,bkgd->bqgrd", p, v.to(wide)) for p, v in zip(weights, values, strict=True)
-            )
+            new = torch.einsum("bgrqk,bkgd->bqgrd", weights[1], values[1].to(wide))
+            if place is None:
+                old = torch.einsum("bgrqk,bkgd->bqgrd", weights[0], values[0].to(wide))
+            else:
+                index = place.movedim(1, -1).flatten(1, -2)[..., None]  # (B, R K, G, 1), as Q = 1
+                v = values[0].gather(1, index.expand(-1, -1, -1, self.head_dim)).to(wide)
+                v = v.unflatten(1, (-1, place.shape[-1]))
+                old = torch.einsum("bgrqk,brkgd->bqgrd", weights[0], v)
             return (old + new).flatten(2, 3).to(near_q.dtype)

@@ -189,7 +189,7 @@ def test_report_without_records_leaves_the_tables_that_there_are(tmp_path):
     (tmp_path / "results" / "records").mkdir(parents=True)
     assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 2
     assert not (tmp_path / "tables").exists()
-    write_record(record(), tmp_path / "results" / "records")
+    write_record(tmp_path / "results" / "records", record())
     assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 0
     assert (tmp_path / "tables" / "table3_passkey.csv").exists()
     assert invoke("report", "--out", "page.html", "--format", "html").exit_code == 0

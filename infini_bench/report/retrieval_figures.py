@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -16,6 +17,7 @@ from infini_bench.report.tidy import POSITIONS, rank
 from infini_bench.units import format_length
 
 COLUMNS = 4
+WIDTH = 48  # characters of a line of a panel's title
 LAYERS = 4  # whose gates a panel tells apart
 RETRIEVAL = ("passkey", "needles")
 
@@ -24,13 +26,13 @@ def heat_maps(rows: list[Row]) -> Figure:
     """Exact match at (depth, length): a map for each model, variant, machine and condition; no controls."""
     keys = [row for row in rows if row["metric"] == "exact_match" and "memory_off" not in row["condition"]]
     lines = grouped(keys, ("scale", "device", "dataset", "model", "variant", "protocol", "condition"))
-    figure, axes = panels(max(len(lines), 1), COLUMNS, (3.4, 2.4))
+    figure, axes = panels(max(len(lines), 1), COLUMNS, (3.4, 2.6))
     for each, line in zip(axes, lines, strict=False):
-        _heat(each, line)
+        _heat(each, line, _told_apart(line, lines))
     return figure
 
 
-def _heat(axes: Axes, line: Line) -> None:
+def _heat(axes: Axes, line: Line, settings: list[str]) -> None:
     depths = sorted({row["position"] for row in line}, key=lambda name: rank(POSITIONS, name))
     lengths = sorted({row["length"] for row in line})
     values = np.full((len(depths), len(lengths)), np.nan)
@@ -40,17 +42,24 @@ def _heat(axes: Axes, line: Line) -> None:
     heat(axes, values, (depths, map(format_length, lengths)), (0, 100))
     first = line[0]
     device = first["device"].split(",")[0][:24]
-    place = first["base"] or first["dataset"]
+    place = " in ".join(filter(None, [(first["base"] or "").removesuffix(".gguf"), first["dataset"]]))
     asked = first["protocol"].partition(", ")[2]  # what the protocol adds to the training's name
     name = ", ".join(filter(None, [first["model"], first["condition"], asked]))
-    parts = [name, f"{place}, {first['scale']}, {device}"]
-    axes.set_title("\n".join([*parts, *([_short(first["variant"])] if first["variant"] else [])]), fontsize=7)
+    short = re.sub(r"\b(?:\w+\.)+(\w+=)", r"\1", " ".join(settings))  # without their sections
+    parts = [name, f"{place}, {first['scale']}, {device}", *wrap(short, WIDTH)]
+    axes.set_title("\n".join(parts), fontsize=6)
 
 
-def _short(variant: str, most: int = 44) -> str:
-    """A variant's settings without their sections, as many as fit."""
-    words = re.sub(r"\b(?:\w+\.)+(\w+=)", r"\1", variant)
-    return words if len(words) <= most else f"{words[: most - 1]}…"
+def _told_apart(line: Line, lines: list[Line]) -> list[str]:
+    """The settings of a line's variant that not all lines of its model and pretrained body share."""
+    alike = [other for other in lines if all(other[0][key] == line[0][key] for key in ("model", "base"))]
+    shared = set.intersection(*(set(_settings(other)) for other in alike)) if len(alike) > 1 else set()
+    return [setting for setting in _settings(line) if setting not in shared]
+
+
+def _settings(line: Line) -> list[str]:
+    """Values may hold blanks: a setting begins where a name with an equals sign does."""
+    return re.split(r" (?=[\w.]+=)", line[0]["variant"] or "")
 
 
 def training(records: list[Record]) -> Figure | None:

@@ -115,13 +115,14 @@ def longer(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
 
 
 def position_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
-    """Loss at each position less local_block's on one budget, nats a token, paired by document; as `deltas`.
+    """Loss at each position less local_block's on one budget, of the same seeds, nats a token; as `deltas`.
 
-    Only of evaluations that kept the sums of every document (those of before 2026-11-22 did not).
+    Paired by document, with an interval, where every evaluation kept each document's sums (those of before
+    2026-11-22 did not), else the mean difference alone.
     """
     runs: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
     for row in measured:
-        if row["table"] == "lm_position" and row["condition"] is None and "nats" in row["extra"]:
+        if row["table"] == "lm_position" and row["condition"] is None and row["metric"] == "loss":
             key = (row["model"], row["position"], *(row[name] for name in BUDGET), row["variant"])
             runs[key][row["seed"]] = row
     for (model, *place, variant), by_seed in runs.items():
@@ -129,15 +130,18 @@ def position_deltas(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
         floor = floors.get(variant) if len(floors) != 1 else next(iter(floors.values()))
         pairs = [(row, floor[seed]) for seed, row in by_seed.items() if seed in floor] if floor else []
         if model != FLOOR and pairs:
-            sums = [(_by_token(left), _by_token(right)) for left, right in pairs]
-            bits, *bounds = paired_delta(sums)
-            limits = (None if bound is None else bound * math.log(2) for bound in bounds)
             heads = [{**_head(*pair, None), "metric": LESS} for pair in pairs]
-            yield heads, (bits * math.log(2), *limits, len(sums[0][0]["nats"]))
+            yield heads, (*_paired_by_token(pairs), pairs[0][0]["n"])
 
 
-def _by_token(row: Row) -> Row:
-    return {**row["extra"], "bytes": row["extra"]["counts"]}
+def _paired_by_token(pairs: list[tuple[Row, Row]]) -> Estimate:
+    """Mean over seeds of the difference in nats a token, and its interval where documents' sums are known."""
+    if not all("nats" in row["extra"] for pair in pairs for row in pair):
+        return float(np.mean([left["value"] - right["value"] for left, right in pairs])), None, None
+    sums = [({**row["extra"], "bytes": row["extra"]["counts"]} for row in pair) for pair in pairs]
+    value, *bounds = paired_delta([(left, right) for left, right in sums])
+    low, high = (None if bound is None else bound * math.log(2) for bound in bounds)
+    return value * math.log(2), low, high
 
 
 def compressions(rows: list[Row]) -> list[Row]:

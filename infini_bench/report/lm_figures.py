@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHEET = ("scale", "device", "dataset", "split", "protocol")
+LINE = (*SHEET, "model", "variant")  # what the rows of a curve share
 LEAST = 16  # position from which losses are drawn: before it they are those of a handful of tokens
 
 
@@ -45,11 +46,11 @@ def position_figure(rows: list[Row]) -> Figure:
     names = list(dict.fromkeys(map(_name, shown)))
     figure, axes = grid(max(len(groups), 1), 2, (5.4, 3.2))
     for (left, right), group in zip(axes, groups, strict=False):
-        lines = grouped(group, ("model", "variant"))
-        for line in lines:
+        for line in grouped(group, ("model", "variant")):
             _curve(left, line, names.index(_name(line[0])))
-            if (floor := _floor(line, lines)) and line[0]["model"] != FLOOR:
-                _curve(right, _less(line, floor, paired), names.index(_name(line[0])))
+            less = [row for row in paired if all(row[key] == line[0][key] for key in LINE)]
+            if less:
+                _curve(right, less, names.index(_name(line[0])))
         right.axhline(0, color="0.3", linewidth=0.8)
         read = "joined to one stream" if group[0]["protocol"] else "by document"
         first = group[0]
@@ -69,27 +70,6 @@ def _positions(ax: Axes, rows: list[Row]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(places[::2], [format_length(place) for place in places[::2]])
     ax.set(xlim=(places[0] / 1.3, places[-1] * 1.3), xlabel="position, tokens")
-
-
-def _floor(line: Line, lines: list[Line]) -> Line | None:
-    """local_block's line to compare with: of the same variant, or the only one."""
-    floors = [other for other in lines if other[0]["model"] == FLOOR]
-    same = [other for other in floors if other[0]["variant"] == line[0]["variant"]]
-    return same[0] if same else floors[0] if len(floors) == 1 else None
-
-
-def _less(line: Line, floor: Line, paired: list[Row]) -> Line:
-    """The line's values less the floor's at the same position, with paired intervals where there are any."""
-    keys = (*SHEET, "model", "variant")
-    known = {row["position"]: row for row in paired if all(row[key] == line[0][key] for key in keys)}
-    values = {row["position"]: row["value"] for row in floor}
-    blank = {"ci_low": None, "ci_high": None}
-    made = [
-        {**row, **blank, "value": row["value"] - values[row["position"]]}
-        for row in line
-        if row["position"] in values
-    ]
-    return [known.get(row["position"], row) for row in made]
 
 
 def _curve(ax: Axes, line: Line, number: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from matplotlib.ticker import LogLocator
+
 from infini_bench.report.cells import Row, grouped
 from infini_bench.report.style import grid, legend, look
 from infini_bench.units import format_length
@@ -30,14 +32,14 @@ def shape(row: Row) -> str:
 
 def name(row: Row) -> str:
     """A line's name: the peer's; or the model, what else is special about it, and its form."""
-    words = str(row["variant"]).split()
-    if shape(row) != words[0]:
-        return f"{words[0]} (delta)" if "delta" in row["model"] else words[0]
-    return " ".join([row["model"], *words[1:], *([row["condition"]] if row["condition"] else [])])
+    first, *words = (word.rpartition(".")[2] for word in str(row["variant"]).split())
+    if shape(row) != first:
+        return " ".join([f"{first} (delta)" if "delta" in row["model"] else first, *words])
+    return " ".join([row["model"], *words, *([row["condition"]] if row["condition"] else [])])
 
 
 def efficiency_figure(rows: list[Row]) -> Figure:
-    """A line of panels for each machine and shape; dotted: no faster can the same colour's line be."""
+    """A line of panels for each machine and shape."""
     rows = [{**row, "shape": shape(row), "name": name(row)} for row in rows if row["value"]]
     names = list(dict.fromkeys(row["name"] for row in rows))
     groups = grouped(rows, ("scale", "device", "protocol", "shape"))
@@ -67,12 +69,15 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
         bound = [(row["length"], row["extra"]["bound_ms"]) for row in line if "bound_ms" in row["extra"]]
         if bound and title.endswith(("ms", "token")):
             ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":")
+            ax.plot([], [], color="0.3", linewidth=0.9, linestyle=":", label="no faster can that colour be")
     ticks = sorted({row["length"] for row in rows})
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=title)
     bottom, top = ax.get_ylim()
     if top < 10 * bottom:  # a logarithm over less than a decade makes mountains of noise
         middle = (bottom * top) ** 0.5
         ax.set_ylim(middle / 10**0.5, middle * 10**0.5)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
     ax.minorticks_off()
 

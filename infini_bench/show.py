@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def show_training(record: Record, folder: Path) -> None:
 
 
 def show_metrics(record: Record) -> None:
-    """The metric rows as a table, conditions side by side; what is the same in all stands in the title."""
+    """The metric rows as a table; what is the same in all stands in the title.
+
+    Conditions stand side by side; on a terminal too narrow for that each number has a line of its own.
+    """
     rows = record.metrics
     varying = [key for key in (*KEYS, "protocol") if len({row.get(key) for row in rows}) > 1]
     facts = [
@@ -68,16 +72,34 @@ def show_metrics(record: Record) -> None:
         line[row.get("condition") or "value"] = _value(row)
     conditions = list(dict.fromkeys(condition for line in lines.values() for condition in line))
     title = ", ".join([f"{record.config['model']} on {record.task}", *facts])
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in varying:
-        table.add_column(name, no_wrap=True)
-    for name in conditions:
-        table.add_column(name)
-    for words, values in lines.items():
-        table.add_row(*words, *(values.get(condition, "") for condition in conditions))
-    out().print(table)
+    beside = [(*words, *(line.get(name, "") for name in conditions)) for words, line in lines.items()]
+    console, table = out(), _table(title, [*varying, *conditions], beside)
+    if console.measure(table, options=console.options.update(width=FILE_WIDTH)).maximum > console.width:
+        below = [
+            (", ".join([*_told(varying, words), *([] if name == "value" else [name])]), value)
+            for words, line in lines.items()
+            for name, value in line.items()
+        ]
+        table = _table(title, ["metric", "value"], below)
+    console.print(table)
     if record.task in PICTURED:
         show_picture(record)
+
+
+def _table(title: str, names: list[str], lines: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in names:
+        table.add_column(name, no_wrap=name != "metric")  # a value is never cut
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _told(names: list[str], words: tuple[str, ...]) -> Iterator[str]:
+    """What a line is about, in words: length 1024, position start, exact_match."""
+    for name, word in zip(names, words, strict=True):
+        if word:
+            yield word if name in ("metric", "protocol") else f"{name} {word}"
 
 
 def _value(row: dict[str, Any]) -> str:

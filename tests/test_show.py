@@ -1,6 +1,7 @@
 """What a run prints when it is over."""
 
 from report_fakes import passkey, row
+from rich.console import Console
 
 from infini_bench.show import show_metrics
 
@@ -30,3 +31,14 @@ def test_a_row_of_a_file_is_one_line(capsys):
     show_metrics(record)
     lines = capsys.readouterr().out.splitlines()
     assert any(wide in line and wide.upper() in line for line in lines)
+
+
+def test_on_a_narrow_terminal_each_number_has_a_line_and_is_whole(capsys, monkeypatch):
+    record = passkey(on=100.0, off=0.0)
+    monkeypatch.setattr("infini_bench.show.out", lambda: Console(width=200))
+    show_metrics(record)
+    assert any(line.split()[:2] == ["position", "metric"] for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setattr("infini_bench.show.out", lambda: Console(width=60))
+    show_metrics(record)
+    shown = capsys.readouterr().out
+    assert "100 (0 to 1)" in shown and "…" not in shown and "constant" in shown

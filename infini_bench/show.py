@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def show_metrics(record: Record) -> None:
         show_picture(record)
 
 
-def _table(title: str, names: list[str], lines: list[tuple[str, ...]]) -> Table:
+def _table(title: str, names: list[str], lines: Sequence[tuple[str, ...]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name in names:
         table.add_column(name, no_wrap=name != "metric")  # a value is never cut

@@ -37,7 +37,7 @@ def test_on_a_narrow_terminal_each_number_has_a_line_and_is_whole(capsys, monkey
     record = passkey(on=100.0, off=0.0)
     monkeypatch.setattr("infini_bench.show.out", lambda: Console(width=200))
     show_metrics(record)
-    assert any(line.split()[:2] == ["position", "metric"] for line in capsys.readouterr().out.splitlines())
+    assert any("position" in line and "metric" in line for line in capsys.readouterr().out.splitlines())
     monkeypatch.setattr("infini_bench.show.out", lambda: Console(width=60))
     show_metrics(record)
     shown = capsys.readouterr().out

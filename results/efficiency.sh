@@ -46,11 +46,14 @@ if wanted rmt; then
     decoder.tie_embeddings=false task.seconds=20
 fi
 
-# SmolLM2-135M's body with a memory in every layer, beside the same with local attention only.
+# SmolLM2-135M's body with a memory in every layer, beside the same with local attention only. Compiled it is
+# read 262,144 tokens a call, so that a layer takes the GPU longer than Python takes to launch it, on a busy host too.
 if wanted smollm; then
-  $bench profile --scale gpu --models infini_linear,infini_delta --lengths 64K,1M,10M decoder.layers=30 \
-    decoder.dim=576 decoder.heads=9 decoder.kv_heads=3 decoder.ffn=1536 data.vocab_size=49152 \
-    memory.segment=2048 memory.backend=triton task.repeats=7
+  for form in false,65536 true,262144; do
+    $bench profile --scale gpu --models infini_linear,infini_delta --lengths 64K,1M,10M decoder.layers=30 \
+      decoder.dim=576 decoder.heads=9 decoder.kv_heads=3 decoder.ffn=1536 data.vocab_size=49152 \
+      memory.segment=2048 memory.backend=triton task.repeats=7 trainer.compile=${form%,*} task.chunk=${form#*,}
+  done
 fi
 
 # Training on 1M tokens: activations of 16K tokens at a time, recomputed; else they do not fit.

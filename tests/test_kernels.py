@@ -1,11 +1,14 @@
 """The Triton kernels against float64 written from Eq. 7-10: on a GPU if there is one, else in Triton's
 interpreter (switched on by conftest.py)."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from launches import checked
+from torch._dynamo.backends.common import aot_autograd
 
 from infini_bench.errors import UserError
 from infini_bench.layer import MemoryDecoderLayer
@@ -264,6 +267,40 @@ def test_a_layer_with_kernels_compiles_to_one_graph(update, monkeypatch):
         (ours,), (theirs,) = (torch.autograd.grad(y.float().square().sum(), x) for y in (out, expected))
         assert distance(ours, theirs.double()) < 1e-5
     assert asked
+
+
+def written(memory):
+    """Operators, but for views, of a compiled layer that reads on from a state, whose results are as large as
+    all keys: each is a pass over memory."""
+    model = build_model(DecoderConfig(layers=1, dim=H * D, heads=H, kv_heads=G, ffn=8), memory, 50).to(DEVICE)
+    layer, found = model.to(DTYPES[0]).model.layers[0], Counter()
+    x = torch.randn(1, 3 * N, H * D, device=DEVICE, dtype=DTYPES[0])
+    rope = tuple(t.to(x) for t in model.model.rotary_emb(x, torch.arange(N, device=DEVICE)[None]))
+
+    def collect(graph, _):
+        for node in graph.graph.nodes:
+            results = node.meta["val"] if isinstance(node.meta.get("val"), tuple) else [node.meta.get("val")]
+            large = any(isinstance(t, torch.Tensor) and t.numel() >= 3 * N * G * D for t in results)
+            if node.op == "call_function" and large and not getattr(node.target, "is_view", True):
+                found[str(node.target)] += 1
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        MemoryDecoderLayer.body, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=collect)
+    )
+    with torch.no_grad():
+        _, state = layer.body(x, rope, None, None)
+        out, expected = compiled(layer, x, rope, state, None)[0], layer.body(x, rope, state, None)[0]
+    assert torch.equal(out, expected)
+    return found
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_a_compiled_layer_passes_over_memory_where_local_attention_does_and_in_two_operators(update):
+    ours = written(MemoryConfig(segment=N, update=update, backend="triton"))
+    ours.subtract(written(MemoryConfig(segment=N, kind="block")))
+    operators = {"infini_bench.write.default": 1, "infini_bench.read.default": 1}
+    assert {name: count for name, count in ours.items() if count} == operators
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
         return "there is no kernel for memory.update=delta_token in float16"
     if not isinstance(b.done, int) or not isinstance(b.full, int):
         return "the rows of the batch are padded or at different places"
-    return _of_device(b.q_BSQHD.device, SHARED[size > 64])
+    return _of_device(b.q_BSQHD.device, SHARED[int(size > 64)])  # torch 2.11 traces no bool as an index
 
 
 @cache

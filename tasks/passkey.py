@@ -31,6 +31,7 @@ often as chance has it. In documents' text all places are equally frequent at al
   (``position``) and of its ``filler``, at the shortest length; ``extra["heads"]``: by layer and KV head.
 
 Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
+``extra["memory_norm"]`` (associative memories): of what is held at the prompt's end (tasks/writing.py).
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
 the prompt's last segment is read; left out for models without a memory that could be switched off.
 Keys depend on seed, length, depth and trial alone.
@@ -73,7 +74,7 @@ from .haystack import (
     training_batch,
     training_row,
 )
-from .writing import write_strengths
+from .writing import memory_norms, write_strengths
 
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
 
@@ -278,8 +279,16 @@ class Passkey(Task):
         }
         groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
         crossing = np.array([each.crosses(n) for each in prompts])
-        answers = self._answers(model, groups, lambda group: self._read(model, group, state, start, bar))
-        rows = self._score(cell, "constant", extra, crossing, *answers)
+        norms: list[float] = []
+
+        def read(group: list[Prompt]):
+            logits, after = self._read(model, group, state, start, bar)
+            norms.extend(memory_norms(after))
+            return logits, after
+
+        answers = self._answers(model, groups, read)
+        held = {"memory_norm": float(np.mean(norms))} if norms else {}
+        rows = self._score(cell, "constant", extra | held, crossing, *answers)
         if has_controls(self.cfg, model):
             with model.memory_off():
                 answers = self._answers(model, groups, lambda group: self._read_ends(model, group))

@@ -1,4 +1,4 @@
-"""How strongly a memory with a write gate writes a needle, and how strongly everything else.
+"""What a memory holds after a prompt, and how strongly its write gate writes a needle and everything else.
 
 Over a million tokens a memory keeps what it does not overwrite: whether a model has learned to leave filler
 out says more about the length that it can bear than its score at the lengths of its training.
@@ -13,9 +13,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from infini_bench.cache import MemoryCache
 from infini_bench.stream import feed
 
 from .haystack import Prompt, side_by_side
+
+
+def memory_norms(state: MemoryCache) -> list[float]:
+    """Frobenius norm of each layer's associative memories M (B, G, F, D), mean over rows and KV heads.
+
+    Empty for other memories. Of a memory without a normaliser a norm that grows with the document's length
+    says that reads drown in what has piled up, also of what was written last; one that does not, that what is
+    lost was overwritten.
+    """
+    held = [x for name, x in state.tensors().items() if name.endswith(".M")]
+    return [float(M.norm(dim=(-2, -1)).mean()) for M in held]
 
 
 @torch.no_grad()

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.schema import DataConfig, DecoderConfig, MemoryConfig, PasskeyConfig, RunConfig
 from infini_bench.tasks import build_task
 from infini_bench.tasks.haystack import Haystack, prompt_text, side_by_side
-from infini_bench.tasks.writing import write_strengths
+from infini_bench.tasks.writing import memory_norms, write_strengths
 
 SEGMENT = 32
 
@@ -45,6 +46,9 @@ def haystack(cache_dir):
 class History:
     def __init__(self, ids):
         self.ids = ids
+
+    def tensors(self):
+        return {"0.read": self.ids}
 
     def select_rows(self, index):
         return History(self.ids[index])
@@ -354,6 +358,7 @@ def test_memory_off_needs_the_last_segment_only(make, memory):
     rows = make(segment=8, lengths=["128"], depths=["start"], trials=2).evaluate(model)
     scores = [row for row in rows if row["metric"] != "write_strength"]
     assert len(scores) == (4 if model.has_memory else 2)
+    assert ("memory_norm" in rows[0]["extra"]) == (memory.kind == "compressive")
 
 
 def test_a_share_of_the_training_rows_hides_the_key_in_documents_text(make):
@@ -399,3 +404,10 @@ def test_write_strengths_are_of_the_needle_and_of_all_the_rest(make):
     assert rows["needle"]["value"] == pytest.approx(whole[:, start:stop].mean().item(), abs=1e-5)
     assert rows["filler"]["extra"]["heads"][1] == pytest.approx(rest[1].mean(0).tolist(), abs=1e-5)
     assert not write_strengths(build_model(decoder, MemoryConfig(segment=SEGMENT), 9), prompt, SEGMENT)
+
+
+def test_what_a_memory_holds_is_told_by_its_norm():
+    M = torch.zeros(2, 1, 3, 3)
+    M[:, :, 0, 0] = torch.tensor([[3.0], [5.0]])
+    held = MemoryCache.from_tensors({"0.M": M, "0.z": M[..., 0], "1.k": M})
+    assert memory_norms(held) == [4.0]

@@ -358,7 +358,7 @@ def test_memory_off_needs_the_last_segment_only(make, memory):
     rows = make(segment=8, lengths=["128"], depths=["start"], trials=2).evaluate(model)
     scores = [row for row in rows if row["metric"] != "write_strength"]
     assert len(scores) == (4 if model.has_memory else 2)
-    assert ("memory_norm" in rows[0]["extra"]) == (memory.kind == "compressive")
+    assert ("memory_norm" in rows[0]["extra"]) == (memory.kind in ("compressive", "armt"))
 
 
 def test_a_share_of_the_training_rows_hides_the_key_in_documents_text(make):

@@ -29,8 +29,10 @@ def remember(name: str, book: Path, out: Path, device: str = "auto") -> dict[str
         raise UserError(f"{out} is a folder; name a file for the memory.")
     try:
         text = book.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{book} cannot be read as UTF-8 text ({error}); give a text file.") from error
+    except OSError as error:
+        raise UserError(f"{book} cannot be read: {error.strerror}; give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{book} is no UTF-8 text ({error}); give a text file.") from error
     model, tokenizer = open_model(name, device)
     ids = tokenizer.encode(text)[None]
     if not ids.size:
@@ -71,8 +73,10 @@ def answer(name: str, file: Path, prompt: str, tokens: int = 32, device: str = "
 
 def open_model(name: str, device: str = "auto") -> tuple[MemoryLlamaForCausalLM, Tokenizer]:
     """Model and tokenizer of a run, a checkpoint, an exported folder or ``shipped/TASK``, ready to read."""
+    from infini_bench.show import quiet
     from infini_bench.train.checkpoint import load_checkpoint_model
 
+    quiet()
     path = next((path for path in (Path(name), PACKAGE / name) if path.is_dir()), None)
     if path is None:
         raise UserError(

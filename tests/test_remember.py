@@ -94,5 +94,5 @@ def test_another_models_memory_and_other_files_are_refused(tmp_path, book):
         answer(str(first), file, "x", device="cpu")
     with pytest.raises(UserError, match="is no folder"):
         remember("nowhere", book, file)
-    with pytest.raises(UserError, match="none.txt cannot be read: No such file"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         remember(str(first), tmp_path / "none.txt", file)

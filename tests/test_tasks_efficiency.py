@@ -232,7 +232,8 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     }
     assert first["decode, tokens/s"] == "500" and first["decode, ms a token"] == "2\n[2, 2]"
     weights = {line["model"]: line["params"] for line in lines if line["form"] != "model"}
-    assert first["params"] == f"{found[0].params:,}" and weights["infini_linear\nb1-h4-d8-n8"] == "—"
+    model = next(record for record in found if record.config["task"]["level"] == "model")
+    assert first["params"] == f"{model.params:,}" and weights["infini_linear\nb1-h4-d8-n8"] == "—"
     theirs = next(row["extra"]["params"] for r in found for row in r.metrics if "params" in row["extra"])
     assert weights[f"infini_linear\n{PEER}"] == f"{theirs:,}" != first["params"]
     assert "local\n(" in next(line["form"] for line in lines if line["form"].startswith("local"))

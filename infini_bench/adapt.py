@@ -117,8 +117,7 @@ def export(checkpoint: Path | str, out: Path) -> None:
     from infini_bench.train.checkpoint import load_checkpoint_model
 
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty; give a new folder.")
     quiet()
     path, _ = find_origin(RunConfig(checkpoint=str(checkpoint)))

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from infini_bench.errors import UserError
 from infini_bench.report import paper
+from infini_bench.report.cells import settings
 from infini_bench.report.figures import svg
 from infini_bench.report.layouts import sheets
 from infini_bench.report.records import write_record
@@ -386,3 +387,9 @@ def test_committed_tables_are_those_of_the_committed_records(tmp_path):
         for root in (tmp_path, RESULTS)
     )
     assert made == kept, "run `infini-bench report` and commit results/tables and results/figures"
+
+
+def test_a_variants_settings_keep_their_blanks_and_dots():
+    words = ["b1-h4-n8", "curriculum=[1, 2]", "lr=0.001", "window=8", "model=a.b"]
+    variant = "b1-h4-n8 trainer.curriculum=[1, 2] trainer.lr=0.001 task.memory.window=8 base.model=a.b"
+    assert settings({"variant": variant}) == words and settings({"variant": None}) == []

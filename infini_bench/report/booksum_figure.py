@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from infini_bench.report import paper
 from infini_bench.report.booksum import spread
-from infini_bench.report.cells import Line, Row, grouped
+from infini_bench.report.cells import Line, Row, grouped, settings
 from infini_bench.report.style import grid, legend, look
 from infini_bench.report.variants import weightless
 from infini_bench.units import format_length
@@ -63,8 +62,7 @@ def booksum_figure(rows: list[Row]) -> Figure | None:
 
 def label(row: Row) -> str:
     """The model, its variant without sections, and how it writes; in lines that fit into a legend."""
-    short = re.sub(r"\b\w+\.(?=\w+=)", "", row["variant"] or "")
-    words = [row["model"], short, *([] if weightless(row["config"]) else [row["protocol"]])]
+    words = [row["model"], *settings(row), *([] if weightless(row["config"]) else [row["protocol"]])]
     return textwrap.fill(" ".join(word for word in words if word), 48)
 
 

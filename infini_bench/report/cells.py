@@ -5,6 +5,7 @@ A cell is text of one or more lines (value, interval, control); how lines are jo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,13 @@ class Column:
     title: str
     cell: Callable[[Line], str]
     wide: bool = False
+
+
+def settings(row: Row) -> list[str]:
+    """A variant's settings without their sections. Values may hold blanks and dots: a setting begins where a
+    name with an equals sign does."""
+    pairs = (words.partition("=") for words in re.split(r" (?=[\w.]+=)", row["variant"] or "") if words)
+    return [name.rpartition(".")[2] + sign + value for name, sign, value in pairs]
 
 
 def grouped(rows: list[Row], keys: tuple[str, ...]) -> list[Line]:

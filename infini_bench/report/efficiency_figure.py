@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import LogLocator
 
-from infini_bench.report.cells import Row, grouped
+from infini_bench.report.cells import Row, grouped, settings
 from infini_bench.report.style import grid, legend, look
 from infini_bench.units import format_length
 
@@ -32,7 +32,7 @@ def shape(row: Row) -> str:
 
 def name(row: Row) -> str:
     """A line's name: the peer's; or the model, what else is special about it, and its form."""
-    first, *words = (word.rpartition(".")[2] for word in str(row["variant"]).split())
+    first, *words = settings(row)
     if shape(row) != first:
         return " ".join([f"{first} (delta)" if "delta" in row["model"] else first, *words])
     return " ".join([row["model"], *words, *([row["condition"]] if row["condition"] else [])])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infini_bench.report import gates, paper
-from infini_bench.report.cells import Line, Row, find, grouped
+from infini_bench.report.cells import Line, Row, find, grouped, settings
 from infini_bench.report.compare import FLOOR, LESS
 from infini_bench.report.style import COLOURS, dashes, grid, heat, legend, look
 from infini_bench.units import format_length
@@ -27,8 +27,7 @@ LEAST = 16  # position from which losses are drawn: before it they are those of 
 
 def _name(row: Row) -> str:
     """Model and variant, its settings without their sections."""
-    pairs = [word.partition("=") for word in (row["variant"] or "").split()]
-    return " ".join([row["model"], *(key.rpartition(".")[2] + sign + value for key, sign, value in pairs)])
+    return " ".join([row["model"], *settings(row)])
 
 
 def position_figure(rows: list[Row]) -> Figure:

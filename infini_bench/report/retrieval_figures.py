@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from textwrap import wrap
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from infini_bench.report.cells import Line, Row, grouped
+from infini_bench.report.cells import Line, Row, grouped, settings
 from infini_bench.report.records import Record
 from infini_bench.report.style import heat, panels
 from infini_bench.report.tidy import POSITIONS, rank
@@ -32,7 +31,7 @@ def heat_maps(rows: list[Row]) -> Figure:
     return figure
 
 
-def _heat(axes: Axes, line: Line, settings: list[str]) -> None:
+def _heat(axes: Axes, line: Line, own: list[str]) -> None:
     depths = sorted({row["position"] for row in line}, key=lambda name: rank(POSITIONS, name))
     lengths = sorted({row["length"] for row in line})
     values = np.full((len(depths), len(lengths)), np.nan)
@@ -45,21 +44,15 @@ def _heat(axes: Axes, line: Line, settings: list[str]) -> None:
     place = " in ".join(filter(None, [(first["base"] or "").removesuffix(".gguf"), first["dataset"]]))
     asked = first["protocol"].partition(", ")[2]  # what the protocol adds to the training's name
     name = ", ".join(filter(None, [first["model"], first["condition"], asked]))
-    short = re.sub(r"\b(?:\w+\.)+(\w+=)", r"\1", " ".join(settings))  # without their sections
-    parts = [name, f"{place}, {first['scale']}, {device}", *wrap(short, WIDTH)]
+    parts = [name, f"{place}, {first['scale']}, {device}", *wrap(" ".join(own), WIDTH)]
     axes.set_title("\n".join(parts), fontsize=6)
 
 
 def _told_apart(line: Line, lines: list[Line]) -> list[str]:
     """The settings of a line's variant that not all lines of its model and pretrained body share."""
     alike = [other for other in lines if all(other[0][key] == line[0][key] for key in ("model", "base"))]
-    shared = set.intersection(*(set(_settings(other)) for other in alike)) if len(alike) > 1 else set()
-    return [setting for setting in _settings(line) if setting not in shared]
-
-
-def _settings(line: Line) -> list[str]:
-    """Values may hold blanks: a setting begins where a name with an equals sign does."""
-    return re.split(r" (?=[\w.]+=)", line[0]["variant"] or "")
+    shared = set.intersection(*(set(settings(other[0])) for other in alike)) if len(alike) > 1 else set()
+    return [setting for setting in settings(line[0]) if setting not in shared]
 
 
 def training(records: list[Record]) -> Figure | None:

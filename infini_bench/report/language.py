@@ -20,7 +20,7 @@ from infini_bench.report.cells import (
     printed,
     setting,
 )
-from infini_bench.report.compare import REFERENCES, SHORTER
+from infini_bench.report.compare import FLOOR, LESS, REFERENCES, SHORTER
 
 TITLES = {
     "table2_lm": "Table 2: language modelling",
@@ -108,15 +108,21 @@ def _unigram(rows: list[Row]) -> str:
 
 
 def _positions(rows: list[Row]) -> list[Column]:
-    def cell(place: str) -> Callable[[Line], str]:
-        return lambda line: measured("loss", 3, position=place, condition=line[0]["condition"])(line)
+    def cell(place: str, metric: str = "loss", sign: str = "") -> Callable[[Line], str]:
+        return lambda line: measured(metric, 3, sign, position=place, condition=line[0]["condition"])(line)
 
+    places = {row["position"] for row in rows}
+    ranges = sorted((place for place in places if place.isdecimal()), key=int)
+    spans = sorted(places.difference(ranges))
+    paired = [span for span in spans if any((row["metric"], row["position"]) == (LESS, span) for row in rows)]
     return [
         MODEL,
         SEEDS,
         Column("control", lambda line: line[0]["condition"] or ABSENT),
         Column("read", lambda line: line[0]["protocol"] or "by document"),
-        *(Column(f"{place:,}", cell(str(place))) for place in sorted({int(row["position"]) for row in rows})),
+        *(Column(span, cell(span)) for span in spans),
+        *(Column(f"{span}, less {FLOOR}", cell(span, LESS, "+")) for span in paired),
+        *(Column(f"{int(place):,}", cell(place)) for place in ranges),
     ]
 
 
@@ -125,6 +131,8 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "table2_lm": _caption2,
     "lm_position": lambda rows: (
         "Nats per token; column p: tokens p to 2p - 1 of every document, or of the one stream of documents "
-        f"joined. {INTERVALS}"
+        "joined; before these, all columns that end within the first segment, in which no memory holds "
+        f"anything yet, pooled over tokens, and all others. {INTERVALS} Less {FLOOR}: on the same documents, "
+        "seeds and budget, below zero is better; paired bootstrap where all runs kept each document's sums."
     ),
 }

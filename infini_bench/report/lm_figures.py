@@ -38,7 +38,7 @@ def position_figure(rows: list[Row]) -> Figure:
     Transformer-XL's end.
     """
     own = [row for row in rows if row["condition"] is None and row["value"] is not None]
-    own = [row for row in own if int(row["position"]) >= LEAST]
+    own = [row for row in own if row["position"].isdecimal() and int(row["position"]) >= LEAST]
     shown = [row for row in own if row["metric"] == "loss"]
     paired = [row for row in own if row["metric"] == LESS]
     groups = grouped(shown, SHEET)

@@ -28,6 +28,7 @@ from infini_bench.report.compare import (
     position_deltas,
 )
 from infini_bench.report.familiar import halves
+from infini_bench.report.first_segment import spans
 from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.pooled import pooled
 from infini_bench.report.records import Record, current
@@ -154,7 +155,7 @@ def _metrics(record: Record, table: str) -> list[dict[str, Any]]:
         return gates.metrics(record)
     if record.kind == "train":
         return _training(record)
-    return [*record.metrics, *(_gpu_seconds(record) if table == "table2_lm" else [])]
+    return [*record.metrics, *([*_gpu_seconds(record), *spans(record)] if table == "table2_lm" else [])]
 
 
 def _gpu_seconds(record: Record) -> list[dict[str, Any]]:

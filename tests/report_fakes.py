@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from infini_bench.report.layouts import sheets
@@ -220,6 +221,15 @@ def mqar(model: str = "infini_linear", seed: int = 0, value: float = 80.0, **cha
                 metrics.append(row("token_accuracy", hit, extra, **columns))
     task = {"name": "mqar", "segments": 4, "train_pairs": [2, 4]}
     return record(model, seed, metrics, config={"task": task, **changes.pop("config", {})}, **changes)
+
+
+def taught(run: Record, *levels: int) -> list[Record]:
+    """An evaluation and its model's training, which logged a step at each of these levels and ended."""
+    name = f"train-{run.id}"
+    points = [{"step": step, "level": level} for step, level in enumerate(levels, 1)]
+    run.train |= {"id": name, "steps": len(levels)}
+    train = {"folder": f"runs/{name}", "curve": points}
+    return [replace(run, id=name, kind="train", metrics=[], train=train), run]
 
 
 LOST = "UserError: Step 7 gave loss nan; lower trainer.lr."

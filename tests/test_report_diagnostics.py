@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from report_fakes import lm, mqar, pick, recall, sheet_text, training
+from report_fakes import lm, mqar, pick, recall, sheet_text, taught, training
 
 from infini_bench.report import diagnostics
 from infini_bench.report.figures import FIGURES, labels, svg
@@ -40,7 +40,8 @@ def test_every_table_has_a_layout():
 
 
 def test_recall_layout():
-    titles, sheet = sheet_text([recall(seed=0), recall(seed=1, values={1: 90.0})], "diag_recall")
+    runs = [*taught(recall(seed=0), 1, 16), *taught(recall(seed=1, values={1: 90.0}), 1, 16)]
+    titles, sheet = sheet_text(runs, "diag_recall")
     assert titles[:8] == ["model", "seeds", "filler or control", "trained at", "0", "1", "64", "1,024"]
     lines = {line[2]: dict(zip(titles, line, strict=True)) for line in sheet.rows}
     assert [*lines] == ["constant", "memory_off", "text"]
@@ -58,6 +59,25 @@ def test_mqar_layout():
         *("16 pairs", "16 pairs, memory_off"),
     ]
     assert sheet.rows[0][5].startswith("76\n[") and "Trained on 2, 4 pairs" in sheet.caption
+
+
+def test_a_row_says_how_far_its_training_came():
+    def shown(*runs):
+        titles, sheet = sheet_text([*runs], "diag_mqar")
+        return {row[titles.index("trained at")] for row in sheet.rows}
+
+    def run(seed=0):
+        return mqar(seed=seed, config={"trainer.curriculum": [1, 2, 4]})
+
+    assert shown(*taught(run(), 1, 1, 1)) == {"1"}, "the level that it never left, not the last one"
+    assert shown(*taught(run(), 1, 2, 4)) == {"4"}
+    assert shown(*taught(run(), 1, 1, 2), *taught(run(1), 1, 2, 4)) == {"2 to 4"}
+    unknown = taught(run(1), 1, 2, 4)[1:]  # without its training's record
+    assert shown(*unknown) == shown(*taught(run(), 1, 2, 4), *unknown) == {"at most 4"}
+    early = taught(run(), 1, 2, 4)
+    early[1].train["steps"] = 2  # a checkpoint of before the last level
+    assert shown(*early) == {"2"}
+    assert shown(mqar()) == {"4"}, "without a curriculum there is one level"
 
 
 def test_a_view_puts_recall_language_and_training_in_one_line():

@@ -7,6 +7,7 @@ from report_fakes import lm, pick, record, row, sheet_text
 
 from infini_bench.report import gates, lm_figures, paper
 from infini_bench.report.figures import svg
+from infini_bench.report.first_segment import spans
 from infini_bench.report.tidy import tidy
 
 EVEN = [[0.5, 0.45], [0.6, 0.3]]
@@ -142,3 +143,62 @@ def test_positions_are_paired_by_document_where_the_sums_are_known():
     wide = pick(tidy(unlike), "loss_less_local_block", position="16")
     assert wide["value"] == pytest.approx(-25 / 40) and wide["ci_low"] == pytest.approx(-1.0)
     assert wide["ci_high"] == pytest.approx(-0.5), "documents of 10 and 30 tokens, redrawn"
+
+
+def test_the_first_segment_and_what_comes_after_it_are_pooled_over_tokens():
+    """Segments of 4 tokens: tokens 1 to 3 of three documents, of which one ends there, and all from 4 on."""
+
+    def run(model, shift=0.0, **kept):
+        places = []
+        for low, nats, counts in ((1, (2, 4, 6), (1, 1, 1)), (2, (4, 4, 1), (2, 2, 1)), (4, (8, 2), (4, 1))):
+            nats = [each + shift * count for each, count in zip(nats, counts, strict=True)]
+            extra = {"tokens": sum(counts), **({"nats": nats, "counts": counts} if kept.get("sums") else {})}
+            places.append(row("loss", sum(nats) / sum(counts), extra, split="test", position=str(low), n=3))
+        sums = {"documents": ["a", "b", "c"], "nats": [1.0] * 3, "bytes": [9] * 3}
+        whole = row("bits_per_byte", 1.0, {"tokens": [7, 4, 2], **sums}, split="test")
+        return record(model, metrics=[whole, *places], config={"memory.segment": 4})
+
+    def found(*runs):
+        rows = [r for r in tidy(runs) if r["table"] == "lm_position" and r["model"] == "infini_linear"]
+        return {(r["metric"], r["position"]): r for r in rows if not r["position"].isdecimal()}
+
+    rows = found(run("infini_linear", sums=True), run("local_block", 0.5, sums=True))
+    near, far = (rows["loss", place] for place in ("1 to 3", "from 4"))
+    assert (near["value"], near["n"]) == (pytest.approx(21 / 8), 3)
+    assert (far["value"], far["n"]) == (2.0, 2), "the third document ends before"
+    assert (near["extra"]["nats"], near["extra"]["counts"]) == ([6, 8, 7], [3, 3, 2])
+    assert near["ci_low"] == 2.0 and near["ci_high"] == 3.5  # the first document's and the third's alone
+    less = rows["loss_less_local_block", "1 to 3"]
+    assert [less[key] for key in ("value", "ci_low", "ci_high")] == pytest.approx([-0.5] * 3)
+    rows = found(run("infini_linear"), run("local_block", 0.5, sums=True))
+    less = rows["loss_less_local_block", "from 4"]
+    assert (less["value"], less["ci_low"], less["n"]) == (-0.5, None, 2), "no sums, no interval"
+    assert rows["loss", "1 to 3"]["value"] == pytest.approx(21 / 8)
+    titles, sheet = sheet_text([run("infini_linear", sums=True), run("local_block", 0.5)], "lm_position")
+    assert titles[4:10] == [
+        *("1 to 3", "from 4", "1 to 3, less local_block", "from 4, less local_block", "1", "2")
+    ]
+    assert sheet.rows[0][4].startswith("2.625\n[2.000") and sheet.rows[0][6:8] == ["-0.500", "-0.500"]
+
+
+@pytest.mark.parametrize(("segment", "name"), [(3, "1 to 3"), (4, "1 to 3"), (6, "1 to 3"), (7, "1 to 7")])
+def test_the_first_span_ends_inside_the_segment(segment, name):
+    places = [row("loss", 1.0, {"tokens": low}, position=str(low)) for low in (1, 2, 4, 8)]
+    whole = row("bits_per_byte", 1.0, {"tokens": [15]})
+    made = spans(record(metrics=[whole, *places], config={"memory.segment": segment}))
+    assert [each["position"] for each in made] == [name, f"from {int(name[-1]) + 1}"]
+    assert sum(each["extra"]["tokens"] for each in made) == 15
+
+
+def test_in_a_joined_stream_the_first_segment_is_the_streams():
+    """Documents of 3 and 4 tokens: targets at 1, 2 and at 4, 5, 6 of the stream."""
+    ranges = ((1, [1.0], [1]), (2, [2.0], [1]), (4, [9.0], [3]))
+    places = [
+        row("loss", sum(n) / sum(c), {"tokens": sum(c), "nats": n, "counts": c}, position=str(p))
+        for p, n, c in ranges
+    ]
+    whole = row("bits_per_byte", 1.0, {"tokens": [2, 3]})
+    config = {"memory.segment": 4, "task": {"name": "lm", "joined": True}}
+    near, far = spans(record(metrics=[whole, *places], config=config))
+    assert (near["value"], near["n"], near["ci_low"]) == (1.5, 1, None)
+    assert (far["extra"]["nats"], far["value"]) == ([9.0], 3.0)

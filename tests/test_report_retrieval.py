@@ -106,7 +106,7 @@ def test_the_table_has_a_line_for_each_condition():
     )
     rows = {(cells[0], cells[2]): dict(zip(titles, cells, strict=True)) for cells in sheet.rows}
     first = rows["infini_linear", "number"]
-    assert first["seeds"] == "2" and first["trained at"] == "2K" and first["64K"].startswith("80\n[")
+    assert first["seeds"] == "2" and first["trained at"] == "at most 2K" and first["64K"].startswith("80\n[")
     assert first["effective length"] == "32K" and rows["rmt", "number"]["effective length"] == "none"
     assert rows["rmt", "number"]["64K"] == "—"
     assert rows["infini_linear", "number, memory_off"]["effective length"] == "—"

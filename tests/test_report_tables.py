@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_fakes import booksum, booksum_lengths, lead, lm, passkey, pick, sheet_text
+from report_fakes import booksum, booksum_lengths, lead, lm, passkey, pick, sheet_text, taught
 from rich.console import Console
 
 from infini_bench.errors import UserError
@@ -114,6 +114,20 @@ def test_table3_layout_has_on_and_off_beside_each_other():
     assert sheet.rows[0][-1].startswith("32K: 100/100/100;\n") and sheet.rows[0][-1].endswith("1M: 96/94/100")
     assert "1-digit key" in sheet.caption and "start/middle/end_outside, 20 trials" in sheet.caption
     assert "architecture" not in sheet.caption
+
+
+def test_a_star_means_that_every_training_came_so_far():
+    def shown(*runs):
+        titles, sheet = sheet_text([*runs], "table3_passkey")
+        return titles[4], [row[titles.index("trained at")] for row in sheet.rows]
+
+    def run(model="infini_linear"):
+        return passkey(model, config={"trainer.curriculum": [1, 4, 16]})  # segments of 32 tokens
+
+    assert shown(*taught(run(), 1, 4, 16)) == ("512*", ["512"])
+    assert shown(*taught(run(), 1, 4, 4)) == ("512", ["128"])
+    assert shown(run()) == ("512", ["at most 512"])
+    assert shown(*taught(run(), 1, 4, 16), *taught(run("rmt"), 1, 1)) == ("512", ["32", "512"])
 
 
 def test_table4_layout():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from infini_bench.report import reached
 from infini_bench.report.cells import (
     ABSENT,
     BUDGET,
@@ -38,7 +39,7 @@ def distances(rows: list[Row]) -> list[str]:
 
 
 def trained_segments(config: Row) -> int:
-    """The longest training sequence, in segments."""
+    """The longest training sequence asked for, in segments; `reached` knows how far training came."""
     return max(config["trainer"]["curriculum"] or [config["task"]["segments"]])
 
 
@@ -63,17 +64,13 @@ def _grid(metric: str, rows: list[Row]) -> list[Column]:
     return [Column(f"{int(place):,}", _percent(metric, place)) for place in distances(rows)]
 
 
-def _trained(line: Line) -> str:
-    return f"{trained_segments(line[0]['config']):,}"
-
-
 def _recall(rows: list[Row]) -> list[Column]:
     gates = [place for place in ("filler", "question") if any(row["position"] == place for row in rows)]
     return [
         MODEL,
         SEEDS,
         Column("filler or control", lambda line: str(line[0]["condition"])),
-        Column("trained at", _trained),
+        Column("trained at", reached.segments),
         *_grid("exact_match", rows),
         *(Column(f"gate, {place}", _gate(place), wide=True) for place in gates),
         Column("memory floats", fact("state_floats"), wide=True),
@@ -90,7 +87,8 @@ def _caption_recall(rows: list[Row]) -> str:
     trials = max(row["n"] for row in rows if row["metric"] == "exact_match")
     return (
         "Exact match in % by segments from fact to question (0: the same one), at most "
-        f"{trials} trials a number, {WILSON}; chance {_chance(rows)} %. Trained at: segments. "
+        f"{trials} trials a number, {WILSON}; chance {_chance(rows)} %. "
+        f"Trained at, in segments: {reached.MEANING} "
         "Controls, where they were run, with the first filler: memory off, and the memory of another trial. "
         "Gate: mean sigmoid at the largest distance. Memory floats: capacity; of a state that grows, what a "
         "segment adds."
@@ -103,7 +101,7 @@ def _mqar(rows: list[Row]) -> list[Column]:
         SEEDS,
         Column("memory floats", fact("state_floats")),
         Column("pairs", lambda line: str(line[0]["condition"])),
-        Column("trained at", _trained),
+        Column("trained at", reached.segments),
         *_grid("token_accuracy", rows),
         *BUDGET,
     ]
@@ -114,7 +112,7 @@ def _caption_mqar(rows: list[Row]) -> str:
     return (
         "Keys whose value is the most probable token, in %, by segments from the last pair to the questions "
         f"(0: they follow directly), {WILSON}; chance {_chance(rows, 'token_accuracy')} %. Trained on "
-        f"{', '.join(map(str, pairs))} pairs, at that many segments."
+        f"{', '.join(map(str, pairs))} pairs. Trained at, in segments: {reached.MEANING}"
     )
 
 

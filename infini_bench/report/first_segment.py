@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def spans(record: Record) -> list[Row]:
-    """Metric rows ``loss`` of both spans under each condition; none where ranges lack their numbers of tokens."""
+    """Metric rows ``loss`` of both spans, by condition; none where ranges lack their numbers of tokens."""
     ranges = [row for row in record.metrics if row["metric"] == "loss" and "tokens" in row["extra"]]
     border = 2 ** ((record.config["memory"]["segment"] + 1).bit_length() - 1)
     rows = []
@@ -44,14 +44,17 @@ def _pooled(ranges: list[Row], record: Record) -> Row:
         if known:
             sums_D2[there_D] += np.stack([row["extra"]["nats"], row["extra"]["counts"]], 1)
     nats, counts = sums_D2[read_D].T.tolist()
-    low, high = (known and interval(mean_nats, nats, counts, seed=record.seed)) or (None, None)
+    bounds = interval(mean_nats, nats, counts, seed=record.seed) if known else None
+    ends = dict(zip(("ci_low", "ci_high"), bounds or (None, None), strict=True))
     extra = {"tokens": sum(tokens), **({"nats": nats, "counts": counts} if known else {})}
-    return {**ranges[0], "value": value, "ci_low": low, "ci_high": high, "n": int(read_D.sum()), "extra": extra}
+    return {**ranges[0], **ends, "value": value, "n": int(read_D.sum()), "extra": extra}
 
 
 def _documents(record: Record) -> tuple[np.ndarray, np.ndarray]:
     """(D,) positions of the first and the last predicted token of each document."""
-    whole = next(row for row in record.metrics if (row["metric"], row["condition"]) == ("bits_per_byte", None))
+    whole = next(
+        row for row in record.metrics if (row["metric"], row["condition"]) == ("bits_per_byte", None)
+    )
     tokens_D = np.array(whole["extra"]["tokens"])
     ends_D = np.cumsum(tokens_D + 1) - 1 if record.config["task"].get("joined") else tokens_D
     return ends_D - tokens_D + 1, ends_D

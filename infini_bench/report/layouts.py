@@ -15,6 +15,7 @@ from infini_bench.report import (
     paper,
     probes,
     rates,
+    reached,
     retrieval,
     trials,
 )
@@ -162,7 +163,7 @@ def _table3(rows: list[Row]) -> list[Column]:
         MODEL,
         SEEDS,
         Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
-        Column("trained at", _trained),
+        Column("trained at", reached.tokens),
         *(Column(_header(rows, length), _passkey(length, places)) for length in lengths),
         *(Column(f"{format_length(length)}, all depths", _found(length)) for length in pooled),
         *adapted.columns(rows),
@@ -178,18 +179,10 @@ def _places(rows: list[Row]) -> list[str]:
 
 def _header(rows: list[Row], length: int) -> str:
     trained = [row for row in rows if row["train_tokens"] is not None]
-    within = trained and all(length <= _trained_length(row["config"]) for row in trained)
+    within = trained and all(
+        length <= row["reached"][0] * row["config"]["memory"]["segment"] for row in trained
+    )
     return format_length(length) + ("*" if within else "")
-
-
-def _trained(line: Line) -> str:
-    """A pretrained model as it is was trained at no length of keys."""
-    return ABSENT if line[0]["train_tokens"] is None else format_length(_trained_length(line[0]["config"]))
-
-
-def _trained_length(config: Row) -> int:
-    segments = config["trainer"]["curriculum"] or [config["task"]["segments"]]
-    return max(segments) * config["memory"]["segment"]
 
 
 def _passkey(length: int, places: list[str]) -> Callable[[Line], str]:
@@ -252,7 +245,8 @@ def _caption3(rows: list[Row]) -> str:
     return (
         f"Exact match in %, {task['digits']}-digit key, needle at {'/'.join(_places(keys))}, {counts} trials "
         "a number (all seeds together); in brackets 95 % Wilson intervals, wider where seeds disagree; "
-        f"off: the same with memory off. * = not longer than trained."
+        f"off: the same with memory off. Trained at: {reached.MEANING} "
+        "* = not longer than the training of any line is known to have come to."
         f"{_caption_pooled(rows)}{_caption_alignment(rows)}{adapted.caption(rows)}"
     )
 

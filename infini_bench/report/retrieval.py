@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from infini_bench.metrics.intervals import wilson
-from infini_bench.report import adapted
+from infini_bench.report import adapted, reached
 from infini_bench.report.cells import ABSENT, BUDGET, MODEL, SEEDS, Column, Line, Row, fact, grouped
-from infini_bench.report.diagnostics import trained_segments
 from infini_bench.units import K, format_length
 
 TITLES = {"table3_hard": "Table 3, harder: needles in text"}
@@ -62,20 +61,13 @@ def _hard(rows: list[Row]) -> list[Column]:
         SEEDS,
         Column("needles", lambda line: str(line[0]["condition"])),
         Column("protocol", lambda line: str(line[0]["protocol"]), wide=True),
-        Column("trained at", _trained),
+        Column("trained at", reached.tokens),
         *(Column(format_length(length), _cell(length)) for length in asked(rows)),
         Column("effective length", _effective),
         *adapted.columns(rows),
         Column("memory floats", fact("state_floats"), wide=True),
         *BUDGET,
     ]
-
-
-def _trained(line: Line) -> str:
-    """A model that nobody trained on needles was trained at no length of them."""
-    if line[0]["train_tokens"] is None:
-        return ABSENT
-    return format_length(trained_segments(line[0]["config"]) * line[0]["config"]["memory"]["segment"])
 
 
 def _cell(length: int) -> Callable[[Line], str]:
@@ -100,8 +92,8 @@ def _caption(rows: list[Row]) -> str:
         f"Exact match in % over the depths {'/'.join(task['depths'])} together, with 95 % Wilson intervals; "
         f"{task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
         "another split than training's. Effective length: the longest up to which every score is at least "
-        f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there."
-        f"{adapted.caption(rows)}"
+        f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there. "
+        f"Trained at: {reached.MEANING}{adapted.caption(rows)}"
     )
 
 

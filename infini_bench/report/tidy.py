@@ -31,6 +31,7 @@ from infini_bench.report.familiar import halves
 from infini_bench.report.first_segment import spans
 from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.pooled import pooled
+from infini_bench.report.reached import curves, reached, together
 from infini_bench.report.records import Record, current
 from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
 
@@ -82,7 +83,8 @@ CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position
 def tidy(records: Iterable[Record]) -> list[Row]:
     """All tables' rows in printing order.
 
-    Beside COLUMNS a row has ``config`` (of its newest run) and ``records`` (ids), for layouts and the page.
+    Beside COLUMNS a row has, for layouts and the page, ``config`` (of its newest run), ``reached`` (how far
+    trainings came) and ``records`` (ids).
     """
     records = list(records)
     measured = measurements(records)
@@ -122,6 +124,7 @@ def measurements(records: Iterable[Record]) -> list[Row]:
 
     Oldest first. In VIEWS also what each training was like (`_training`).
     """
+    records = list(records)
     found = rooted(current(records))
     shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
@@ -135,7 +138,10 @@ def measurements(records: Iterable[Record]) -> list[Row]:
         if table not in VIEWS or record.task != "lm" or metric["position"] is None
     ]
     adapted = [(record, table) for record, table in shown if table in SHOWN]
-    return rows + [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
+    rows += [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
+    known = curves(records)
+    came = {r.id: reached(r, known) for r, _ in shown}
+    return [{**row, "reached": came[row["records"][0]]} for row in rows]
 
 
 def _language(record: Record, found: list[Record], table: str, variant: str | None) -> list[Row]:
@@ -251,6 +257,7 @@ def _summed_up(rows: list[Row], measured: tuple) -> Row:
         "seeds": len({trained for trained, _ in (row["seed"] for row in rows)}),
         "train_tokens": round(sum(trained) / len(trained)) if trained else None,
         "commit": "+".join(commits) or None,
+        "reached": together(rows),
         "records": sorted({record for row in rows for record in row["records"]}),
     }
 

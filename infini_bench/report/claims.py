@@ -40,7 +40,7 @@ class Claim:
             found = Finding(False, self.remark, [])
             verdict = OPEN if self.rule else BEYOND
         else:
-            verdict = YES if found.holds else NO
+            verdict = BEYOND if found.holds is None else YES if found.holds else NO
         return [self.id, self.source, self.statement, verdict, found.sentence, " ".join(found.records)]
 
 
@@ -184,21 +184,21 @@ CLAIMS = [
         "passkey_1m_paper",
         PAPER,
         "Fine-tuned on 5K inputs only, a 1B model finds a passkey at 1M tokens (94 to 100 %).",
-        "Needs passkey rows of protocol paper at 1M tokens.",
+        "Needs passkey rows of protocol paper at 1M tokens, 20 trials a depth.",
         on.key_at_a_million("paper", ("start", "middle", "end"), INFINI),
     ),
     Claim(
         "passkey_1m",
         SUMMARY,
         "A passkey is found at 1M tokens by a model trained on far shorter inputs (any training).",
-        "Needs passkey rows of protocol curriculum at 1M tokens.",
+        "Needs passkey rows of protocol curriculum at 1M tokens, 20 trials a depth.",
         on.key_at_a_million("curriculum", ("start", "middle", "end_outside")),
     ),
     Claim(
         "plug_and_play",
         PAPER,
         "A pretrained model takes the memory up by continued training and then handles 1M tokens.",
-        "Needs `adapt` and its passkey rows at 1M tokens.",
+        "Needs `adapt` and its passkey rows at 1M tokens, 20 trials a depth.",
         on.key_at_a_million("curriculum", ("start", "middle", "end_outside"), pretrained=True),
     ),
     Claim(
@@ -243,7 +243,10 @@ def sheet(lines: list[list[str]]) -> Sheet:
     caption = "Verdicts are computed from the records by the rules of `infini_bench/report/evidence*.py`: "
     caption += ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     caption += ". Language models count on test splits at scale gpu or paper with two seeds or more; that "
-    caption += "something can be done is shown by the best training of a model, however many failed."
+    caption += (
+        "something can be done is shown by the best training of a model, however many failed. Intervals "
+    )
+    caption += "over documents and seeds; of two seeds they hardly reach past the two."
     records = sorted({name for line in lines for name in line[-1].split()})
     columns = [Column(title, lambda line: "") for title in titles]
     return Sheet(NAME, "Claims", columns, rows, caption, records=records)

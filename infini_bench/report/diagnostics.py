@@ -13,6 +13,7 @@ from infini_bench.report.cells import (
     Column,
     Line,
     Row,
+    between,
     fact,
     find,
     measured,
@@ -54,7 +55,7 @@ def _percent(metric: str, place: str, condition: str | None = None) -> Callable[
         row = find(line, metric, position=place, condition=condition or line[0]["condition"])
         if row is None or row["value"] is None:
             return ABSENT
-        return f"{row['value']:.0f}\n[{row['ci_low']:.0f}-{row['ci_high']:.0f}]"
+        return f"{number(row['value'], 0)}\n[{between(row)}]"
 
     return cell
 

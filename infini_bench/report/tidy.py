@@ -20,6 +20,7 @@ from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper, rates
 from infini_bench.report.adapted import SHOWN, language, lines, rooted
 from infini_bench.report.compare import (
+    Seed,
     booksum_deltas,
     compressions,
     deltas,
@@ -32,7 +33,7 @@ from infini_bench.report.first_segment import spans
 from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.pooled import pooled
 from infini_bench.report.reached import curves, reached, together
-from infini_bench.report.records import Record, current
+from infini_bench.report.records import Record, current, training_of
 from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
 
 Row = dict[str, Any]
@@ -84,11 +85,11 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     """All tables' rows in printing order.
 
     Beside COLUMNS a row has, for layouts and the page, ``config`` (of its newest run), ``reached`` (how far
-    trainings came) and ``records`` (ids).
+    trainings came), ``parts`` (the rows, one a run, that it sums up) and ``records`` (ids).
     """
     records = list(records)
     measured = measurements(records)
-    cells: dict[tuple, dict[tuple[int, int], Row]] = defaultdict(dict)
+    cells: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
     for row in measured:  # oldest first: a newer one of the same seed replaces one of no more trials
         by_seed = cells[tuple(row[key] for key in CELL)]
         before = by_seed.get(row["seed"])
@@ -139,9 +140,22 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     ]
     adapted = [(record, table) for record, table in shown if table in SHOWN]
     rows += [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
-    known = curves(records)
+    known, again = curves(records), _repetitions(found)
     came = {r.id: reached(r, known) for r, _ in shown}
-    return [{**row, "reached": came[row["records"][0]]} for row in rows]
+    for row in rows:
+        run, (trained, read) = row["records"][0], row["seed"]
+        row |= {"reached": came[run], "seed": (trained, again[run], read)}
+    return rows
+
+
+def _repetitions(records: list[Record]) -> dict[str, int]:
+    """Record id -> how many trainings of the same settings and seed had begun before its own."""
+    runs: dict[str | None, set[str]] = defaultdict(set)
+    for digest, name in map(training_of, records):
+        runs[digest] |= {name or ""}
+    ordered = {digest: sorted(names) for digest, names in runs.items()}  # a name begins with the time
+    each = ((r.id, *training_of(r)) for r in records)
+    return {record: ordered[digest].index(name or "") for record, digest, name in each}
 
 
 def _language(record: Record, found: list[Record], table: str, variant: str | None) -> list[Row]:
@@ -254,10 +268,11 @@ def _summed_up(rows: list[Row], measured: tuple) -> Row:
     return {
         **newest,
         **dict(zip(("value", "ci_low", "ci_high", "n"), measured, strict=True)),
-        "seeds": len({trained for trained, _ in (row["seed"] for row in rows)}),
+        "seeds": len({row["seed"][0] for row in rows}),
         "train_tokens": round(sum(trained) / len(trained)) if trained else None,
         "commit": "+".join(commits) or None,
         "reached": together(rows),
+        "parts": rows,
         "records": sorted({record for row in rows for record in row["records"]}),
     }
 

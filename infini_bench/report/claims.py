@@ -11,7 +11,7 @@ import io
 from dataclasses import dataclass
 
 from infini_bench.report import evidence as on
-from infini_bench.report import evidence_length
+from infini_bench.report import evidence_length, evidence_training
 from infini_bench.report.cells import Column
 from infini_bench.report.evidence import BOOKS, INFINI, MATH, Evidence, Finding, Rule
 from infini_bench.report.layouts import Sheet
@@ -143,35 +143,35 @@ CLAIMS = [
         PAPER,
         "After training every layer has at least one head that attends locally only.",
         FIGURE3,
-        on.gates("local_layers", 100.0, "Layers with a gate of at most 0.1"),
+        evidence_training.gates("local_layers", 100.0, "Layers with a gate of at most 0.1"),
     ),
     Claim(
         "specialised_heads",
         PAPER,
         "Heads specialise: gates go to 0 or 1.",
         FIGURE3,
-        on.gates("local_heads", 10.0, "Heads with a gate of at most 0.1"),
+        evidence_training.gates("local_heads", 10.0, "Heads with a gate of at most 0.1"),
     ),
     Claim(
         "mixer_heads",
         PAPER,
         "Mixer heads emerge, with gates near 0.5.",
         FIGURE3,
-        on.gates("mixer_heads", 5.0, "Heads with a gate between 0.4 and 0.6"),
+        evidence_training.gates("mixer_heads", 5.0, "Heads with a gate between 0.4 and 0.6"),
     ),
     Claim(
         "stable_bptt_linear",
         TEXTBOOK,
         "Backpropagation through all segments is stable with ELU+1 and the sum of keys: Linear.",
         "Needs trainings of Linear at scale gpu.",
-        on.stable(("infini_linear",)),
+        evidence_training.stable(("infini_linear",)),
     ),
     Claim(
         "stable_bptt_delta",
         TEXTBOOK,
         "Backpropagation through all segments is stable with ELU+1 and the sum of keys: Linear + Delta.",
         "Needs trainings of Linear + Delta at scale gpu.",
-        on.stable(("infini_delta",)),
+        evidence_training.stable(("infini_delta",)),
     ),
     Claim(
         "delta_idempotent",

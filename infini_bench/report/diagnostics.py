@@ -16,6 +16,7 @@ from infini_bench.report.cells import (
     between,
     fact,
     find,
+    grouped,
     measured,
     number,
 )
@@ -37,6 +38,12 @@ LINES = {"diag_recall": ("condition",), "diag_mqar": ("condition",)}
 def distances(rows: list[Row]) -> list[str]:
     """Positions that are numbers of segments, rising."""
     return sorted({row["position"] for row in rows if (row["position"] or "").isdecimal()}, key=int)
+
+
+def shared(rows: list[Row]) -> list[str]:
+    """Those of `distances` at which every line was asked that was asked at all."""
+    asked = [{*distances(line)} for line in grouped(rows, ("model", "variant"))]
+    return [place for place in distances(rows) if all(place in own for own in asked if own)]
 
 
 def trained_segments(config: Row) -> int:
@@ -127,7 +134,7 @@ def _view(*more: Column) -> Callable[[list[Row]], list[Column]]:
         recall = [
             Column(f"{filler} {int(place):,}", _percent("exact_match", place, filler))
             for filler in FILLERS
-            for place in distances(rows)
+            for place in shared(rows)
             if any(row["position"] == place and row["condition"] == filler for row in rows)
         ]
         return [
@@ -197,8 +204,9 @@ COST = [
 
 def _caption_view(what: str) -> Callable[[list[Row]], str]:
     return lambda rows: (
-        "Recall (constant, text): exact match in % by segments from fact to question, "
-        f"{WILSON}; chance {_chance(rows)} %. Bits per byte: language model of the same settings. {what}"
+        "Recall (constant, text): exact match in % by segments from fact to question, at distances that all "
+        f"lines were asked at, {WILSON}; chance {_chance(rows)} %. "
+        f"Bits per byte: language model of the same settings. {what}"
         "A training that gave no number stands here with its reason."
     )
 

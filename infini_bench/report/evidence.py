@@ -12,8 +12,6 @@ from typing import Any
 
 from infini_bench.report.cells import grouped, number
 from infini_bench.report.compare import memory, paired_delta
-from infini_bench.report.gates import history
-from infini_bench.report.reached import reached
 from infini_bench.report.records import Record
 
 Row = dict[str, Any]
@@ -25,7 +23,6 @@ FEW = 3  # seeds
 TRIALS = 20  # at each position; of 20 keys found the 95 % interval begins at 84 %, of 3 at 44 %
 FOUND, LOST = 90.0, 20.0  # percent: a key counts as found from here on, and as not found up to there
 LINE = ("model", "variant", "scale", "device", "dataset", "base")
-DIVERGED = "gave loss"  # in the error of a training whose loss or gradient was no number
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,13 @@ def finding(holds: bool | None, sentence: str, rows: Iterable[Row]) -> Finding:
     return Finding(holds, sentence, sorted({record for row in rows for record in row["records"]}))
 
 
-def _best_known(rows: list[Row]) -> Row | None:
+def best_known(rows: list[Row]) -> Row | None:
     """The row that most seeds stand behind, the first of them."""
     return max(rows, key=lambda row: row["seeds"], default=None)
 
 
 def signed(row: Row, digits: int = 3) -> str:
-    value, low, high = (f"{row[key]:+.{digits}f}" for key in ("value", "ci_low", "ci_high"))
+    value, low, high = (number(row[key], digits, "+") for key in ("value", "ci_low", "ci_high"))
     return f"{value} [{low}, {high}]"
 
 
@@ -81,7 +78,7 @@ def _basis(row: Row) -> str:
     return f"({row['seeds']} seed{'s' * (row['seeds'] > 1)}, {row['n']:,} documents)"
 
 
-def _few(rows: Iterable[Row]) -> str:
+def few(rows: Iterable[Row]) -> str:
     """A sentence where fewer than FEW seeds were drawn from: their bootstrap reaches hardly past them."""
     least = min(row["seeds"] for row in rows)
     seeds = "1 seed" if least == 1 else f"{least} seeds"
@@ -98,13 +95,13 @@ def better(models: tuple[str, ...], reference: str, datasets: tuple[str, ...], s
         match = {"condition": reference, "dataset": datasets, "split": "test", "scale": SCALES}
         found = evidence.find("table2_lm", "delta_bits_per_byte", protocol=None, **match)
         found = [row for row in found if _enough(row, seeds)]
-        rows = [_best_known([row for row in found if row["model"] == model]) for model in models]
+        rows = [best_known([row for row in found if row["model"] == model]) for model in models]
         known = [row for row in rows if row is not None]
         if len(known) < len(models):
             return None
         words = [f"{row['model']} {signed(row)} {_basis(row)}" for row in known]
         text = f"Bits per byte less {reference}'s on {known[0]['dataset']} (test): {', '.join(words)}."
-        text += _few(known)
+        text += few(known)
         return finding(all(row["ci_high"] < 0 for row in known), text, known)
 
     return rule
@@ -125,11 +122,11 @@ def memory_used(models: tuple[str, ...], reference: str = "local_block", seeds: 
         holds = lead.holds
         for model in models:
             place = {"model": model, "dataset": BOOKS, "split": "test", "scale": SCALES, "protocol": None}
-            off = _best_known(evidence.find("table2_lm", "bits_per_byte_memory_off", **place))
+            off = best_known(evidence.find("table2_lm", "bits_per_byte_memory_off", **place))
             known = evidence.find("table2_lm", "bits_per_byte", **place)
             if off is None:
                 return None
-            on = next(row for row in known if _same_line(row, off) and row["dataset"] == off["dataset"])
+            on = next(row for row in known if same_line(row, off) and row["dataset"] == off["dataset"])
             cost = _paired(off, on)
             if not _enough(cost, seeds):
                 return None
@@ -166,17 +163,15 @@ def wins(rival: str, times: float, seeds: int = 2) -> Rule:
         small = [row for row in ratios if row["model"].startswith("infini") and row["value"] >= times]
         found = []
         for own in dict.fromkeys(memory(row) for row in small):
-            rows = [
-                row for row in deltas if memory(row) == own and any(_same_line(row, one) for one in small)
-            ]
-            both = [_best_known([row for row in rows if row["dataset"] in each]) for each in (BOOKS, MATH)]
+            rows = [row for row in deltas if memory(row) == own and any(same_line(row, one) for one in small)]
+            both = [best_known([row for row in rows if row["dataset"] in each]) for each in (BOOKS, MATH)]
             found += [[row for row in both if row is not None]] if None not in both else []
         if not found:
             return None
         best = min(found, key=lambda rows: max(row["ci_high"] for row in rows))
         words = ", ".join(f"{row['dataset']} {signed(row)} {_basis(row)}" for row in best)
         text = f"Of {len(found)} such memories {best[0]['model']} is best; bits per byte less {rival}'s: "
-        return finding(all(row["ci_high"] < 0 for row in best), f"{text}{words}.{_few(best)}", best)
+        return finding(all(row["ci_high"] < 0 for row in best), f"{text}{words}.{few(best)}", best)
 
     return rule
 
@@ -253,80 +248,17 @@ def key_at_a_million(
         if not on or None in best:
             return None
         off = evidence.find("table3_passkey", "exact_match", condition="memory_off", **place)
-        off = [row for row in off if any(_same_line(row, other) for other in on)]
+        off = [row for row in off if any(same_line(row, other) for other in on)]
         least, most = min(row["value"] for row in on), max((row["value"] for row in off), default=None)
         where = f" in {on[0]['base']}" if pretrained else ""
         text = f"{' and '.join(wanted)}{where} at 1M tokens: at least {number(least, 0)} % of "
         text += f"{min(row['n'] for row in on)} keys at each of {', '.join(positions)}"
         text += "." if most is None else f", at most {number(most, 0)} % with the memory off."
         holds = least >= FOUND and (most is None or most <= LOST)
-        return finding(holds, text + _few(on), [*on, *off])
+        return finding(holds, text + few(on), [*on, *off])
 
     return rule
 
 
-def _same_line(one: Row, other: Row) -> bool:
+def same_line(one: Row, other: Row) -> bool:
     return all(one[key] == other[key] for key in LINE)
-
-
-# --- gates, training -------------------------------------------------------------------------
-
-
-def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFINI, seeds: int = 2) -> Rule:
-    """Trained gates show at least so many percent of something, for every model.
-
-    Only lines that had fewer at the first step logged count: what was there from the start is no finding.
-    """
-
-    def rule(evidence: Evidence) -> Finding | None:
-        every = evidence.find("figure3_gates", metric, model=models, scale=SCALES)
-        found = [row for row in every if row["condition"] is None and row["seeds"] >= seeds]
-        began = [history([row for row in every if _same_line(row, one)], metric)[0] for one in found]
-        pairs = list(zip(found, began, strict=True))
-        fresh = [row for row, (_, share) in pairs if share < least]
-        rows = [_best_known([row for row in fresh if row["model"] == model]) for model in models]
-        known = [row for row in rows if row is not None]
-        if len(known) < len(models):
-            if {row["model"] for row in found} != {*models}:
-                return None
-            shares = ", ".join(f"{r['model']} {number(share, 0)} % at step {n}" for r, (n, share) in pairs)
-            text = f"{words}: {shares} already. Needs gates that start elsewhere (`reproduce figure3`)."
-            return finding(None, text, found)
-        shares = ", ".join(f"{row['model']} {number(row['value'], 0)} %" for row in known)
-        text = f"{words}: {shares} (borders 0.1, 0.4, 0.6 and 0.9).{_few(known)}"
-        return finding(all(row["value"] >= least for row in known), text, known)
-
-    return rule
-
-
-def stable(models: tuple[str, ...] = INFINI) -> Rule:
-    """No training with the paper's features and normaliser ended in a loss that is no number.
-
-    Repeated ones count each, and of their lengths those that records say training came to.
-    """
-
-    def rule(evidence: Evidence) -> Finding | None:
-        runs = [r for r in evidence.records if r.kind == "train" and r.config["model"] in models]
-        runs = [r for r in runs if r.config["scale"] in SCALES and _papers(r.config["memory"])]
-        ended = [r for r in runs if r.status == "done" or (r.error and DIVERGED in r.error)]
-        if not ended:
-            return None
-        broken = [r for r in ended if r.status != "done"]
-        least, most = (max(ends) for ends in zip(*map(_segments, ended), strict=True))
-        text = f"{len(ended) - len(broken)} of {len(ended)} trainings of {' and '.join(models)} ended with "
-        text += f"finite losses, through up to {least} segments as far as records say"
-        text += "." if most == least else f"; no curriculum went beyond {most}."
-        return Finding(not broken, text, sorted(r.id for r in ended))
-
-    return rule
-
-
-def _papers(memory: dict[str, Any]) -> bool:
-    return (memory.get("features", "elu1"), memory.get("normaliser", "sum")) == ("elu1", "sum")
-
-
-def _segments(record: Record) -> tuple[int, int]:
-    """`reached`, in which a language model's rows count as well."""
-    own = (record.config["task"].get("sequence") or 0) // record.config["memory"]["segment"]
-    least, most = reached(record, {})
-    return max(least, own), max(most, own)

@@ -21,7 +21,7 @@ from infini_bench.report import (
     retrieval_figures,
 )
 from infini_bench.report.cells import Line, Row, find, grouped
-from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
+from infini_bench.report.diagnostics import FILLERS, distances, shared, trained_segments
 from infini_bench.report.style import dashes, drawn, heat, legend, look, panels
 
 LENGTH = ("task.segments", "trainer.batch", "trainer.curriculum")  # differ with the training length
@@ -226,6 +226,7 @@ def variants(rows: list[Row]) -> Figure:
     for group in grouped(rows, (*SHEET, "model")):
         for filler in FILLERS:
             cells = [row for row in group if row["metric"] == "exact_match" and row["condition"] == filler]
+            cells = [row for row in cells if row["position"] in shared(cells)]
             parts += [(f"{filler} filler", cells)] if cells else []
         bits = [row for row in group if row["metric"] == "bits_per_byte"]
         parts += [("", bits)] if bits else []

@@ -33,7 +33,8 @@ from infini_bench.report.first_segment import spans
 from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.pooled import pooled
 from infini_bench.report.reached import curves, reached, together
-from infini_bench.report.records import Record, current, training_of
+from infini_bench.report.records import Record, current
+from infini_bench.report.repeated import numbered, planned
 from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
 
 Row = dict[str, Any]
@@ -126,7 +127,7 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     Oldest first. In VIEWS also what each training was like (`_training`).
     """
     records = list(records)
-    found = rooted(current(records))
+    found = planned(rooted(current(records)))
     shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
     shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
@@ -140,22 +141,9 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     ]
     adapted = [(record, table) for record, table in shown if table in SHOWN]
     rows += [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
-    known, again = curves(records), _repetitions(found)
+    known = curves(records)
     came = {r.id: reached(r, known) for r, _ in shown}
-    for row in rows:
-        run, (trained, read) = row["records"][0], row["seed"]
-        row |= {"reached": came[run], "seed": (trained, again[run], read)}
-    return rows
-
-
-def _repetitions(records: list[Record]) -> dict[str, int]:
-    """Record id -> how many trainings of the same settings and seed had begun before its own."""
-    runs: dict[str | None, set[str]] = defaultdict(set)
-    for digest, name in map(training_of, records):
-        runs[digest] |= {name or ""}
-    ordered = {digest: sorted(names) for digest, names in runs.items()}  # a name begins with the time
-    each = ((r.id, *training_of(r)) for r in records)
-    return {record: ordered[digest].index(name or "") for record, digest, name in each}
+    return numbered([{**row, "reached": came[row["records"][0]]} for row in rows], found)
 
 
 def _language(record: Record, found: list[Record], table: str, variant: str | None) -> list[Row]:

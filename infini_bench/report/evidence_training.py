@@ -40,7 +40,8 @@ def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFIN
         if len(known) < len(models):
             if {row["model"] for row in found} != {*models}:
                 return None
-            shares = ", ".join(f"{r['model']} {number(share, 0)} % at step {n}" for r, (n, share) in pairs)
+            stale = [(row, at) for row, at in pairs if at[1] >= least]
+            shares = ", ".join(f"{r['model']} {number(share, 0)} % at step {n}" for r, (n, share) in stale)
             text = f"{words}: {shares} already. Needs gates that start elsewhere (`reproduce figure3`)."
             return finding(None, text, found)
         shares = ", ".join(f"{row['model']} {number(row['value'], 0)} %" for row in known)

@@ -303,12 +303,13 @@ def _startable(job: Job) -> RunConfig:
     same = [r for r in records if r.kind == "train" and r.config_hash in digests]
     if not same:
         return cfg
-    folder = same[0].train.get("folder", "")
+    newest = same[-1]
+    folder = newest.train.get("folder", "")
     there = bool(folder) and Path(folder).is_dir()
-    if same[0].status == "done":
+    if newest.status == "done":
         return cfg if there else replace(cfg, force=True)
-    killed = same[0].status == "failed" and same[0].error == KILLED and (Path(folder) / SAVED).exists()
-    return replace(cfg, resume=folder) if there and (same[0].status == "interrupted" or killed) else cfg
+    killed = newest.status == "failed" and newest.error == KILLED and (Path(folder) / SAVED).exists()
+    return replace(cfg, resume=folder) if there and (newest.status == "interrupted" or killed) else cfg
 
 
 def _planned_records(jobs: Sequence[Job], records: list[Record]) -> list[Record]:

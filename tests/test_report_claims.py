@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 from report_fakes import lm, passkey, record, row
@@ -46,7 +47,12 @@ def test_better_means_an_interval_below_zero(nats, verdict):
     runs += [model(name, nats, seed) for name in ("infini_linear", "infini_delta") for seed in (0, 1)]
     found = verdicts(runs)
     assert found["books_xl"][0] == verdict and found["math_xl"][0] == OPEN
-    assert "2 seeds" in found["books_xl"][1] and found["books_memorizing"][0] == OPEN
+    assert found["books_memorizing"][0] == OPEN
+    assert "(2 seeds, 2 documents). Judged on 2 seeds: how other" in found["books_xl"][1]
+    runs += [model("transformer_xl", (100.0, 300.0), 2)]
+    runs += [model(name, nats, 2) for name in ("infini_linear", "infini_delta")]
+    sentence = verdicts(runs)["books_xl"][1]
+    assert "(3 seeds, 2 documents)." in sentence and "Judged on" not in sentence
     assert verdicts([run for run in runs if run.seed == 0])["books_xl"][0] == OPEN, "one seed is none"
     assert verdicts([run for run in runs if run.config["model"] != "infini_delta"])["books_xl"][0] == OPEN
 
@@ -121,6 +127,11 @@ def test_memory_off_is_paired_by_document():
     assert verdicts([*runs[::2], *rival[:1]])["memory_used"][0] == OPEN, "one seed"
     worse = [model("local_block", (95.0, 290.0), seed) for seed in (0, 1)]
     assert verdicts([*runs, *worse])["memory_used"][0] == NO, "no memory at all does better"
+    first = [m for m in runs[0].metrics if m["metric"] == "bits_per_byte_memory_off"]
+    first[0]["extra"] = {**first[0]["extra"], "nats": [130.0, 325.0]}
+    sentence = verdicts([*runs, *rival])["memory_used"][1]
+    both = "infini_linear +0.2525 [+0.0721, +0.4328] (2 seeds, 2 documents)"  # 30 + 25 and 10 + 5 nats
+    assert both in sentence, sentence
     for run in runs[2:]:
         (off,) = (m for m in run.metrics if m["metric"] == "bits_per_byte_memory_off")
         off["extra"] = {**off["extra"], "nats": [110.0, 295.0]}
@@ -156,8 +167,8 @@ def test_keys_at_a_million():
     assert verdicts([near, weak])["passkey_1m"][0] == YES, "some memory does it"
     assert verdicts([weak])["passkey_1m"] == (
         NO,
-        "infini_linear at 1M tokens: at least 85 % of keys at each of start, middle, end_outside, "
-        "at most 0 % with the memory off.",
+        "infini_linear at 1M tokens: at least 85 % of 20 keys at each of start, middle, end_outside, "
+        "at most 0 % with the memory off. Judged on 1 seed: how other seeds would spread is not known.",
     )
     assert verdicts([passkey(on=95.0, off=30.0, lengths=(MILLION,))])["passkey_1m"][0] == NO
     assert verdicts([passkey("transformer_xl", lengths=(MILLION,))])["passkey_1m"][0] == OPEN
@@ -170,8 +181,22 @@ def test_keys_at_a_million():
     assert verdicts([lost])["plug_and_play"][0] == NO
 
 
-def gated(name, values, seed=0, **changes):
-    history = [{"step": 5, "gates": values}]
+def test_a_key_or_three_found_at_a_million_prove_nothing():
+    def asked(name, trials, on, **config):
+        made = passkey(name, on=on, off=0.0, lengths=(MILLION,), config=config)
+        made.metrics = [{**metric, "n": trials} for metric in made.metrics]
+        return made
+
+    few, most = asked("infini_delta", 19, 100.0), asked("infini_linear", 60, 95.0)
+    assert verdicts([few])["passkey_1m"][0] == OPEN
+    equal = asked("infini_delta", 20, 95.0)
+    for runs in ([few, equal, most], [most, equal, few]):
+        verdict, sentence = verdicts(runs)["passkey_1m"]
+        assert verdict == YES and sentence.startswith("infini_linear at 1M tokens: at least 95 % of 60 keys")
+
+
+def gated(name, values, seed=0, start=((0.3, 0.7), (0.2, 0.8)), **changes):
+    history = [{"step": 1, "gates": start}, {"step": 5, "gates": values}]
     train = {"folder": "x", "gates": history, "final_loss": 1.0}
     return record(name, seed, kind="train", train=train, config={**GPU, **changes})
 
@@ -191,6 +216,9 @@ def test_gates_and_stability():
     assert "infini_linear 100 %, infini_delta 50 %" in found["local_head_a_layer"][1]
     assert [found[f"stable_bptt_{name}"][0] for name in ("linear", "delta")] == [YES, YES]
     assert "2 of 2" in found["stable_bptt_delta"][1]
+    again = replace(runs[2], id="another", started="2026-01-02T00:00:00")
+    sentence = verdicts([*runs, again])["stable_bptt_delta"][1]
+    assert sentence.startswith("3 of 3 trainings of infini_delta"), "repeated with the same settings and seed"
     error = "UserError: Step 9 gave loss nan and gradient norm nan; nothing was saved"
     broken = record("infini_delta", 2, kind="train", status="failed", error=error, config=GPU)
     found = verdicts([*runs, broken])
@@ -198,6 +226,36 @@ def test_gates_and_stability():
     other = {**GPU, "memory": {"kind": "compressive", "segment": 32, "features": "relu2"}}
     broken = record("infini_delta", 2, kind="train", status="failed", error=error, config=other)
     assert verdicts([*runs, broken])["stable_bptt_delta"][0] == YES, "not the paper's memory"
+
+
+def test_gates_that_start_as_mixers_do_not_emerge_as_mixers():
+    def runs(start):
+        names = ("infini_linear", "infini_delta")
+        return [gated(name, [[0.5, 0.9], [0.5, 0.1]], n, start) for name in names for n in (0, 1)]
+
+    half = ((0.5, 0.5), (0.5, 0.3))
+    verdict, sentence = verdicts(runs(half))["mixer_heads"]
+    assert verdict == BEYOND
+    assert "infini_linear 75 % at step 1, infini_delta 75 % at step 1 already" in sentence
+    assert verdicts(runs(half)[:2])["mixer_heads"][0] == OPEN, "one of the two models"
+    verdict, sentence = verdicts(runs(((0.1, 0.1), (0.1, 0.1))))["mixer_heads"]
+    assert verdict == YES and "infini_linear 50 %, infini_delta 50 %" in sentence
+
+
+def test_stability_counts_segments_that_training_came_to():
+    curve = [{"step": step, "level": level} for step, level in ((1, 4), (2, 16))]
+    trainer = {"steps": 2, "lr": 0.003, "curriculum": [4, 16, 64]}
+    train = {"folder": "x", "final_loss": 1.0, "curve": curve}
+    run = record("infini_linear", kind="train", train=train, config={**GPU, "trainer": trainer})
+    sentence = (
+        "1 of 1 trainings of infini_linear ended with finite losses, through up to 16 segments as far as"
+    )
+    assert verdicts([run])["stable_bptt_linear"][1].startswith(f"{sentence} records say.")
+    older = replace(run, id="older", config_hash="other", train={**train, "curve": []})
+    assert (
+        "up to 16 segments as far as records say; no curriculum went beyond 64."
+        in (verdicts([run, older])["stable_bptt_linear"][1])
+    )
 
 
 def summaries(name, overall, gains, kind=None, **changes):

@@ -9,6 +9,7 @@ import pytest
 from report_fakes import lm, mqar, pick, recall, sheet_text, taught, training
 
 from infini_bench.report import diagnostics
+from infini_bench.report.cells import ABSENT, number
 from infini_bench.report.figures import FIGURES, labels, svg
 from infini_bench.report.layouts import BUILDERS, CAPTIONS, LINES, TITLES
 from infini_bench.report.records import add_plan, read_records, write_record
@@ -211,16 +212,34 @@ def test_accuracy_is_drawn_against_the_floats_that_are_carried():
 
 
 def test_labels_say_what_tells_a_line_from_others_of_its_model():
-    config = {"memory": {}, "task": {"segments": 16}, "trainer": {"curriculum": []}}
+    config = {"memory": {}, "task": {"segments": 64}, "trainer": {"curriculum": []}}
 
-    def row(model, variant):
-        return {"model": model, "variant": variant, "config": config}
+    def row(model, variant, reached=(16, 16)):
+        return {"model": model, "variant": variant, "config": config, "reached": reached}
 
     shared = "trainer.lr=0.01 task.segments=16"
     rows = [row("infini_linear", f"memory.gate_frozen={g} {shared}") for g in (0.5, 1.0)]
-    names = labels([*rows, rows[0], row("rmt", f"trainer.steps=9 {shared}"), row("sink", None)])
+    rmt = row("rmt", f"trainer.steps=9 {shared}", (0, 64))
+    names = labels([*rows, rows[0], rmt, row("sink", None)])
     linear = [f"infini_linear gate_frozen={g} (to 16)" for g in (0.5, 1.0)]
-    assert [*names.values()] == [*linear, "rmt (to 16)", "sink"]
+    assert [*names.values()] == [*linear, "rmt (to at most 64)", "sink"]
+
+
+def test_recall_is_marked_where_training_came_to():
+    curriculum = {"trainer.curriculum": [1, 16, 64]}
+    runs = [*taught(recall(config=curriculum), 1, 16), recall("infini_delta", config=curriculum)]
+    marks = re.findall(r">(trained to [^<]*?) *<", svg("diag_recall", named(runs, "diag_recall")))
+    assert sorted({*marks}) == ["trained to 15", "trained to at most 63"]
+    marks = re.findall(r">(trained to [^<]*?) *<", svg("diag_recall", named(runs[:2], "diag_recall")))
+    assert {*marks} == {"trained to 15"}
+
+
+def test_halves_print_alike_however_they_came_about():
+    for value in (72.5, 100 * 29 / 40, 72.49999999999999, 72.50000000000001):
+        assert number(value, 0) == "73" and number(-value, 0, "+") == "-73"
+    assert [number(value, 0) for value in (2.5, 7.5, 2.4999)] == ["3", "8", "2"]
+    assert number(1234567.0, 0) == "1,234,567" and number(0.0125, 3, "+") == "+0.013"
+    assert number(None, 0) == ABSENT
 
 
 def test_heat_maps_leave_a_dash_where_a_run_is_missing():

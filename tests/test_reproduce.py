@@ -240,6 +240,19 @@ def test_what_is_missing_is_known_and_the_next_of_it_runs(tmp_path, calls, capsy
         reproduce("table2", out=tmp_path, only="math", **options)
 
 
+def test_of_repeated_trainings_the_newest_is_gone_on_with(tmp_path, calls):
+    job = plan("table4", "smoke", tmp_path, (0,), ("infini_linear",), [])[0]
+    folder = tmp_path / "runs" / "there"
+    folder.mkdir(parents=True)
+    for day, place in ((1, "gone"), (2, "there")):
+        own = {"id": place, "config_hash": config_hash(asdict(job.cfg)), "started": f"2026-01-0{day}"}
+        train = {"folder": str(tmp_path / "runs" / place)}
+        write_record(tmp_path / "records", booksum(kind="train", train=train, **own))
+    assert module._startable(job).force is False
+    folder.rmdir()
+    assert module._startable(job).force is True
+
+
 def test_a_run_on_a_pretrained_model_is_known_by_all_but_its_architecture(tmp_path, calls):
     words = ["base.model=small.gguf", "task.train_kind=wikipedia"]
     jobs = plan("table4", "smoke", tmp_path, (0,), ("infini_linear", "infini_delta"), words)

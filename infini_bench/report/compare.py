@@ -15,7 +15,7 @@ from infini_bench.metrics.intervals import paired_bootstrap
 from infini_bench.metrics.rouge import overall
 
 Row = dict[str, Any]
-Seed = tuple[int, int]  # of the training, of the evaluation
+Seed = tuple[int, int, int]  # of the training, how often that was run before, of the evaluation
 Estimate = tuple[float, float | None, float | None]  # value, ci_low, ci_high
 
 # Student's t at 97.5 % for 1, 2 ... 10 degrees of freedom

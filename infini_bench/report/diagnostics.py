@@ -13,8 +13,10 @@ from infini_bench.report.cells import (
     Column,
     Line,
     Row,
+    between,
     fact,
     find,
+    grouped,
     measured,
     number,
 )
@@ -38,6 +40,12 @@ def distances(rows: list[Row]) -> list[str]:
     return sorted({row["position"] for row in rows if (row["position"] or "").isdecimal()}, key=int)
 
 
+def shared(rows: list[Row]) -> list[str]:
+    """Those of `distances` at which every line was asked that was asked at all."""
+    asked = [{*distances(line)} for line in grouped(rows, ("model", "variant"))]
+    return [place for place in distances(rows) if all(place in own for own in asked if own)]
+
+
 def trained_segments(config: Row) -> int:
     """The longest training sequence asked for, in segments; `reached` knows how far training came."""
     return max(config["trainer"]["curriculum"] or [config["task"]["segments"]])
@@ -54,7 +62,7 @@ def _percent(metric: str, place: str, condition: str | None = None) -> Callable[
         row = find(line, metric, position=place, condition=condition or line[0]["condition"])
         if row is None or row["value"] is None:
             return ABSENT
-        return f"{row['value']:.0f}\n[{row['ci_low']:.0f}-{row['ci_high']:.0f}]"
+        return f"{number(row['value'], 0)}\n[{between(row)}]"
 
     return cell
 
@@ -126,7 +134,7 @@ def _view(*more: Column) -> Callable[[list[Row]], list[Column]]:
         recall = [
             Column(f"{filler} {int(place):,}", _percent("exact_match", place, filler))
             for filler in FILLERS
-            for place in distances(rows)
+            for place in shared(rows)
             if any(row["position"] == place and row["condition"] == filler for row in rows)
         ]
         return [
@@ -196,8 +204,9 @@ COST = [
 
 def _caption_view(what: str) -> Callable[[list[Row]], str]:
     return lambda rows: (
-        "Recall (constant, text): exact match in % by segments from fact to question, "
-        f"{WILSON}; chance {_chance(rows)} %. Bits per byte: language model of the same settings. {what}"
+        "Recall (constant, text): exact match in % by segments from fact to question, at distances that all "
+        f"lines were asked at, {WILSON}; chance {_chance(rows)} %. "
+        f"Bits per byte: language model of the same settings. {what}"
         "A training that gave no number stands here with its reason."
     )
 

@@ -17,10 +17,11 @@ from infini_bench.report import (
     efficiency_figure,
     lm_figures,
     probe_figures,
+    reached,
     retrieval_figures,
 )
 from infini_bench.report.cells import Line, Row, find, grouped
-from infini_bench.report.diagnostics import FILLERS, distances, trained_segments
+from infini_bench.report.diagnostics import FILLERS, distances, shared, trained_segments
 from infini_bench.report.style import dashes, drawn, heat, legend, look, panels
 
 LENGTH = ("task.segments", "trainer.batch", "trainer.curriculum")  # differ with the training length
@@ -37,14 +38,14 @@ Names = dict[tuple[str, str], str]  # of a figure's lines, by model and variant
 
 def labels(rows: list[Row]) -> Names:
     """Names of all lines: the model, how it differs from others of its name, how far it was trained."""
-    lines = {(row["model"], row["variant"]): row for row in rows}
+    lines = {(line[0]["model"], line[0]["variant"]): line for line in grouped(rows, ("model", "variant"))}
     names = {}
-    for (model, variant), row in lines.items():
+    for (model, variant), line in lines.items():
         own = _settings(variant)
         others = [_settings(v) for m, v in lines if m == model]
         differs = [key for key in own if key not in LENGTH and any(o.get(key) != own[key] for o in others)]
         short = {key.rpartition(".")[2]: own[key] for key in differs}
-        trained = f"(to {trained_segments(row['config'])})" if any(key in own for key in LENGTH) else ""
+        trained = f"(to {reached.segments(line)})" if any(k in own for k in LENGTH) else ""
         words = [model, *(f"{key}={value}" for key, value in short.items()), trained]
         names[model, variant] = " ".join(filter(None, words))
     return names
@@ -94,11 +95,12 @@ def percent_axes(axes: Axes, rows: list[Row], x: str) -> None:
     )
 
 
-def trained_marks(axes: Axes, places: set[int]) -> None:
+def trained_marks(axes: Axes, places: set[int], most: str = "") -> None:
     """A line at each largest value seen in training; lines of the figure may differ in it."""
     for x in sorted(places):
         axes.axvline(x, color="0.6", linewidth=0.8)
-        axes.annotate(f"trained to {x} ", (x, 50), rotation=90, ha="right", va="center", fontsize=7)
+        words = f"trained to {most}{x} "
+        axes.annotate(words, (x, 50), rotation=90, ha="right", va="center", fontsize=7)
 
 
 def _place(row: Row) -> str:
@@ -128,7 +130,10 @@ def _recall_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
     rows = [row for row in rows if row["position"] != "0"]  # a logarithm has no place for it
     for line in grouped(rows, ("model", "variant")):
         curve(axes, names, line, [float(row["position"]) for row in line])
-    trained_marks(axes, {trained_segments(row["config"]) - 1 for row in rows} - {0})
+    ends = {row["reached"] for row in rows}
+    known = {segments - 1 for end in ends if end[0] for segments in end} - {0}
+    trained_marks(axes, known)
+    trained_marks(axes, {most - 1 for least, most in ends if not least} - known - {0}, "at most ")
     percent_axes(axes, rows, "segments from fact to question")
     axes.set_ylabel("exact match, %")
 
@@ -221,6 +226,7 @@ def variants(rows: list[Row]) -> Figure:
     for group in grouped(rows, (*SHEET, "model")):
         for filler in FILLERS:
             cells = [row for row in group if row["metric"] == "exact_match" and row["condition"] == filler]
+            cells = [row for row in cells if row["position"] in shared(cells)]
             parts += [(f"{filler} filler", cells)] if cells else []
         bits = [row for row in group if row["metric"] == "bits_per_byte"]
         parts += [("", bits)] if bits else []

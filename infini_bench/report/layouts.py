@@ -27,6 +27,7 @@ from infini_bench.report.cells import (
     Column,
     Line,
     Row,
+    between,
     find,
     grouped,
     number,
@@ -195,7 +196,7 @@ def _passkey(length: int, places: list[str]) -> Callable[[Line], str]:
 
     def cell(line: Line) -> str:
         on = triple(line, NEEDLE, lambda row: number(row["value"], 0))
-        interval = triple(line, NEEDLE, lambda row: f"{row['ci_low']:.0f}-{row['ci_high']:.0f}")
+        interval = triple(line, NEEDLE, between)
         off = triple(line, "memory_off", lambda row: number(row["value"], 0))
         parts = (on, interval and f"[{interval}]", off and f"off {off}")
         return "\n".join(part for part in parts if part) or ABSENT
@@ -211,7 +212,7 @@ def _found(length: int) -> Callable[[Line], str]:
         if row is None:
             return ABSENT
         found = round(row["value"] / 100 * row["n"])
-        return f"{found} of {row['n']}\n[{row['ci_low']:.0f}-{row['ci_high']:.0f}]"
+        return f"{found} of {row['n']}\n[{between(row)}]"
 
     return cell
 

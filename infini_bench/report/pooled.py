@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from infini_bench.report.compare import Seed
 from infini_bench.units import K
 
 Row = dict[str, Any]
-Cells = dict[tuple, dict[tuple[int, int], Row]]  # a table's cell -> its row of each seed
+Cells = dict[tuple, dict[Seed, Row]]  # a table's cell -> its row of each seed
 
 TABLE, METRIC = "table3_passkey", "exact_match_pooled"
 DEPTHS = ("start", "middle", "end_outside")  # the needle outside the question's segment
@@ -20,7 +21,7 @@ def pooled(cells: Cells, names: tuple[str, ...]) -> Cells:
 
     names: what the parts of a cell's key are.
     """
-    found: dict[tuple, dict[str, dict[tuple[int, int], Row]]] = defaultdict(dict)
+    found: dict[tuple, dict[str, dict[Seed, Row]]] = defaultdict(dict)
     for key, by_seed in cells.items():
         cell = dict(zip(names, key, strict=True))
         asked = (cell["table"], cell["metric"]) == (TABLE, "exact_match") and (cell["length"] or 0) >= LEAST

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from infini_bench.report.cells import MODEL, SEEDS, Column, Line, find, measured, number
-from infini_bench.report.compare import RATE, mean_interval, memory, rate
+from infini_bench.report.compare import RATE, Seed, mean_interval, memory, rate
 
 Row = dict[str, Any]
-Seeds = dict[tuple[int, int], Row]
+Seeds = dict[Seed, Row]
 NAME = "table2_lr"
 FREE = (RATE, "data.path", "trained.corpus")
 CHOSEN = "chosen_rate"

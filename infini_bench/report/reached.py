@@ -31,12 +31,16 @@ def curves(records: Iterable[Record]) -> Curves:
 
 
 def reached(record: Record, known: Curves) -> Reached:
-    """Of the model that a run evaluated, at its checkpoint; 0 where a task's rows count no segments."""
+    """Of a training, or of the model that a run evaluated, at its checkpoint; 0 where a task's rows count no
+    segments."""
     levels = record.config["trainer"].get("curriculum") or [record.config["task"].get("segments") or 0]
     if len(levels) == 1:
         return levels[0], levels[0]
-    curve = known.get(record.train.get("id", ""), [])
-    passed = [point["level"] for point in curve if point["step"] <= record.train["steps"]]
+    if record.kind == "train":
+        passed = [point["level"] for point in record.train.get("curve", [])]
+    else:
+        curve = known.get(record.train.get("id", ""), [])
+        passed = [point["level"] for point in curve if point["step"] <= record.train["steps"]]
     return (passed[-1], passed[-1]) if passed else (0, max(levels))
 
 

@@ -173,11 +173,27 @@ def _parse(line: str, path: Path, number: int) -> Record:
 
 
 def current(records: Iterable[Record]) -> list[Record]:
-    """One record for each (kind, config hash): the newest done one, or else the newest; oldest first."""
-    best: dict[tuple[str, str], Record] = {}
+    """Every finished training, and the newest finished evaluation of each; oldest first.
+
+    A training repeated with the same settings and seed is a further run: GPUs do not repeat themselves to the
+    bit, and no run hides another. Of what never finished, one a config hash: the newest.
+    """
+    best: dict[tuple, Record] = {}
     for record in sorted(records, key=lambda r: (r.status == "done", r.started, r.id)):
-        best[record.kind, record.config_hash] = record
+        same: tuple = (record.kind, record.config_hash)
+        if record.status == "done":
+            best.pop(same, None)
+            same += (training_of(record)[1],)
+        best[same] = record
     return sorted(best.values(), key=lambda r: (r.started, r.id))
+
+
+def training_of(record: Record) -> tuple[str | None, str | None]:
+    """(Config hash, name) of a training, or of the one whose model was evaluated; None without one."""
+    if record.kind == "train":
+        return record.config_hash, record.id
+    name = record.train.get("id")
+    return record.train.get("config_hash", name), name
 
 
 def find_done(folder: Path | str, kind: str, config_hash: str) -> Record | None:

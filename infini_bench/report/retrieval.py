@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from infini_bench.metrics.intervals import wilson
 from infini_bench.report import adapted, reached
-from infini_bench.report.cells import ABSENT, BUDGET, MODEL, SEEDS, Column, Line, Row, fact, grouped
+from infini_bench.report.cells import ABSENT, BUDGET, MODEL, SEEDS, Column, Line, Row, fact, grouped, number
 from infini_bench.units import K, format_length
 
 TITLES = {"table3_hard": "Table 3, harder: needles in text"}
@@ -73,7 +73,10 @@ def _hard(rows: list[Row]) -> list[Column]:
 def _cell(length: int) -> Callable[[Line], str]:
     def cell(line: Line) -> str:
         found = score(line, length)
-        return ABSENT if found is None else f"{found[0]:.0f}\n[{found[1]:.0f}-{found[2]:.0f}]"
+        if found is None:
+            return ABSENT
+        value, low, high = (number(share, 0) for share in found[:3])
+        return f"{value}\n[{low}-{high}]"
 
     return cell
 

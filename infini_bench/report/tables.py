@@ -55,7 +55,7 @@ def write_report(
         raise UserError(f"There is no record in {records}; nothing was written.")
     rows = tidy(found)
     files: dict[str, str] = {}
-    lines = claims.judged(Evidence(rows, current(found)))
+    lines = claims.judged(Evidence(rows, found))
     for form in formats:
         if form == "html":
             made = [*sheets(rows, found), claims.sheet(lines)]

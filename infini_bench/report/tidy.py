@@ -20,6 +20,7 @@ from infini_bench.metrics.intervals import wilson
 from infini_bench.report import gates, paper, rates
 from infini_bench.report.adapted import SHOWN, language, lines, rooted
 from infini_bench.report.compare import (
+    Seed,
     booksum_deltas,
     compressions,
     deltas,
@@ -33,6 +34,7 @@ from infini_bench.report.pooled import METRIC as POOLED
 from infini_bench.report.pooled import pooled
 from infini_bench.report.reached import curves, reached, together
 from infini_bench.report.records import Record, current
+from infini_bench.report.repeated import numbered, planned
 from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
 
 Row = dict[str, Any]
@@ -84,11 +86,11 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     """All tables' rows in printing order.
 
     Beside COLUMNS a row has, for layouts and the page, ``config`` (of its newest run), ``reached`` (how far
-    trainings came) and ``records`` (ids).
+    trainings came), ``parts`` (the rows, one a run, that it sums up) and ``records`` (ids).
     """
     records = list(records)
     measured = measurements(records)
-    cells: dict[tuple, dict[tuple[int, int], Row]] = defaultdict(dict)
+    cells: dict[tuple, dict[Seed, Row]] = defaultdict(dict)
     for row in measured:  # oldest first: a newer one of the same seed replaces one of no more trials
         by_seed = cells[tuple(row[key] for key in CELL)]
         before = by_seed.get(row["seed"])
@@ -125,7 +127,7 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     Oldest first. In VIEWS also what each training was like (`_training`).
     """
     records = list(records)
-    found = rooted(current(records))
+    found = planned(rooted(current(records)))
     shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
     shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
@@ -141,7 +143,7 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     rows += [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
     known = curves(records)
     came = {r.id: reached(r, known) for r, _ in shown}
-    return [{**row, "reached": came[row["records"][0]]} for row in rows]
+    return numbered([{**row, "reached": came[row["records"][0]]} for row in rows], found)
 
 
 def _language(record: Record, found: list[Record], table: str, variant: str | None) -> list[Row]:
@@ -254,10 +256,11 @@ def _summed_up(rows: list[Row], measured: tuple) -> Row:
     return {
         **newest,
         **dict(zip(("value", "ci_low", "ci_high", "n"), measured, strict=True)),
-        "seeds": len({trained for trained, _ in (row["seed"] for row in rows)}),
+        "seeds": len({row["seed"][0] for row in rows}),
         "train_tokens": round(sum(trained) / len(trained)) if trained else None,
         "commit": "+".join(commits) or None,
         "reached": together(rows),
+        "parts": rows,
         "records": sorted({record for row in rows for record in row["records"]}),
     }
 

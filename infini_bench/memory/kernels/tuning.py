@@ -1,9 +1,8 @@
 """Block shapes and precision of each kernel by head size.
 
 rows: tokens a block. loop: blocks a program walks. low: which float32 operands keep their low half
-(``pieces``): 0 none, 1 the features, 2 the memory's matrices too, 3 and what both halves leave out. One
-rounded operand leaves bfloat16 outputs within 1.5 times their own rounding; results that stay float32 (M;
-gradients of the gate, M and z) allow none.
+(``pieces``): 0 none, 1 the features, 2 the memory's matrices too. One rounded operand leaves bfloat16 outputs
+within 1.5 times their own rounding; results that stay float32 (M; gradients of the gate, M and z) allow none.
 warps and stages are Triton's; a block of 16 rows a warp lets Triton compute every row once.
 """
 
@@ -44,7 +43,7 @@ def shape(kernel: str, size: int, dtype: torch.dtype) -> Shape:
     """The entry of the next head size. float32 inputs take twice the space, so half the rows."""
     found = SHAPES[kernel][64 if size <= 64 else 128]
     if dtype == torch.float16:
-        return replace(found, low=3 if kernel == "write_backward" else 2)  # eleven bits need both halves of everything
+        return replace(found, low=2)  # eleven bits need both halves of everything
     if dtype == torch.float32:
         return replace(found, rows=max(found.rows // 2, 16), warps=8, stages=1, low=0, regs=None)
     return found

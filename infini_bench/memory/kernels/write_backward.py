@@ -13,7 +13,6 @@ from torch import Tensor
 
 from infini_bench.memory.kernels.pieces import (
     EPS,
-    dot,
     dot3,
     halves,
     load,
@@ -101,9 +100,7 @@ def write_backward_kernel(
     else:
         before = (b * P + s) * G + g
         after, tile = before + G, d[:, None] * D + d[None, :]
-        T_all = tl.load(T + after * D * D + tile)
-        T_high, T_low = halves(T_all, WORK)
-        T_rest = (T_all - T_high.to(tl.float32) - T_low.to(tl.float32)).to(WORK)
+        T_high, T_low = halves(tl.load(T + after * D * D + tile), WORK)
         to_all = tl.load(t + after * D + d)[None, :]
         if DELTA:
             known = tl.load(z + before * D + d)[None, :]
@@ -121,9 +118,6 @@ def write_backward_kernel(
                 y_high, y_low = halves(y.to(tl.float32), WORK)
             else:
                 y_high, y_low = y, y
-            if LOW > 2:  # V T^T and t nearly cancel: what halves leave out is large beside their difference
-                to_k = dot(y_high, tl.trans(T_rest), to_k, WORK)
-                to_k = dot(y_low, tl.trans(T_low), to_k, WORK)
             to_k = dot3(y_high, y_low, tl.trans(T_high), tl.trans(T_low), to_k, NATIVE, LOW > 1, WORK)
             store(dk + start * en, n * en + d[None, :], to_k * slope(x, f, FEATURES), rows, N, EVEN)
             f_high, f_low = halves(f, WORK)

@@ -25,22 +25,22 @@ def softmax_read(q_D: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tenso
 
 
 def elu1(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x + 1, torch.exp(torch.minimum(x, torch.zeros_like(x))))
+    return torch.where(x >= 0, x + 1, torch.exp(torch.minimum(x, torch.zeros_like(x))))  # of slope 1 at 0
 
 
-def relu2(x: Tensor) -> Tensor:
-    return torch.maximum(x, torch.zeros_like(x)) ** 2
+def relu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.zeros_like(x))  # of slope 0 at 0; torch.maximum would have 1/2
 
 
 def dpfp(x: Tensor) -> Tensor:
-    signed = torch.cat([torch.maximum(x, 0 * x), torch.maximum(-x, 0 * x)])
+    signed = torch.cat([relu(x), relu(-x)])
     return torch.stack([signed[i] * signed[i - 1] for i in range(len(signed))])
 
 
 SIGMA = {
     "elu1": elu1,
-    "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
-    "relu2": relu2,
+    "relu": relu,
+    "relu2": lambda x: relu(x) ** 2,
     "exp": lambda x: torch.exp(torch.clamp(x - 4, max=16)),
     "dpfp": dpfp,
     "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,

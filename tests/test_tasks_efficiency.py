@@ -242,7 +242,7 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     figure = efficiency_figure(rows)
     names = {name for ax in figure.axes for name in ax.get_legend_handles_labels()[1]}
     forms = {f"infini_linear {form}" for form in ("eager", "local", "full")}
-    assert names == {"infini_linear", *forms, PEER, "no faster can that colour be"}
+    assert names == {"infini_linear", *forms, PEER, "bound of the line of that colour"}
     drawn = [line for ax in figure.axes for line in ax.lines if len(line.get_xdata())]
     dotted = [line for line in drawn if line.get_linestyle() == ":"]
     assert len(dotted) == 3 + 2 * 3, "a bound beside each time of ours, and of each operator"

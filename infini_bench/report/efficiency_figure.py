@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from textwrap import fill
 from typing import TYPE_CHECKING
 
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from infini_bench.report.cells import Row, grouped, settings
 from infini_bench.report.style import grid, legend, look
@@ -13,6 +14,7 @@ from infini_bench.units import format_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PANELS = {  # (metric, position) -> what the axis says, and its unit
@@ -39,24 +41,51 @@ def name(row: Row) -> str:
 
 
 def efficiency_figure(rows: list[Row]) -> Figure:
-    """A line of panels for each machine and shape."""
+    """A line of panels for each machine and shape: curves, or points where one length was measured."""
     rows = [{**row, "shape": shape(row), "name": name(row)} for row in rows if row["value"]]
-    names = list(dict.fromkeys(row["name"] for row in rows))
     groups = grouped(rows, ("scale", "device", "protocol", "shape"))
+    curves = [row for group in groups if len(_lengths(group)) > 1 for row in group]
+    names = list(dict.fromkeys(row["name"] for row in curves))
     figure, axes = grid(max(len(groups), 1), len(PANELS), (3.4, 3.0))
     for line, group in zip(axes, groups, strict=False):
         for ax, (metric, position) in zip(line, PANELS, strict=True):
             shown = [row for row in group if (row["metric"], row["position"]) == (metric, position)]
-            _panel(ax, names, shown, *PANELS[metric, position])
+            if not shown:
+                ax.set_axis_off()
+            elif len(_lengths(group)) > 1:
+                _panel(ax, names, shown, *PANELS[metric, position])
+            else:
+                _points(ax, group, shown, *PANELS[metric, position], named=ax is line[0])
         title = f"{group[0]['shape']}, {group[0]['protocol']}, {group[0]['device']}"
-        line[0].set_title(title, fontsize=8, loc="left")
+        alone = f", {format_length(group[0]['length'])} tokens" if len(_lengths(group)) == 1 else ""
+        line[0].set_title(title + alone, fontsize=8, loc="left")
     return legend(figure, axes.flat)
 
 
+def _lengths(rows: list[Row]) -> list[int]:
+    return sorted({row["length"] for row in rows})
+
+
+def _points(ax: Axes, group: list[Row], rows: list[Row], title: str, unit: float, named: bool) -> None:
+    """A point with its interval for each of the group's lines, named without the words that all share."""
+    lines = list(dict.fromkeys(row["name"] for row in group))
+    common = set.intersection(*({*line.split()[1:]} for line in lines)) if len(lines) > 1 else set()
+    for row in rows:
+        value, place = row["value"] / unit, lines.index(row["name"])
+        low, high = (
+            (row[key] if row[key] is not None else row["value"]) / unit for key in ("ci_low", "ci_high")
+        )
+        ax.errorbar([value], [place], xerr=[[value - low], [high - value]], capsize=2, **look(0))
+        words = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        ax.annotate(words, (high, place), (5, 0), textcoords="offset points", va="center", fontsize=7)
+    short = [fill(" ".join(word for word in line.split() if word not in common), 30) for line in lines]
+    ax.set_yticks(range(len(lines)), short if named else [""] * len(lines), fontsize=7)
+    ax.set(xscale="log", xlabel=title, ylim=(len(lines) - 0.5, -0.5))
+    _ticks(ax.xaxis)
+    ax.margins(x=0.3)
+
+
 def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float) -> None:
-    if not rows:
-        ax.set_axis_off()
-        return
     for line in grouped(rows, ("name",)):
         style = look(names.index(line[0]["name"]))
         color = style["color"]
@@ -69,17 +98,25 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
         bound = [(row["length"], row["extra"]["bound_ms"]) for row in line if "bound_ms" in row["extra"]]
         if bound and title.endswith(("ms", "token")):
             ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":")
-            ax.plot([], [], color="0.3", linewidth=0.9, linestyle=":", label="no faster can that colour be")
-    ticks = sorted({row["length"] for row in rows})
+            ax.plot(
+                [], [], color="0.3", linewidth=0.9, linestyle=":", label="bound of the line of that colour"
+            )
+    ticks = _lengths(rows)
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=title)
     bottom, top = ax.get_ylim()
     if top < 10 * bottom:  # a logarithm over less than a decade makes mountains of noise
         middle = (bottom * top) ** 0.5
         ax.set_ylim(middle / 10**0.5, middle * 10**0.5)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
+        _ticks(ax.yaxis)
     ax.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
     ax.minorticks_off()
+
+
+def _ticks(axis: Axis) -> None:
+    """Round numbers, also where a logarithm spans less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 FIGURES: dict[str, Callable[[list[Row]], Figure]] = {"efficiency": efficiency_figure}

@@ -6,6 +6,7 @@ A figure function takes tidy rows of its table and returns a matplotlib Figure; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,38 +26,32 @@ LINE = (*SHEET, "model", "variant")  # what the rows of a curve share
 LEAST = 16  # position from which losses are drawn: before it they are those of a handful of tokens
 
 
-def _name(row: Row) -> str:
-    """Model and variant, its settings without their sections."""
-    return " ".join([row["model"], *settings(row)])
-
-
 def position_figure(rows: list[Row]) -> Figure:
     """Loss as trained against the position in the document, a line of panels for each corpus and machine.
 
     Left the loss; far positions are those of few, long documents. Right the same less local_block's, in which
-    the choice of documents cancels. Grey lines: a segment and two, where a window of the own segment and
+    the choice of documents cancels. A model that was trained with several settings is drawn with those of the
+    least loss; the table has all. Vertical lines: a segment and two, where a window of the own segment and
     Transformer-XL's end.
     """
     own = [row for row in rows if row["condition"] is None and row["value"] is not None]
     own = [row for row in own if row["position"].isdecimal() and int(row["position"]) >= LEAST]
-    shown = [row for row in own if row["metric"] == "loss"]
-    paired = [row for row in own if row["metric"] == LESS]
-    groups = grouped(shown, SHEET)
-    names = list(dict.fromkeys(map(_name, shown)))
+    groups = grouped([row for row in own if row["metric"] == "loss"], SHEET)
+    models = list(dict.fromkeys(row["model"] for row in own))
     figure, axes = grid(max(len(groups), 1), 2, (5.4, 3.2))
     for (left, right), group in zip(axes, groups, strict=False):
-        for line in grouped(group, ("model", "variant")):
-            _curve(left, line, names.index(_name(line[0])))
-            less = [row for row in paired if all(row[key] == line[0][key] for key in LINE)]
-            if less:
-                _curve(right, less, names.index(_name(line[0])))
+        for alike in grouped(group, ("model",)):
+            line = min(grouped(alike, ("variant",)), key=lambda line: np.mean([row["value"] for row in line]))
+            less = [row for row in own if row["metric"] == LESS and all(row[k] == line[0][k] for k in LINE)]
+            for ax, curve in ((left, line), (right, less)):
+                _curve(ax, curve, models.index(line[0]["model"]))
         right.axhline(0, color="0.3", linewidth=0.8)
         read = "joined to one stream" if group[0]["protocol"] else "by document"
         first = group[0]
         title = f"{first['dataset']} ({first['split']}), {read}, {first['scale']}, {first['device']}"
         left.set_title(title, fontsize=8, loc="left")
         left.set_ylabel("nats a token")
-        right.set_ylabel(f"less {FLOOR}'s")
+        right.set_ylabel(f"nats a token less {FLOOR}'s")
         _positions(left, group)
         _positions(right, group)
     return legend(figure, axes.flat)
@@ -64,7 +59,12 @@ def position_figure(rows: list[Row]) -> Figure:
 
 def _positions(ax: Axes, rows: list[Row]) -> None:
     for segments in (1, 2):
-        ax.axvline(segments * rows[0]["config"]["memory"]["segment"], color="0.6", linewidth=0.8)
+        end = segments * rows[0]["config"]["memory"]["segment"]
+        ax.axvline(end, color="0.6", linewidth=0.8)
+        where = {"xycoords": ("data", "axes fraction"), "annotation_clip": True, "in_layout": False}
+        ax.annotate(
+            "segment" if segments == 1 else "two", (end, 0.98), ha="right", va="top", fontsize=6, **where
+        )
     places = sorted({int(row["position"]) for row in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(places[::2], [format_length(place) for place in places[::2]])
@@ -72,10 +72,12 @@ def _positions(ax: Axes, rows: list[Row]) -> None:
 
 
 def _curve(ax: Axes, line: Line, number: int) -> None:
+    if not line:  # local_block's own, less itself
+        return
     line = sorted(line, key=lambda row: int(row["position"]))
     points = [(int(row["position"]), row["value"]) for row in line]
     style = look(number) | dashes(number // len(COLOURS))
-    ax.plot(*zip(*points, strict=True), markersize=3, label=_name(line[0]), **style)
+    ax.plot(*zip(*points, strict=True), markersize=3, label=line[0]["model"], **style)
     known = [row for row in line if row["ci_low"] is not None]
     if len(known) > 1:
         places, low, high = ([float(row[key]) for row in known] for key in ("position", "ci_low", "ci_high"))
@@ -83,11 +85,12 @@ def _curve(ax: Axes, line: Line, number: int) -> None:
 
 
 def gates_figure(rows: list[Row]) -> Figure:
-    """Figure 3: a heat map for each model and start policy, the paper's first; below it the way there."""
-    lines = gates.lines_of(rows)
+    """Figure 3: a heat map for each model and start policy, the paper's first; below it the way there. Frozen
+    gates, which go nowhere, are left out."""
+    lines = gates.lines_of([row for row in rows if row["config"]["memory"].get("gate_frozen") is None])
     columns = min(len(lines) + 1, 4)
     blocks = -(-(len(lines) + 1) // columns)
-    figure, axes = grid(2 * blocks, columns, (3.2, 2.6))
+    figure, axes = grid(2 * blocks, columns, (3.2, 2.7))
     for ax in axes.flat:
         ax.set_axis_off()
     _heat(axes[0, 0], paper.FIGURE3, "Munkhdalai et al. 2024, Figure 3\n(rows as printed)")
@@ -96,7 +99,8 @@ def gates_figure(rows: list[Row]) -> Figure:
         row = find(line, "gate")
         assert row is not None  # lines_of keeps no other
         extra = row["extra"]
-        title = f"{_name(row)}\n{row['dataset']}, {row['scale']}, seed {extra['seed']}"
+        name = fill(" ".join([row["model"], *settings(row)]), 36)
+        title = f"{name}\n{row['dataset']}, {row['scale']}, seed {extra['seed']}"
         _heat(axes[2 * block, column], extra["gates"], title)
         _way(axes[2 * block + 1, column], line)
     return legend(figure, axes.flat)

@@ -61,10 +61,9 @@ def _positions(ax: Axes, rows: list[Row]) -> None:
     for segments in (1, 2):
         end = segments * rows[0]["config"]["memory"]["segment"]
         ax.axvline(end, color="0.6", linewidth=0.8)
-        where = {"xycoords": ("data", "axes fraction"), "annotation_clip": True, "in_layout": False}
-        ax.annotate(
-            "segment" if segments == 1 else "two", (end, 0.98), ha="right", va="top", fontsize=6, **where
-        )
+        words, place = ("segment" if segments == 1 else "two"), ("data", "axes fraction")
+        name = ax.annotate(words, (end, 0.98), xycoords=place, ha="right", va="top", fontsize=6)
+        name.set(annotation_clip=True, in_layout=False)  # where the axis ends before, it is not shown
     places = sorted({int(row["position"]) for row in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(places[::2], [format_length(place) for place in places[::2]])

@@ -15,7 +15,7 @@ from typing import Any
 from infini_bench.config import build_config, to_dict
 from infini_bench.errors import UserError
 from infini_bench.files import read_json
-from infini_bench.report.records import read_records
+from infini_bench.report.records import KILLED, Record, read_records
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
@@ -26,6 +26,7 @@ MODELS = Path(str(files("infini_bench.conf"))) / "model"
 
 TRAINED = ("decoder", "memory", "base", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
 PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
+OWN_SYMBOLS = ("recall", "mqar")  # tasks whose models know no other
 MIXES = ("scale", "recipe", "experiment")  # groups whose choice sets the task's own settings
 
 
@@ -33,12 +34,27 @@ def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
     """The checkpoint folder to evaluate, and how to call it.
 
     ``cfg.checkpoint`` is a run or checkpoint folder, the name of a run or of a model, or (a shipped model)
-    ``shipped/<task>``; unset, the shipped model or the latest finished run. model: only this one will do.
+    ``shipped/<task>``; unset, the shipped model or the latest finished run. model: only this one will do, and
+    the shipped one only if there is no finished run of it.
     """
     from infini_bench.train.checkpoint import find_checkpoint
 
     path, words = _origin(cfg, model)
-    return find_checkpoint(path), words
+    path = find_checkpoint(path)
+    return path, words + _how_far(cfg, path)
+
+
+def _how_far(cfg: RunConfig, path: Path) -> str:
+    """``, step 10 of 300, training failed`` of a checkpoint before its run's last step; else nothing."""
+    if not (path / "state.json").exists():
+        return ""
+    step, steps = read_json(path / "state.json")["step"], trained_config(path).trainer.steps
+    if step is None or step >= steps:
+        return ""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    last = max(records_of(cfg, run), key=lambda r: (r.started, r.id), default=None)
+    status = "done" if last is None else "unfinished" if last.error == KILLED else last.status
+    return f", step {step} of {steps}" + ("" if status == "done" else f", training {status}")
 
 
 def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
@@ -48,17 +64,23 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
                 return path, f"checkpoint {path}"
         run = latest_run(cfg, cfg.checkpoint)
         if run is None:
-            names = {path.stem for path in MODELS.glob("*.yaml")}
+            names = sorted(path.stem for path in MODELS.glob("*.yaml"))
+            if cfg.checkpoint in names:
+                on = f" on {cfg.task.name}" if cfg.task.name in OWN_SYMBOLS else ""
+                words = f"`infini-bench train task={cfg.task.name} model={cfg.checkpoint}`"
+                raise UserError(f"{cfg.checkpoint} has no finished run{on}: train it first, {words}.")
             raise UserError(
                 f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run'
-                f"{suggest(cfg.checkpoint, sorted(names - {cfg.checkpoint}))}; "
-                "`infini-bench ls runs` lists what there is."
+                f"{suggest(cfg.checkpoint, names)}; `infini-bench ls runs` lists what there is."
             )
         return run, f"{run}, the latest finished run of {cfg.checkpoint}"
     shipped = PACKAGE / "shipped" / cfg.task.name
-    if shipped.is_dir() and model in (None, trained_config(shipped).model):
-        return shipped, f"the shipped model, {trained_config(shipped).model}"
+    ships = trained_config(shipped).model if shipped.is_dir() else None
+    if ships and model is None:
+        return shipped, f"the shipped model, {ships}"
     run = latest_run(cfg, model)
+    if run is None and ships == model is not None:
+        return shipped, f"the shipped model, {ships}, of which there is no finished run here"
     if run is None:
         wanted = f" model={model}" if model else ""
         raise UserError(
@@ -128,10 +150,16 @@ def latest_run(cfg: RunConfig, model: str | None) -> Path | None:
     """
     runs = [r for r in read_records(cfg.records) if r.kind == "train" and r.status == "done"]
     fitting = [r for r in runs if model in (None, r.config["model"]) and Path(r.train["folder"]).is_dir()]
-    if cfg.task.name in ("recall", "mqar"):
+    if cfg.task.name in OWN_SYMBOLS:
         fitting = [r for r in fitting if r.task == cfg.task.name]
     best = max(fitting, key=lambda r: (r.task == cfg.task.name, r.started, r.id), default=None)
     return Path(best.train["folder"]) if best else None
+
+
+def records_of(cfg: RunConfig, run: Path) -> list[Record]:
+    """Of the trainings of run folder ``run``; several, where it was resumed."""
+    trainings = (r for r in read_records(cfg.records) if "folder" in r.train)
+    return [r for r in trainings if Path(r.train["folder"]).resolve() == run.resolve()]
 
 
 def trained_config(folder: Path) -> RunConfig:
@@ -170,18 +198,18 @@ def continued_run(cfg: RunConfig, given: Collection[str] | None) -> tuple[RunCon
 
     The last is for the record's hash: a run made longer is another run than one that long from its start.
     """
-    from infini_bench.train.checkpoint import Checkpoints
-    from infini_bench.train.state import run_of
+    from infini_bench.train.state import checkpoint_of, or_earlier, run_of
 
-    folder = run_of(Path(str(cfg.resume)))
+    folder, last = run_of(Path(str(cfg.resume))), checkpoint_of(Path(str(cfg.resume)))
     before = trained_config(folder)
     cfg = continued_config(cfg, before, given)
-    last = Checkpoints(folder, 1).index()["last"]
-    step = read_json(folder / "checkpoints" / last / "state.json")["step"] if last else 0
+    step = 0
+    if last:
+        with or_earlier(last):
+            step = read_json(last / "state.json")["step"]
     if step > cfg.trainer.steps:
         raise UserError(f"{folder} is at step {step} already; give a larger trainer.steps.")
-    folders = [(r, Path(r.train["folder"])) for r in read_records(cfg.records) if "folder" in r.train]
-    lengths = {r.config["trainer"]["steps"] for r, path in folders if path.resolve() == folder.resolve()}
+    lengths = {r.config["trainer"]["steps"] for r in records_of(cfg, folder)}
     others = sorted({before.trainer.steps, *lengths} - {cfg.trainer.steps})
     return cfg, folder, {"other_lengths": others} if others else {}
 

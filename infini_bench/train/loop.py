@@ -113,7 +113,7 @@ class Trainer:
         """What to continue from; None at the start of a run. Nothing is changed yet."""
         if resume is not None:
             check_same_run(self.folder, self.cfg)
-            return read_checkpoint(resume, self.cfg.trainer.keep)
+            return read_checkpoint(resume)
         if self.checkpoints.index()["last"] and not self.cfg.force:
             raise UserError(
                 f"{self.folder} already holds a run; continue it with resume={self.folder}, or overwrite it "

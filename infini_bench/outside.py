@@ -48,6 +48,15 @@ def digest(target: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" and path.is_file() else None
 
 
+def check_same(target: str, trained: str | None) -> None:
+    """Raises UserError if ``target``'s file is not the one with the `digest` ``trained``; None: any will do."""
+    if trained is not None and digest(target) not in (trained, None):
+        raise UserError(
+            f"{target.rpartition(':')[0]} is not what this model was trained with: its text has changed since; "
+            "put the old one back, or train anew."
+        )
+
+
 def load(target: str) -> Any:
     """The object that ``target`` names; a file is imported once. Raises UserError in one sentence."""
     source, _, attribute = target.rpartition(":")

@@ -90,6 +90,24 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
     return run, f"{run}, the latest finished run" + (f" of {model}" if model else "")
 
 
+def find_model(name: str, cfg: RunConfig | None = None, given: Collection[str] = ()) -> tuple[Path, str]:
+    """As `find_origin` of checkpoint ``name``, or a folder that ``export`` wrote: for verbs without a task.
+
+    Raises UserError if ``given`` names another model or memory than is there.
+    """
+    cfg = replace(cfg or RunConfig(), checkpoint=name)
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / part).exists() for part in ("checkpoints", "checksums.json")):
+        if "model" in given or "memory.kind" in given:
+            kind = read_json(folder / "config.json").get("memory", {}).get("kind")
+            if kind != cfg.memory.kind:
+                raise UserError(f"{name} holds memory.kind={kind}, not {cfg.memory.kind}; leave that out.")
+        return folder, name
+    path, words = find_origin(cfg)
+    check_fixed(cfg, trained_config(path), given)
+    return path, words
+
+
 def given_model(cfg: RunConfig, given: Collection[str] | None) -> str | None:
     """The model that the user named; None if any will do."""
     return cfg.model if given is not None and "model" in given else None
@@ -173,12 +191,8 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     Model, memory, decoder, trainer, scale and tokenizer are the checkpoint's; so are seed, data and task (if
     it is the same), apart from what the user set. Raises UserError if that is something fixed by training.
     """
+    check_fixed(cfg, trained, given)
     asked, base = to_dict(cfg), to_dict(trained)
-    for key in given or ():
-        if key.startswith(TRAINED) and not (key == "memory.kind" and cfg.memory.kind == trained.memory.kind):
-            raise UserError(f"{key} was fixed when the checkpoint was trained; leave it out, or train anew.")
-    if given is not None and "model" in given and cfg.model != trained.model:
-        raise UserError(f"The checkpoint is of model={trained.model}, not {cfg.model}; give another one.")
     mixed = given is None or any(group in given for group in MIXES)
     if not mixed and cfg.task.name == trained.task.name:
         asked["task"] = _overlaid(base["task"], asked["task"], "task", given or ())
@@ -191,6 +205,15 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     evaluated = build_config({**asked, **{key: base[key] for key in inherited}})
     check_read((key for key in given or () if key.startswith("task.")), [evaluated])
     return evaluated
+
+
+def check_fixed(cfg: RunConfig, trained: RunConfig, given: Collection[str] | None) -> None:
+    """Raises UserError if the user set what training had fixed; model and memory.kind may be said again."""
+    for key in given or ():
+        if key.startswith(TRAINED) and not (key == "memory.kind" and cfg.memory.kind == trained.memory.kind):
+            raise UserError(f"{key} was fixed when the checkpoint was trained; leave it out, or train anew.")
+    if given is not None and "model" in given and cfg.model != trained.model:
+        raise UserError(f"The checkpoint is of model={trained.model}, not {cfg.model}; give another one.")
 
 
 def continued_run(cfg: RunConfig, given: Collection[str] | None) -> tuple[RunConfig, Path, Values]:

@@ -49,10 +49,10 @@ def digest(target: str) -> str | None:
 
 
 def check_same(target: str, trained: str | None) -> None:
-    """Raises UserError if ``target``'s file is not the one with the `digest` ``trained``; None: any will do."""
+    """Raises UserError if the file of ``target`` has another `digest` than ``trained``; None: any will do."""
     if trained is not None and digest(target) not in (trained, None):
         raise UserError(
-            f"{target.rpartition(':')[0]} is not what this model was trained with: its text has changed since; "
+            f"{target.rpartition(':')[0]} is not what this model was trained with: the file has changed; "
             "put the old one back, or train anew."
         )
 

@@ -111,8 +111,8 @@ def evaluate(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Run folder, checkpoint folder or model name; unset: the shipped model or the latest run, with "
-            "model= that model's."
+            help="Run folder, checkpoint folder or model name; unset: the shipped model or the latest run, "
+            "with model= that model's."
         ),
     ] = None,
     base: Annotated[

@@ -120,8 +120,7 @@ def export(checkpoint: Path | str, out: Path) -> None:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty; give a new folder.")
     quiet()
-    path, _ = find_origin(RunConfig(checkpoint=str(checkpoint)))
-    model, tokenizer, _ = load_checkpoint_model(path)
+    model, tokenizer, _ = load_checkpoint_model(find_origin(RunConfig(checkpoint=str(checkpoint)))[0])
     merge_lora(model)
     with writing(out):
         save_model(model, out)

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from infini_bench import outside
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
 from infini_bench.layer import MemoryDecoderLayer
@@ -73,14 +74,24 @@ AttentionInterface.register(IMPLEMENTATION, no_kernel)
 class MemoryLlamaConfig(LlamaConfig):
     """LlamaConfig plus ``memory``, the fields of ``MemoryConfig``.
 
-    qkv_bias: queries, keys and values have biases, the output has none (Qwen2).
+    qkv_bias: queries, keys and values have biases, the output has none (Qwen2). memory_code: `digest` of a
+    memory in a file of the user's; unset, of the file as it is now. Raises UserError if it is another's.
     """
 
     model_type = MODEL_TYPE
 
-    def __init__(self, memory: dict[str, Any] | None = None, qkv_bias: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        memory: dict[str, Any] | None = None,
+        qkv_bias: bool = False,
+        memory_code: str | None = None,
+        **kwargs: Any,
+    ):
         self.memory = asdict(MemoryConfig(**(memory or {})))
         self.qkv_bias = qkv_bias
+        kind = self.memory["kind"]
+        outside.check_same(kind, memory_code)
+        self.memory_code = memory_code or (outside.digest(kind) if outside.is_outside(kind) else None)
         super().__init__(**{**kwargs, "attn_implementation": IMPLEMENTATION})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from infini_bench.config import build_config, to_dict
 from infini_bench.errors import UserError
 from infini_bench.files import read_json
-from infini_bench.report.records import read_records
+from infini_bench.report.records import KILLED, Record, read_records
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
@@ -26,6 +26,7 @@ MODELS = Path(str(files("infini_bench.conf"))) / "model"
 
 TRAINED = ("decoder", "memory", "base", "trainer", "data.tokenizer", "data.vocab_size")  # fixed by training
 PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
+OWN_SYMBOLS = ("recall", "mqar")  # tasks whose models know no other
 MIXES = ("scale", "recipe", "experiment")  # groups whose choice sets the task's own settings
 
 
@@ -33,12 +34,27 @@ def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
     """The checkpoint folder to evaluate, and how to call it.
 
     ``cfg.checkpoint`` is a run or checkpoint folder, the name of a run or of a model, or (a shipped model)
-    ``shipped/<task>``; unset, the shipped model or the latest finished run. model: only this one will do.
+    ``shipped/<task>``; unset, the shipped model or the latest finished run. model: only this one will do, and
+    the shipped one only if there is no finished run of it.
     """
     from infini_bench.train.checkpoint import find_checkpoint
 
     path, words = _origin(cfg, model)
-    return find_checkpoint(path), words
+    path = find_checkpoint(path)
+    return path, words + _how_far(cfg, path)
+
+
+def _how_far(cfg: RunConfig, path: Path) -> str:
+    """``, step 10 of 300, training failed`` of a checkpoint before its run's last step; else nothing."""
+    if not (path / "state.json").exists():
+        return ""
+    step, steps = read_json(path / "state.json")["step"], trained_config(path).trainer.steps
+    if step is None or step >= steps:
+        return ""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    last = max(records_of(cfg, run), key=lambda r: (r.started, r.id), default=None)
+    status = "done" if last is None else "unfinished" if last.error == KILLED else last.status
+    return f", step {step} of {steps}" + ("" if status == "done" else f", training {status}")
 
 
 def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
@@ -48,17 +64,23 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
                 return path, f"checkpoint {path}"
         run = latest_run(cfg, cfg.checkpoint)
         if run is None:
-            names = {path.stem for path in MODELS.glob("*.yaml")}
+            names = sorted(path.stem for path in MODELS.glob("*.yaml"))
+            if cfg.checkpoint in names:
+                on = f" on {cfg.task.name}" if cfg.task.name in OWN_SYMBOLS else ""
+                words = f"`infini-bench train task={cfg.task.name} model={cfg.checkpoint}`"
+                raise UserError(f"{cfg.checkpoint} has no finished run{on}: train it first, {words}.")
             raise UserError(
                 f'The checkpoint "{cfg.checkpoint}" is neither a folder nor a model with a finished run'
-                f"{suggest(cfg.checkpoint, sorted(names - {cfg.checkpoint}))}; "
-                "`infini-bench ls runs` lists what there is."
+                f"{suggest(cfg.checkpoint, names)}; `infini-bench ls runs` lists what there is."
             )
         return run, f"{run}, the latest finished run of {cfg.checkpoint}"
     shipped = PACKAGE / "shipped" / cfg.task.name
-    if shipped.is_dir() and model in (None, trained_config(shipped).model):
-        return shipped, f"the shipped model, {trained_config(shipped).model}"
+    ships = trained_config(shipped).model if shipped.is_dir() else None
+    if ships and model is None:
+        return shipped, f"the shipped model, {ships}"
     run = latest_run(cfg, model)
+    if run is None and ships == model is not None:
+        return shipped, f"the shipped model, {ships}, of which there is no finished run here"
     if run is None:
         wanted = f" model={model}" if model else ""
         raise UserError(
@@ -66,6 +88,24 @@ def _origin(cfg: RunConfig, model: str | None) -> tuple[Path, str]:
             "first, or name a folder with --checkpoint."
         )
     return run, f"{run}, the latest finished run" + (f" of {model}" if model else "")
+
+
+def find_model(name: str, cfg: RunConfig | None = None, given: Collection[str] = ()) -> tuple[Path, str]:
+    """As `find_origin` of checkpoint ``name``, or a folder that ``export`` wrote: for verbs without a task.
+
+    Raises UserError if ``given`` names another model or memory than is there.
+    """
+    cfg = replace(cfg or RunConfig(), checkpoint=name)
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / part).exists() for part in ("checkpoints", "checksums.json")):
+        if "model" in given or "memory.kind" in given:
+            kind = read_json(folder / "config.json").get("memory", {}).get("kind")
+            if kind != cfg.memory.kind:
+                raise UserError(f"{name} holds memory.kind={kind}, not {cfg.memory.kind}; leave that out.")
+        return folder, name
+    path, words = find_origin(cfg)
+    check_fixed(cfg, trained_config(path), given)
+    return path, words
 
 
 def given_model(cfg: RunConfig, given: Collection[str] | None) -> str | None:
@@ -128,10 +168,16 @@ def latest_run(cfg: RunConfig, model: str | None) -> Path | None:
     """
     runs = [r for r in read_records(cfg.records) if r.kind == "train" and r.status == "done"]
     fitting = [r for r in runs if model in (None, r.config["model"]) and Path(r.train["folder"]).is_dir()]
-    if cfg.task.name in ("recall", "mqar"):
+    if cfg.task.name in OWN_SYMBOLS:
         fitting = [r for r in fitting if r.task == cfg.task.name]
     best = max(fitting, key=lambda r: (r.task == cfg.task.name, r.started, r.id), default=None)
     return Path(best.train["folder"]) if best else None
+
+
+def records_of(cfg: RunConfig, run: Path) -> list[Record]:
+    """Of the trainings of run folder ``run``; several, where it was resumed."""
+    trainings = (r for r in read_records(cfg.records) if "folder" in r.train)
+    return [r for r in trainings if Path(r.train["folder"]).resolve() == run.resolve()]
 
 
 def trained_config(folder: Path) -> RunConfig:
@@ -145,12 +191,8 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     Model, memory, decoder, trainer, scale and tokenizer are the checkpoint's; so are seed, data and task (if
     it is the same), apart from what the user set. Raises UserError if that is something fixed by training.
     """
+    check_fixed(cfg, trained, given)
     asked, base = to_dict(cfg), to_dict(trained)
-    for key in given or ():
-        if key.startswith(TRAINED) and not (key == "memory.kind" and cfg.memory.kind == trained.memory.kind):
-            raise UserError(f"{key} was fixed when the checkpoint was trained; leave it out, or train anew.")
-    if given is not None and "model" in given and cfg.model != trained.model:
-        raise UserError(f"The checkpoint is of model={trained.model}, not {cfg.model}; give another one.")
     mixed = given is None or any(group in given for group in MIXES)
     if not mixed and cfg.task.name == trained.task.name:
         asked["task"] = _overlaid(base["task"], asked["task"], "task", given or ())
@@ -165,23 +207,32 @@ def evaluated_config(cfg: RunConfig, trained: RunConfig, given: Collection[str] 
     return evaluated
 
 
+def check_fixed(cfg: RunConfig, trained: RunConfig, given: Collection[str] | None) -> None:
+    """Raises UserError if the user set what training had fixed; model and memory.kind may be said again."""
+    for key in given or ():
+        if key.startswith(TRAINED) and not (key == "memory.kind" and cfg.memory.kind == trained.memory.kind):
+            raise UserError(f"{key} was fixed when the checkpoint was trained; leave it out, or train anew.")
+    if given is not None and "model" in given and cfg.model != trained.model:
+        raise UserError(f"The checkpoint is of model={trained.model}, not {cfg.model}; give another one.")
+
+
 def continued_run(cfg: RunConfig, given: Collection[str] | None) -> tuple[RunConfig, Path, Values]:
     """Configuration and folder of the run that ``cfg.resume`` names, and its other lengths so far.
 
     The last is for the record's hash: a run made longer is another run than one that long from its start.
     """
-    from infini_bench.train.checkpoint import Checkpoints
-    from infini_bench.train.state import run_of
+    from infini_bench.train.state import checkpoint_of, or_earlier, run_of
 
-    folder = run_of(Path(str(cfg.resume)))
+    folder, last = run_of(Path(str(cfg.resume))), checkpoint_of(Path(str(cfg.resume)))
     before = trained_config(folder)
     cfg = continued_config(cfg, before, given)
-    last = Checkpoints(folder, 1).index()["last"]
-    step = read_json(folder / "checkpoints" / last / "state.json")["step"] if last else 0
+    step = 0
+    if last:
+        with or_earlier(last):
+            step = read_json(last / "state.json")["step"]
     if step > cfg.trainer.steps:
         raise UserError(f"{folder} is at step {step} already; give a larger trainer.steps.")
-    folders = [(r, Path(r.train["folder"])) for r in read_records(cfg.records) if "folder" in r.train]
-    lengths = {r.config["trainer"]["steps"] for r, path in folders if path.resolve() == folder.resolve()}
+    lengths = {r.config["trainer"]["steps"] for r in records_of(cfg, folder)}
     others = sorted({before.trainer.steps, *lengths} - {cfg.trainer.steps})
     return cfg, folder, {"other_lengths": others} if others else {}
 

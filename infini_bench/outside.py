@@ -48,6 +48,15 @@ def digest(target: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" and path.is_file() else None
 
 
+def check_same(target: str, trained: str | None) -> None:
+    """Raises UserError if the file of ``target`` has another `digest` than ``trained``; None: any will do."""
+    if trained is not None and digest(target) not in (trained, None):
+        raise UserError(
+            f"{target.rpartition(':')[0]} is not what this model was trained with: the file has changed; "
+            "put the old one back, or train anew."
+        )
+
+
 def load(target: str) -> Any:
     """The object that ``target`` names; a file is imported once. Raises UserError in one sentence."""
     source, _, attribute = target.rpartition(":")

@@ -24,6 +24,7 @@ from infini_bench.errors import UserError
 from infini_bench.files import read_json, write_json
 from infini_bench.models import ADDED, MemoryLlamaForCausalLM, attach_memory
 from infini_bench.origin import trained_config
+from infini_bench.outside import check_same
 from infini_bench.schema import BaseConfig, DecoderConfig, MemoryConfig
 
 SHARD = "15MB"  # below what most code hosts take in a file
@@ -196,6 +197,7 @@ def load_changes(folder: Path) -> MemoryLlamaForCausalLM:
     """The model that `save_changes` wrote. Raises UserError if its base is gone or is another one."""
     about = read_json(folder / BASE_FILE)
     settings = json.loads((folder / "config.json").read_text())
+    check_same(settings["memory"]["kind"], settings.get("memory_code"))
     base = BaseConfig(model=about["model"], freeze=True, lora=about["lora"])
     model = adapted_model(base, MemoryConfig(**settings["memory"]))
     if fingerprint(model) != about["fingerprint"]:

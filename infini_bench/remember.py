@@ -13,7 +13,7 @@ from infini_bench.data import Tokenizer
 from infini_bench.device import torch_device
 from infini_bench.errors import UserError
 from infini_bench.models import MemoryLlamaForCausalLM, load_model
-from infini_bench.origin import PACKAGE
+from infini_bench.origin import checkpoint_name, find_model
 from infini_bench.progress import Progress
 from infini_bench.stream import chunked, feed, generate, prefill
 
@@ -33,14 +33,15 @@ def remember(name: str, book: Path, out: Path, device: str = "auto") -> dict[str
         raise UserError(f"{book} cannot be read: {error.strerror}; give a text file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{book} is no UTF-8 text ({error}); give a text file.") from error
-    model, tokenizer = open_model(name, device)
+    path, _ = find_model(name)
+    model, tokenizer = open_model(str(path), device)
     ids = tokenizer.encode(text)[None]
     if not ids.size:
         raise UserError(f"{book} is empty; give a text.")
     size = max(CHUNK // model.segment, 1) * model.segment
     with Progress() as progress, progress.task(f"read {book.name}", ids.size) as bar:
         state = feed(model, chunked(ids, size), None, bar)
-    about = {"model": name, "fingerprint": identity(model), "document": book.name}
+    about = {"model": checkpoint_name(path), "fingerprint": identity(model), "document": book.name}
     about |= {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": str(ids.size)}
     state.save(out, about)
     return about
@@ -72,17 +73,13 @@ def answer(name: str, file: Path, prompt: str, tokens: int = 32, device: str = "
 
 
 def open_model(name: str, device: str = "auto") -> tuple[MemoryLlamaForCausalLM, Tokenizer]:
-    """Model and tokenizer of a run, a checkpoint, an exported folder or ``shipped/TASK``, ready to read."""
+    """Model and tokenizer that ``name`` means (see `infini_bench.origin.find_model`), ready to read."""
     from infini_bench.show import quiet
     from infini_bench.train.checkpoint import load_checkpoint_model
 
     quiet()
-    path = next((path for path in (Path(name), PACKAGE / name) if path.is_dir()), None)
-    if path is None:
-        raise UserError(
-            f"{name} is no folder; give a run, a checkpoint, an exported model or shipped/passkey."
-        )
-    if (path / "checksums.json").exists() or (path / "checkpoints").exists():
+    path, _ = find_model(name)
+    if (path / "checksums.json").exists():
         model, tokenizer, _ = load_checkpoint_model(path)
     else:
         model, tokenizer = load_model(path), Tokenizer.load(path)

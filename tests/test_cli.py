@@ -65,6 +65,18 @@ def test_the_hub_is_silent_about_its_retries(monkeypatch):
     assert done.stderr.strip() == "40"
 
 
+def test_bars_of_other_libraries_are_off(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # the other tests' commands have set it
+    program = (
+        "import sys\nfrom infini_bench.cli.main import main\n"
+        "sys.argv = ['infini-bench', 'ls', 'data']\n"
+        "try: main()\nexcept SystemExit: from tqdm.auto import tqdm\n"
+        "print(tqdm(range(3)).disable, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "True"
+
+
 def test_version_and_help():
     assert invoke("--version").stdout == f"infini-bench {__version__}\n"
     text = invoke("--help").stdout
@@ -118,6 +130,13 @@ def test_python_dash_m():
         ("train task=footprint", "The task footprint trains nothing"),
         ("eval lm", "There is no finished run to evaluate; run `infini-bench train task=lm` first"),
         ("eval lm --checkpoint none_such", 'The checkpoint "none_such" is neither a folder nor a model'),
+        (
+            "eval passkey --checkpoint rmt",
+            "rmt has no finished run: train it first, `infini-bench train",
+        ),
+        ("eval recall --checkpoint rmt", "rmt has no finished run on recall: train it first"),
+        ("export none_such --out x", 'The checkpoint "none_such" is neither a folder nor a model'),
+        ("export rmt --out x seed=3", "seed cannot be set here, only model, memory.kind, runs, records"),
         ("ls modles", 'There are no "modles" to list (did you mean "models"?)'),
         ("reproduce table22", '"table22"'),
         ("reproduce table2 --seeds 0,a", '"0,a" is no list of seeds'),

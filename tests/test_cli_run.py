@@ -132,7 +132,7 @@ def test_evaluation_takes_the_checkpoints_settings(there):
     assert f"already done: {record.id}" in again.stdout and "token_ppl" in again.stdout
 
 
-def test_a_shipped_model_goes_first(there):
+def test_a_shipped_model_goes_first_unless_a_model_is_named(there):
     (run,) = (there / "runs").iterdir()
     shipped = there / "package" / "shipped" / "lm"
     shutil.copytree(run / "checkpoints" / "step-000004", shipped)
@@ -143,7 +143,43 @@ def test_a_shipped_model_goes_first(there):
     named = ["eval", "lm", "task.controls=false", "--checkpoint", "shipped/lm", "records=others"]
     assert "already done" in invoke(*named).stdout
     assert "model=full` first" in invoke("eval", "lm", "model=full").stderr
+    own = invoke("eval", "lm", "task.controls=false", "model=infini_delta")
+    assert f"evaluating {Path('runs') / run.name}, the latest finished run of infini_delta" in own.stdout
+    none = invoke("eval", "lm", "task.controls=false", "model=infini_delta", "records=others")
+    assert "the shipped model, infini_delta, of which there is no finished run here" in none.stdout
     shutil.rmtree(shipped)
+
+
+def test_a_model_reads_and_answers_by_its_name(there, tmp_path):
+    (tmp_path / "book.txt").write_text("A story about nothing.")
+    file = str(tmp_path / "m.safetensors")
+    read = invoke("remember", "infini_delta", str(tmp_path / "book.txt"), "--out", file)
+    assert read.exit_code == 0 and "the latest finished run of infini_delta" in read.stderr, read.output
+    said = invoke("answer", "infini_delta", "--state", file, "--prompt", "x", "--tokens", "2")
+    assert said.exit_code == 0, said.output
+    wrong = invoke("export", "infini_delta", "--out", "nowhere", "model=full")
+    assert "is of model=infini_delta, not full" in wrong.stderr
+
+
+def test_an_evaluation_says_how_far_an_unfinished_run_came(there, monkeypatch):
+    from infini_bench.train.step import Stepper
+
+    step = Stepper.step
+
+    def fail(self, state, *rest):
+        if state.step == 3:
+            raise RuntimeError("no luck")
+        return step(self, state, *rest)
+
+    places = ["runs=broken", "records=broken/records"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", fail)
+        invoke("train", "model=full", *TINY, "trainer.save_every=2", *places)
+    (record,) = read_records("broken/records")
+    words = ["eval", "lm", "--checkpoint", record.train["folder"], "task.controls=false", *places]
+    assert f"checkpoint {record.train['folder']}, step 2 of 4, training failed\n" in invoke(*words).stdout
+    shutil.rmtree("broken/records")
+    assert f"checkpoint {record.train['folder']}, step 2 of 4\n" in invoke(*words).stdout
 
 
 def test_a_model_is_exported_by_its_name(there, tmp_path):
@@ -176,6 +212,7 @@ def test_resuming(there):  # changes the run, so it comes after the evaluations
     assert "trainer.lr cannot change" in invoke("train", f"resume={run}", "trainer.lr=1").stderr
     longer = invoke("train", f"resume={run}", "trainer.steps=5")
     assert longer.exit_code == 0, longer.output
+    assert "from step 4 on the learning rate follows the schedule of 5 steps" in longer.stderr
     (record,) = [r for r in read_records("results/records") if r.config["trainer"]["steps"] == 5]
     assert record.train["steps"] == 5 and Path(record.train["folder"]) == run
     assert record.config_hash != invoke_hash("model=infini_delta", "seed=3", *TINY, "trainer.steps=5")

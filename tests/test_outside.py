@@ -18,6 +18,7 @@ from infini_bench.errors import UserError
 from infini_bench.memory import build_memory
 from infini_bench.report.records import config_hash, read_records
 from infini_bench.schema import MemoryConfig
+from infini_bench.train.signals import StopRequest
 
 README = Path(infini_bench.__file__).parents[1] / "README.md"
 
@@ -111,6 +112,54 @@ def test_named_again_it_is_evaluated_and_resumed(there):
     assert "was fixed when" in invoke("eval", "lm", "memory.kind=xl", "--checkpoint", str(run)).stderr
     again = invoke("train", "--config-dir", "mine", "model=ema", f"resume={run}", "trainer.steps=5")
     assert again.exit_code == 0, again.output
+
+
+def test_named_again_it_is_exported_and_reads(there, tmp_path):
+    Path("book.txt").write_text("A story about nothing.")
+    mine = ("--config-dir", "mine")
+    assert invoke("export", "ema", "--out", str(tmp_path / "out"), *mine).exit_code == 0
+    for name, words in (("ema", mine), (str(tmp_path / "out"), ["memory.kind=ema.py:EmaMemory"])):
+        outside._named.clear()
+        read = invoke("remember", name, "book.txt", "--out", "m.safetensors", *words)
+        assert read.exit_code == 0, read.output
+        outside._named.clear()
+        asked = ["answer", name, "--state", "m.safetensors", "--prompt", "x", "--tokens", "2"]
+        assert invoke(*asked, *words).exit_code == 0
+    outside._named.clear()
+    assert "name it again" in invoke(*asked).stderr
+    refused = invoke("export", str(tmp_path / "out"), "--out", "x", "model=full")
+    assert "holds memory.kind=ema.py:EmaMemory, not full" in refused.stderr
+
+
+def test_edited_code_is_not_mixed_with_old_weights(there, tmp_path):
+    (run,) = Path("runs").iterdir()
+    mine = ["--config-dir", "mine", "model=ema"]
+    assert invoke("export", str(run), "--out", str(tmp_path / "out"), *mine).exit_code == 0
+    text, before = Path("ema.py").read_text(), read_records("results/records")
+    Path("ema.py").write_text(text + "# another memory\n")
+    for words in (
+        ["eval", "lm"],
+        ["train", f"resume={run}", "trainer.steps=9"],
+        ["export", str(run), "--out", "x"],
+        ["remember", str(tmp_path / "out"), "ema.py"],
+    ):
+        refused = invoke(*words, *mine)
+        assert refused.exit_code == 2, refused.output
+        assert "ema.py is not what this model was trained with: the file has changed" in refused.stderr
+    Path("ema.py").write_text(text)
+    assert read_records("results/records") == before
+    assert invoke("eval", "lm", *mine, "task.controls=false", "force=true").exit_code == 0
+
+
+def test_an_interrupted_run_says_how_to_name_its_code(there, monkeypatch):
+    elsewhere, words = ["runs=others", "records=others"], ["scale=smoke", "task.max_tokens=128"]
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "__enter__", lambda self: setattr(self, "requested", True) or self)
+        stopped = invoke("train", "--config-dir", "mine", "model=ema", *words, *elsewhere)
+    assert stopped.exit_code == 130
+    (command,) = re.findall(r"go on with: infini-bench (.*)", stopped.stderr)
+    outside._named.clear()
+    assert "done: ema on lm, 4 steps" in invoke(*command.split(), "records=others").stdout
 
 
 @pytest.mark.parametrize(

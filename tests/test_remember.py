@@ -92,7 +92,7 @@ def test_another_models_memory_and_other_files_are_refused(tmp_path, book):
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="cannot be read"):
         answer(str(first), file, "x", device="cpu")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match='"nowhere" is neither a folder nor a model'):
         remember("nowhere", book, file)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         remember(str(first), tmp_path / "none.txt", file)

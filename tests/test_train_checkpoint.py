@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from train_fakes import fake_task, run_config
 
 from infini_bench.errors import UserError
+from infini_bench.origin import continued_run
 from infini_bench.train import checkpoint, load_checkpoint_model, loop, train
 from infini_bench.train.checkpoint import Checkpoints, find_checkpoint, verify
 
@@ -135,7 +137,8 @@ STATE = ["optimizer.safetensors", "state.json"]
 @pytest.mark.parametrize("name", FILES + STATE)
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_damage_is_named_and_nothing_is_loaded_or_lost(run, name, damage):
-    path = run / "checkpoints" / "step-000004" / name
+    checkpoints = run / "checkpoints"
+    path = checkpoints / "step-000004" / name
     content = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
@@ -145,8 +148,9 @@ def test_damage_is_named_and_nothing_is_loaded_or_lost(run, name, damage):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     cfg = run_config(steps=6)
     cfg.resume = str(run)
-    with pytest.raises(UserError, match="step-000004"):
+    with pytest.raises(UserError, match="step-000004") as caught:
         train(cfg, run)
+    assert str(caught.value).endswith(f"an earlier one can be resumed: resume={checkpoints / 'step-000002'}.")
     if name in FILES:
         with pytest.raises(UserError, match="step-000004"):
             load_checkpoint_model(run / "checkpoints" / "step-000004")
@@ -156,6 +160,8 @@ def test_damage_is_named_and_nothing_is_loaded_or_lost(run, name, damage):
 def test_a_damaged_last_checkpoint_leaves_the_one_before(run):
     (run / "checkpoints" / "step-000004" / "state.json").unlink()
     whole = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with pytest.raises(UserError, match=r"state.json is missing; .* resume=.*step-000002"):
+        continued_run(replace(run_config(steps=6), resume=str(run)), None)
     cfg = run_config(steps=4)
     cfg.resume = str(run / "checkpoints" / "step-000002")
     assert train(cfg, run).steps == 4

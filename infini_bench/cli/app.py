@@ -72,6 +72,8 @@ def infini_bench(
 ) -> None:
     """Infini-attention reproduced, explained and compared under one budget."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # offline, our one sentence without its retries
+    # GGUF readers draw bars of their own, which transformers' switch (`show.quiet`) does not reach
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # torch's threads wait asleep: where others want the cores, or a quota ends, spinning costs three quarters
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,12 @@ from infini_bench.units import parse_depth, parse_length, suggest
 
 LENGTH_KEYS = {"lm": "task.max_tokens", **dict.fromkeys(("passkey", "needles", "booksum"), "task.lengths")}
 PROMPTED = ("passkey", "needles")  # whose prompts have lengths and depths
+NAMING = ("model", "memory.kind", "runs", "records")  # settings of verbs that take a model as it is
 COUNTED = ("recall", "mqar")  # whose distances are segments
+Naming = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="OVERRIDES", help="model=NAME or memory.kind=FILE.py:CLASS of a memory of yours."),
+]
 
 
 def complete_task(incomplete: str) -> list[str]:
@@ -81,11 +87,13 @@ def adapt(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Run folder, checkpoint folder or model name.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
+    overrides: Naming = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Write a model as one Hugging Face folder, LoRA merged, with its tokenizer."""
     from infini_bench.adapt import export as run
 
-    run(checkpoint, out)
+    run(_model(checkpoint, overrides, config_dir), out)
     print(out)
 
 
@@ -103,7 +111,8 @@ def evaluate(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Run folder, checkpoint folder or model name; unset: the shipped model or the latest run."
+            help="Run folder, checkpoint folder or model name; unset: the shipped model or the latest run, "
+            "with model= that model's."
         ),
     ] = None,
     base: Annotated[
@@ -154,15 +163,17 @@ def evaluate(
 
 @app.command()
 def remember(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint or exported folder, or shipped/passkey.")],
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, exported folder, model, shipped/passkey.")],
     book: Annotated[Path, typer.Argument(help="A text file.")],
     out: Annotated[Path, typer.Option(help="The file for the memory.")] = Path("memory.safetensors"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overrides: Naming = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Read a book and keep what the model remembers of it as a file, from which `answer` answers."""
     from infini_bench.remember import remember as run
 
-    about = run(model, book, out, device)
+    about = run(_model(model, overrides, config_dir), book, out, device)
     print(f"{int(about['tokens']):,} tokens of {book.name} in {out}, {out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -173,11 +184,13 @@ def answer(
     state: Annotated[Path, typer.Option(help="A file written by `remember`.")] = Path("memory.safetensors"),
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overrides: Naming = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Answer from a memory file, without the book."""
     from infini_bench.remember import answer as run
 
-    print(run(model, state, prompt, tokens, device))
+    print(run(_model(model, overrides, config_dir), state, prompt, tokens, device))
 
 
 @app.command("lm-eval")
@@ -188,6 +201,8 @@ def harness(
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task; unset: all.")] = None,
     include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overrides: Naming = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Run tasks of lm-evaluation-harness, each document read once with its memory; prints JSON."""
     import json
@@ -195,7 +210,24 @@ def harness(
     from infini_bench.harness import run_harness as run
 
     sizes = [parse_length(length) for length in lengths.split(",")] if lengths else []
+    model = _model(model, overrides, config_dir)
     print(json.dumps(run(model, tasks.split(","), sizes, limit, include, device), indent=1, default=str))
+
+
+def _model(name: str, overrides: list[str] | None, config_dir: Path | None) -> str:
+    """The folder that ``name`` means, told on stderr; code outside the package is named as for ``eval``."""
+    from infini_bench.cli.bridge import compose_run, given, search_path
+    from infini_bench.origin import find_model
+
+    words = overrides or []
+    if not Path(name).exists() and name in [known for known, _ in list_options("models", config_dir)]:
+        words = [f"model={name}", *words]
+    cfg = compose_run([*search_path(config_dir), *words])
+    if wrong := sorted(given(words).difference(NAMING)):
+        raise UserError(f"{wrong[0]} cannot be set here, only {', '.join(NAMING)}; leave it out.")
+    path, what = find_model(name, cfg, given(words))
+    print(f"model: {what}", file=sys.stderr)
+    return str(path)
 
 
 def _length_override(task: str, text: str | None) -> list[str]:

@@ -17,15 +17,17 @@ from infini_bench.device import peak_bytes
 from infini_bench.errors import UserError
 from infini_bench.files import write_json
 from infini_bench.models import MemoryLlamaForCausalLM, build_model, save_model
+from infini_bench.origin import trained_config
+from infini_bench.outside import is_outside
 from infini_bench.pretrained import adapted_model, freeze, is_added, save_changes
 from infini_bench.progress import NullProgress, Progress
-from infini_bench.schema import RunConfig
+from infini_bench.schema import RunConfig, TrainerConfig
 from infini_bench.tasks import build_task
 from infini_bench.train.checkpoint import Checkpoints, find_checkpoint
 from infini_bench.train.curriculum import Curriculum
 from infini_bench.train.device import build_accelerator
 from infini_bench.train.log import MetricsLog, read_log
-from infini_bench.train.optim import load_state_tensors, state_tensors
+from infini_bench.train.optim import load_state_tensors, lr_factor, state_tensors
 from infini_bench.train.parallel import full
 from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import (
@@ -113,7 +115,7 @@ class Trainer:
         """What to continue from; None at the start of a run. Nothing is changed yet."""
         if resume is not None:
             check_same_run(self.folder, self.cfg)
-            return read_checkpoint(resume, self.cfg.trainer.keep)
+            return read_checkpoint(resume)
         if self.checkpoints.index()["last"] and not self.cfg.force:
             raise UserError(
                 f"{self.folder} already holds a run; continue it with resume={self.folder}, or overwrite it "
@@ -161,9 +163,21 @@ class Trainer:
             )
         if before.torch != now.torch:
             self.say(f"Trained with torch {before.torch} so far: from here on, last digits may differ.")
+        self.tell_schedule(trained_config(self.checkpoints.folder / resumed.name).trainer, before.step)
         self.state = before
         self.curriculum.load(before.curriculum)
         load_state_tensors(self.model, self.stepper.optimizer, resumed.optimizer)
+
+    def tell_schedule(self, before: TrainerConfig, step: int) -> None:
+        """Says so if another number of steps bends the schedule by which the checkpoint was trained."""
+        now = self.cfg.trainer
+        if now.steps != before.steps:
+            old, new = (lr_factor(step, trainer) for trainer in (before, now))
+            self.say(
+                f"Trained for trainer.steps={before.steps} so far: from step {step} on the learning rate "
+                f"follows the schedule of {now.steps} steps, {new:.2g} of trainer.lr after {old:.2g}; it is "
+                f"not the run that had {now.steps} steps from its start."
+            )
 
     def run(self, stop: StopRequest, progress: Progress | NullProgress) -> TrainResult:
         """All steps that are left, or those until a stop is requested."""
@@ -184,7 +198,10 @@ class Trainer:
             if self.log:
                 self.log.close()
         if interrupted:
-            self.say(f"Saved at step {self.state.step}; go on with: infini-bench train resume={self.folder}")
+            kind = self.cfg.memory.kind
+            named = f" memory.kind={kind}" if is_outside(kind) else ""  # code is imported if it is named
+            words = f"infini-bench train resume={self.folder}{named}"
+            self.say(f"Saved at step {self.state.step}; go on with: {words}")
         return self.result(interrupted)
 
     def step(self, stop: StopRequest) -> StepStats:

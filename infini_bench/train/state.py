@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -85,22 +87,54 @@ def run_of(path: Path) -> Path:
     return run
 
 
-def read_checkpoint(path: Path, keep: int) -> Resumed | None:
-    """The checkpoint ``path``, or the last one of run folder ``path``; None if the run died before its first.
-
-    Raises UserError naming the file if anything of it is missing or damaged.
-    """
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint that ``resume=`` means: itself, or the last one of a run folder, if it has any."""
     run = run_of(path)
-    index = Checkpoints(run, keep).index()
+    index = Checkpoints(run, 1).index()
     name = index["last"] if run == path else path.name
     if name is None:
         return None
     folder = run / "checkpoints" / name
     if name not in index["kept"]:
         raise UserError(f"{folder} is no finished checkpoint; the run has {', '.join(index['kept'])}.")
-    verify(folder)
+    return folder
+
+
+@contextmanager
+def or_earlier(folder: Path) -> Iterator[None]:
+    """Adds to what is wrong with a checkpoint the latest one before it that is whole, if there is one."""
+    try:
+        yield
+    except UserError as error:
+        kept = Checkpoints(folder.parent.parent, 1).index()["kept"]
+        earlier = (folder.parent / name for name in reversed(kept[: kept.index(folder.name)]))
+        if (path := next(filter(is_whole, earlier), None)) is None:
+            raise
+        reason = str(error).rstrip(".")
+        raise UserError(f"{reason}; an earlier one can be resumed: resume={path}.") from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether nothing of a checkpoint is missing or damaged."""
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return True
+
+
+def read_checkpoint(path: Path) -> Resumed | None:
+    """The checkpoint ``path``, or the last one of run folder ``path``; None if the run died before its first.
+
+    Raises UserError naming the file if anything of it is missing or damaged.
+    """
+    folder = checkpoint_of(path)
+    if folder is None:
+        return None
+    with or_earlier(folder):
+        verify(folder)
     return Resumed(
-        name,
+        folder.name,
         TrainState(**read_json(folder / "state.json")),
         load_model(folder / "model"),
         load_file(folder / "optimizer.safetensors"),

@@ -178,6 +178,17 @@ def check_memory(memory: MemoryConfig) -> None:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
 
 
+def check_curriculum(cfg: RunConfig) -> None:
+    """Training goes by the curriculum, where there is one: another length in the task would be ignored."""
+    segments, levels = getattr(cfg.task, "segments", None), cfg.trainer.curriculum
+    if segments is not None and levels and levels[-1] != segments:
+        fitting = [*(str(level) for level in levels if level < segments), str(segments)]
+        raise UserError(
+            f"task.segments={segments}, but trainer.curriculum ends at {levels[-1]}: set both, "
+            f"e.g. trainer.curriculum=[{','.join(fitting)}]."
+        )
+
+
 def check_pairs(task: MQARConfig) -> None:
     most = max(*task.pairs, *task.train_pairs)
     if task.vocabulary // 2 < most:

@@ -74,6 +74,7 @@ _RULES: dict[str, Rule] = {
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
     "task.split": _one_of(schema.SPLITS),
+    "task.max_tokens": (lambda value: value >= 2, "2 or more (--length; a first token is read, not scored)"),
     "task.digits": (lambda value: 1 <= value <= 18, "between 1 and 18"),
     "task.depths": (bool, "at least one depth"),
     "task.lm_weight": _NOT_NEGATIVE,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from infini_bench.config import evaluated_memory, to_dict
+from infini_bench.data.local import shared_out
 from infini_bench.device import computing, peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
@@ -117,8 +118,13 @@ def run_eval(
         trained = trained_config(path)
         cfg = replace(evaluated_config(cfg, trained, given), checkpoint=checkpoint_name(path), resume=None)
         origin = train_reference(trained, path)
+        if progress is None and trained.task.name != cfg.task.name:
+            say(f"warning: trained on {trained.task.name}, evaluated on {cfg.task.name}")
         record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
         record.train = origin
+    split = getattr(cfg.task, "split", None)
+    if progress is None and split and cfg.data.source == "local" and (words := shared_out(cfg.data, split)):
+        say(words)
     if done := already_done(record, cfg, progress):
         record = done
     else:

@@ -93,7 +93,8 @@ def where(error: BaseException) -> str:
     last = [frame for frame in frames if not frame.filename.startswith("<frozen ")][-1:]
     last = [frame for frame in last if frame.filename not in (__file__, importlib.__file__)]
     places = [f" ({Path(f.filename).name}, line {f.lineno})" for f in [*_theirs(error), *last]]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}" + "".join(places[:1])
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    return f"{type(error).__name__}: {text}" + "".join(places[:1])
 
 
 def _theirs(error: BaseException) -> list[traceback.FrameSummary]:

@@ -146,7 +146,7 @@ class Recognised(Subject):
             try:
                 self.trial()
             except Exception as error:  # the module says no in its own way
-                errors.append(" ".join(str(error).split())[:200])
+                errors.append(outside.where(error))
             else:
                 return
         why = f" ({errors[-1]})" if errors else "; give --dim or --vocab"

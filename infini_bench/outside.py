@@ -19,7 +19,9 @@ from typing import Any
 
 from infini_bench.errors import UserError
 
+PACKAGE = Path(__file__).parent
 _named: set[str] = set()
+_modules: set[str] = set()  # names of those that were loaded because the user named them
 
 
 def is_outside(target: str) -> bool:
@@ -70,9 +72,10 @@ def load(target: str) -> Any:
     try:
         module = _file(path.resolve()) if path.suffix == ".py" else importlib.import_module(source)
     except Exception as error:  # whatever stands in the user's file
-        raise UserError(f"{source} cannot be imported: {_where(error)}.") from error
+        raise UserError(f"{source} cannot be imported: {where(error)}.") from error
     finally:
         sys.path.remove(folder)
+    _modules.add(module.__name__)
     if not hasattr(module, attribute):
         raise UserError(f'{source} has no "{attribute}".')
     return getattr(module, attribute)
@@ -88,8 +91,28 @@ def _file(path: Path) -> ModuleType:
     return module
 
 
-def _where(error: Exception) -> str:
-    """The error and its line, in one line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text} ({Path(last.filename).name}, line {last.lineno})"
+def fault(error: BaseException) -> str | None:
+    """In a sentence, an error of code that the user named, with its line there; None if it is another's."""
+    return f"Code outside infini-bench fails with {where(error)}." if _theirs(error) else None
+
+
+def where(error: BaseException) -> str:
+    """The error and its line, in one line; no line of the import system or of this file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if not frame.filename.startswith("<frozen ")][-1:]
+    last = [frame for frame in last if frame.filename not in (__file__, importlib.__file__)]
+    places = [f" ({Path(f.filename).name}, line {f.lineno})" for f in [*_theirs(error), *last]]
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    return f"{type(error).__name__}: {text}" + "".join(places[:1])
+
+
+def _theirs(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where code that the user named failed, or something that it called; empty if that was this package.
+
+    Either may be at fault then.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in _modules}
+    at = max((i for i, frame in enumerate(frames) if frame.filename in files), default=len(frames))
+    ours = any(Path(frame.filename).is_relative_to(PACKAGE) for frame in frames[at:])
+    return [] if ours else frames[at : at + 1]

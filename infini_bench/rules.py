@@ -74,6 +74,7 @@ _RULES: dict[str, Rule] = {
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
     "task.split": _one_of(schema.SPLITS),
+    "task.max_tokens": (lambda value: value >= 2, "2 or more (--length; a first token is read, not scored)"),
     "task.digits": (lambda value: 1 <= value <= 18, "between 1 and 18"),
     "task.depths": (bool, "at least one depth"),
     "task.lm_weight": _NOT_NEGATIVE,
@@ -176,6 +177,17 @@ def check_memory(memory: MemoryConfig) -> None:
         )
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
+
+
+def check_curriculum(cfg: RunConfig) -> None:
+    """Training goes by the curriculum, where there is one: another length in the task would be ignored."""
+    segments, levels = getattr(cfg.task, "segments", None), cfg.trainer.curriculum
+    if segments is not None and levels and levels[-1] != segments:
+        fitting = [*(str(level) for level in levels if level < segments), str(segments)]
+        raise UserError(
+            f"task.segments={segments}, but trainer.curriculum ends at {levels[-1]}: set both, "
+            f"e.g. trainer.curriculum=[{','.join(fitting)}]."
+        )
 
 
 def check_pairs(task: MQARConfig) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from infini_bench import outside
 from infini_bench.config import evaluated_memory, to_dict
+from infini_bench.data.local import shared_out
 from infini_bench.device import computing, peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
@@ -117,8 +119,13 @@ def run_eval(
         trained = trained_config(path)
         cfg = replace(evaluated_config(cfg, trained, given), checkpoint=checkpoint_name(path), resume=None)
         origin = train_reference(trained, path)
+        if progress is None and trained.task.name != cfg.task.name:
+            say(f"warning: trained on {trained.task.name}, evaluated on {cfg.task.name}")
         record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
         record.train = origin
+    split = getattr(cfg.task, "split", None)
+    if progress is None and split and cfg.data.source == "local" and (shared := shared_out(cfg.data, split)):
+        say(shared)
     if done := already_done(record, cfg, progress):
         record = done
     else:
@@ -286,11 +293,14 @@ def recorded(record: Record, cfg: RunConfig, progress: Progress | NullProgress) 
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.error = f"{type(error).__name__}: {error}"
-        mistaken = isinstance(error, UserError) and not work.begun
+        words = None if isinstance(error, UserError) else outside.fault(error)
+        mistaken = (isinstance(error, UserError) or words is not None) and not work.begun
         if "allocate" in str(error) or isinstance(error, MemoryError):  # of the CPU or a GPU
             raise UserError(
                 "Not enough memory; lower decoder.dim, trainer.batch, task.batch or task.chunk."
             ) from error
+        if words is not None:  # in a memory of the user's
+            raise UserError(words) from error
         raise
     finally:
         inner = [row["value"] for row in record.metrics if row["metric"] == "peak_bytes"]  # counted anew

@@ -61,9 +61,10 @@ def show_metrics(record: Record) -> None:
     Conditions stand side by side; on a terminal too narrow for that each number has a line of its own.
     """
     rows = record.metrics
-    varying = [key for key in (*KEYS, "protocol") if len({row.get(key) for row in rows}) > 1]
+    keys = [key for key in KEYS if record.task != "lm" or key != "length"]  # lm's is a limit: `show_scored`
+    varying = [key for key in (*keys, "protocol") if len({row.get(key) for row in rows}) > 1]
     facts = [
-        f"{key} {_cell(rows[0][key])}" for key in KEYS if key not in varying and rows[0].get(key) is not None
+        f"{key} {_cell(rows[0][key])}" for key in keys if key not in varying and rows[0].get(key) is not None
     ]
     facts += [ANY_ALIGNMENT] if str(rows[0].get("protocol")).endswith(ANY_ALIGNMENT) else []
     lines: dict[tuple[str, ...], dict[str, str]] = {}
@@ -84,6 +85,19 @@ def show_metrics(record: Record) -> None:
     console.print(table)
     if record.task in PICTURED:
         show_picture(record)
+    if record.task == "lm":
+        show_scored(record)
+
+
+def show_scored(record: Record) -> None:
+    """How many tokens the numbers of language modelling are of."""
+    task = record.config["task"]
+    for row in record.metrics:
+        if row["metric"] == "bits_per_byte":
+            limit, of = task.get("max_tokens"), "all together" if task.get("joined") else "each"
+            most = "" if limit is None else f", at most {limit:,} read of {of}"
+            where = "1 document" if row["n"] == 1 else f"{row['n']} documents"
+            say(f"{sum(row['extra']['tokens']):,} tokens scored in {where}{most}")
 
 
 def _table(title: str, names: list[str], lines: Sequence[tuple[str, ...]]) -> Table:

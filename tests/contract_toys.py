@@ -96,6 +96,9 @@ class Toy(Subject):
             state["kept"] = torch.cat([state.get("kept", k[:, :, :0]), k], 2)
         state.update(M=M, z=z, k=[], v=[], done=state["done"] + 1)
 
+    def declared_floats(self) -> int:
+        return H * D * (D if self.fault == "lies" else D + 1)
+
     def padded(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.fault == "sees padding":
             return self(x)[0]
@@ -165,7 +168,8 @@ FAULTS = {
     "never forgets": {"new document in a row"},
     "cut off": {"gradient reach"},
     "cut that cuts nothing": {"gradient cut"},
-    "grows": {"state growth"},
+    "grows": {"state growth", "state size"},
+    "lies": {"state size"},
     "wraps wrongly": {"look-ups"},
     "mean of nothing": {"ignored labels"},
     "reads a prompt's end": {"generation"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from report_fakes import record
@@ -12,8 +14,8 @@ from typer.testing import CliRunner
 
 from infini_bench import __version__
 from infini_bench.cli import main as cli
-from infini_bench.cli.doctor import Finding, examine
-from infini_bench.cli.listing import describe
+from infini_bench.cli.doctor import EXTRAS, Finding, examine
+from infini_bench.cli.listing import describe, list_options
 from infini_bench.report.records import write_record
 
 HEAVY = ("torch", "transformers", "datasets", "hydra", "omegaconf", "pandas", "numpy")
@@ -221,6 +223,28 @@ def test_doctor_is_content_here(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = invoke("doctor", "--offline")
     assert result.exit_code == 0 and "extra [dev]" in result.stdout
+
+
+def test_doctor_names_every_extra_and_what_it_is_for(monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert list(EXTRAS) == list(project["optional-dependencies"])
+    monkeypatch.setattr("infini_bench.cli.doctor._importable", lambda module: False)
+    lines = [line.split() for line in invoke("doctor", "--offline").stdout.splitlines()]
+    (sweep,) = [line for line in lines if "[sweep]" in line]
+    assert (
+        sweep[:5] == ["optional", "extra", "[sweep]", "not", "installed;"]
+        and "'infini-bench[sweep]'" in sweep
+    )
+
+
+def test_a_description_is_the_first_sentence_whole():
+    assert (
+        describe("# @package _global_\n# A set (Eq. 5), of\n# the hub. More\nx: 1\n# no")
+        == "A set (Eq. 5), of the hub"
+    )
+    assert describe("# Does it? One line\n") == "Does it?"
+    for name, text in list_options("data"):
+        assert not text.endswith((" of", ".")), name
 
 
 def test_doctor_fails_if_something_essential_is_broken(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from report_fakes import row
 from typer.testing import CliRunner
 
 import infini_bench.train
@@ -334,3 +335,26 @@ def test_a_continued_run_changes_only_what_may_change():
     for key in ("model", "seed", "experiment"):
         with pytest.raises(UserError, match=f"{key} cannot change"):
             continued_config(asked, before, {key})
+
+
+def test_a_file_without_splits_and_another_task_are_said(there, tmp_path, monkeypatch):
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"{i} apples\n" for i in range(400)))
+    run = next(path for path in Path("runs").iterdir() if path.name != "sweeps")
+    own = ["--checkpoint", str(run), "scale=smoke", f"records={tmp_path}/records"]
+    result = invoke("eval", "lm", "--length", "64", "data=local", f"data.path={text}", *own)
+    assert result.exit_code == 0, result.output
+    words = "own.txt has no splits: its last tenth is the test split (task.split=train|validation|test)"
+    assert words in result.stdout.splitlines()
+    assert "63 tokens scored in 1 document, at most 64 read of each" in result.stdout
+    assert "warning" not in result.stdout
+    none = row("exact_match", None)
+    monkeypatch.setattr("infini_bench.run.evaluate", lambda record, *_: record.metrics.append(none))
+    result = invoke("eval", "recall", *own)
+    assert "warning: trained on lm, evaluated on recall" in result.stdout.splitlines(), result.output
+
+
+def test_a_length_that_leaves_nothing_to_predict_is_at_fault():
+    result = invoke("eval", "lm", "--length", "1")
+    assert result.exit_code == 2
+    assert "task.max_tokens must be 2 or more (--length; a first token is read, not scored)" in result.stderr

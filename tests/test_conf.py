@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_passkey_recipes_train_at_the_length_they_name(scale):
     assert isinstance(cfg.task, PasskeyConfig)
     assert cfg.trainer.curriculum[-1:] in ([], [cfg.task.segments])
     assert max(parse_length(length) for length in cfg.task.lengths) > cfg.task.segments * cfg.memory.segment
+
+
+@pytest.mark.parametrize("task", ["passkey", "recall", "mqar", "needles"])
+def test_a_length_beside_another_curriculum_is_refused_not_ignored(task):
+    last = compose_run([f"task={task}"]).trainer.curriculum[-1]
+    words = f"task.segments=2, but trainer.curriculum ends at {last}: set both, e.g. trainer.curriculum="
+    with pytest.raises(UserError, match=re.escape(words)):
+        compose_run([f"task={task}", "task.segments=2"])
+    with pytest.raises(UserError, match=f"task.segments={last}, but trainer.curriculum ends at 2"):
+        compose_run([f"task={task}", "trainer.curriculum=[1,2]"])
+    for curriculum in ("[1,2]", "[]"):
+        cfg = compose_run([f"task={task}", "task.segments=2", f"trainer.curriculum={curriculum}"])
+        assert cfg.task.segments == 2 and build_config(to_dict(cfg)) == cfg
+    build_config({**to_dict(cfg), "trainer": {"curriculum": [4]}})  # as recorded before
 
 
 @pytest.mark.parametrize("task", ["recall", "mqar", "needles"])

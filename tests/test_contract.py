@@ -40,6 +40,23 @@ def test_nothing_is_said_about_a_module_that_is_not_repeatable():
     assert [v.verdict for v in found] == ["FAIL"] + ["not applicable"] * (len(found) - 1)
 
 
+def test_a_size_that_is_not_the_live_states_is_told_with_both():
+    assert verdicts(Toy("lies"), 64)["state size"].detail == "144 floats at a boundary, and it says 128"
+
+
+def test_a_module_that_crashes_is_refused_once_and_with_its_line(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text(
+        "import torch\nclass Broken(torch.nn.Module):\n    dim = 4\n    def forward(self, x):\n"
+        "        if x.shape[1] > 20:\n            return x @ x\n        return x\n"
+        "def notclass():\n    return 3\n"
+    )
+    with pytest.raises(UserError, match=r"nothing was checked: RuntimeError: .* \(broken\.py, line 6\)\.$"):
+        [*check(subject_of(f"{file}:Broken", {}, {"dim": 4}, {}))]
+    with pytest.raises(UserError, match="notclass gives an object of type int, not a torch module"):
+        subject_of(f"{file}:notclass", {}, {}, {})
+
+
 def test_what_is_declared_is_not_applicable():
     assert verdicts(Toy("declared"), 64)["gradient reach"].verdict == "not applicable"
 
@@ -60,7 +77,7 @@ def test_a_layer_with_a_state_is_recognised():
     found = verdicts(subject, 2048)
     assert not failed(found)
     assert {n for n, v in found.items() if v.verdict == "not applicable"} == {
-        "gates can learn", "padding", "new document in a row", "gradient cut", "look-ups",
+        "gates can learn", "padding", "new document in a row", "gradient cut", "state size", "look-ups",
         "ignored labels", "generation", "empty prompt",
     }  # fmt: skip
 

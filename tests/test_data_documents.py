@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infini_bench.data import Document, Summary, fingerprint, load_documents
+from infini_bench.data.local import shared_out
 from infini_bench.errors import UserError
 from infini_bench.schema import DataConfig
 
@@ -243,3 +244,20 @@ def test_pairs_need_summaries(tmp_path):
     with pytest.raises(UserError, match=r"1 of 2 documents .* have no summary .* the first is 1"):
         load_documents(local(path, summary_column="summary"), "train", pairs=True)
     assert len(load_documents(local(path, summary_column="summary"), "train")) == 2
+
+
+def test_who_shares_out_says_so(tmp_path):
+    def said(name, split="test"):
+        return shared_out(local(tmp_path / name), split)
+
+    (tmp_path / "own.txt").write_text("text")
+    (tmp_path / "own.jsonl").write_text("{}")
+    (tmp_path / "test.jsonl").write_text("{}")
+    assert said("own.txt", "train") == (
+        "own.txt has no splits: its first eight tenths are the train split (task.split=train|validation|test)"
+    )
+    assert said("own.jsonl") == (
+        "own.jsonl has no splits: one document in ten (of one or two, the last tenth) is "
+        "the test split (task.split=train|validation|test)"
+    )
+    assert said("test.jsonl") is None

@@ -64,7 +64,7 @@ def there(walk, monkeypatch):
 def test_the_walk_does_what_it_says(walk):
     _, files, (checked, trained, evaluated) = walk
     assert files == ["ema.py", "mine/model/ema.yaml"]
-    assert "19 pass, 0 fail, 1 not applicable" in checked and re.search(r"look-ups +not applicable", checked)
+    assert "20 pass, 0 fail, 1 not applicable" in checked and re.search(r"look-ups +not applicable", checked)
     assert (
         "done: ema on lm" in trained and "ema on lm" in evaluated and "bits_per_byte_memory_off" in evaluated
     )
@@ -203,7 +203,10 @@ def test_check_writes_its_verdicts_and_fails_with_1(there):
     assert result.exit_code == 1 and "the state grows by" in result.stdout, result.output
     found = json.loads(Path("out/verdicts.json").read_text())
     assert found["arguments"] == {"fault": "grows"} and found["length"] == 64
-    assert [v["property"] for v in found["verdicts"] if v["verdict"] == "FAIL"] == ["state growth"]
+    assert [v["property"] for v in found["verdicts"] if v["verdict"] == "FAIL"] == [
+        "state growth",
+        "state size",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,10 @@ def test_check_writes_its_verdicts_and_fails_with_1(there):
         ("infini_delta --length 3Q", '"3Q" is not a length'),
         ("TOYS:Toy --segment 4", "says its own segment"),
         ("TOYS:Layer", "give its arguments as --arg NAME=VALUE"),
-        ("ema.py:EmaMemory", "cannot be made (KeyError: 'keep'); give its arguments as --arg NAME=VALUE"),
+        (
+            "ema.py:EmaMemory",
+            "cannot be made (KeyError: 'keep' (ema.py, line 13)); give its arguments as --arg",
+        ),
         ("TOYS:OnlyLoss", "it returns only a loss"),
         ("TOYS:Layer --arg dim=8 --dim 9", "cannot be called with token ids or vectors"),
     ],
@@ -225,3 +231,32 @@ def test_what_cannot_be_checked_is_one_sentence(there, words, sentence):
     result = invoke("check", *words.replace("TOYS", str(toys)).split())
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('options["keep"]', 'options["kep"]', r"KeyError: 'kep' \(wrong\.py, line 13\)"),
+        ("return {", "{", r"EmaMemory\.start must return a dict of tensors \(wrong\.py, line 22\)"),
+        ("self.keep * ema[-1]", "self.kepp * ema[-1]", r"AttributeError: .* \(wrong\.py, line 29\)"),
+        ("def state_floats", "def floats", "wrong.py:EmaMemory lacks the method state_floats"),
+        ("return self.kv", "self.kv", r"EmaMemory\.state_floats must return a whole number"),
+        ("import torch\n", "import torhc\n", r"No module named 'torhc' \(wrong\.py, line 3\)\.$"),
+    ],
+)
+def test_a_mistake_in_ones_memory_is_a_sentence_with_its_line(there, monkeypatch, old, new, words):
+    Path("wrong.py").write_text(Path("ema.py").read_text().replace(old, new, 1))
+    outside._file.cache_clear()
+    monkeypatch.setattr(outside, "_modules", set())
+    asked = ["scale=smoke", "memory.kind=wrong.py:EmaMemory", "++memory.options.keep=0.9", "records=wrong"]
+    check = ["check", "wrong.py:EmaMemory", "--arg", "keep=0.9"]
+    for arguments in (["train", *asked], check):
+        result = invoke(*arguments)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+        assert re.search(words, result.stderr.strip()), result.stderr
+
+
+def test_an_error_of_this_package_stays_one(there, monkeypatch):
+    monkeypatch.setattr("infini_bench.memory.base.rotate", lambda *_: 1 / 0)
+    result = invoke("train", "--config-dir", "mine", "model=ema", "scale=smoke", "seed=9", "records=other")
+    assert isinstance(result.exception, ZeroDivisionError) and result.exit_code == 1

@@ -237,6 +237,12 @@ def test_gates_that_start_as_mixers_do_not_emerge_as_mixers():
     verdict, sentence = verdicts(runs(half))["mixer_heads"]
     assert verdict == BEYOND
     assert "infini_linear 75 % at step 1, infini_delta 75 % at step 1 already" in sentence
+    other = {"data": {"name": "math", "source": "local"}}
+    maths = [replace(r, id=f"m{r.id}", config={**r.config, **other}) for r in runs(((0.5, 0.5), (0.5, 0.5)))]
+    sentence = verdicts([*maths, *runs(half)])["mixer_heads"][1]
+    assert "Heads with a gate between 0.4 and 0.6: infini_" in sentence
+    assert [sentence.count(f"{name} 75 % at") for name in ("infini_linear", "infini_delta")] == [1, 1]
+    assert "100 %" not in sentence, "of several trainings the least"
     assert verdicts(runs(half)[:2])["mixer_heads"][0] == OPEN, "one of the two models"
     verdict, sentence = verdicts(runs(((0.1, 0.1), (0.1, 0.1))))["mixer_heads"]
     assert verdict == YES and "infini_linear 50 %, infini_delta 50 %" in sentence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import subprocess
 from pathlib import Path
 
@@ -357,6 +358,9 @@ def test_report_writes_every_format(folder):
     assert r"\toprule" in latex and r"infini\_linear & 1" in latex and r"$\Delta$" in latex
     page = (folder / "out" / "report.html").read_text()
     assert lm().id in page and "&lt;odd&gt;" in page and "http" not in page
+    titles = re.findall(r'<h2 id="(s\d+)">([^<]*)', page)
+    assert titles[0][1] == "Claims" and titles == re.findall(r'<a href="#(s\d+)">([^<]*)', page)
+    assert '<th class="text">statement</th>' in page and '<th class="number">seeds</th>' in page
 
 
 def test_csv_reads_back_as_numbers(folder):

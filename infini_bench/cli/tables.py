@@ -226,9 +226,8 @@ def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")
     table = Table("", "what", "found", "to do", box=None)
     broken = False
     for finding in examine(offline):
-        mark = (
-            "[green]ok[/]" if finding.ok else "[red]missing[/]" if finding.essential else "[yellow]missing[/]"
-        )
+        lack = "[dim]optional[/]" if finding.optional else "[yellow]missing[/]"
+        mark = "[green]ok[/]" if finding.ok else "[red]missing[/]" if finding.essential else lack
         words = finding.name, finding.detail, "" if finding.ok else finding.advice
         table.add_row(mark, *map(escape, words))
         broken |= finding.essential and not finding.ok

@@ -65,7 +65,8 @@ def subject_of(
     if isinstance(module, Subject):
         return with_sizes(module, sizes)
     if not isinstance(module, nn.Module):
-        raise UserError(f"{target} is no torch module but a {type(module).__name__}; {ADAPTER}.")
+        what = f"an object of type {type(module).__name__}"
+        raise UserError(f"{target} gives {what}, not a torch module; {ADAPTER}.")
     return Recognised(module, settings, sizes)
 
 
@@ -93,10 +94,8 @@ def constructed(thing: Any, target: str, settings: Values) -> Any:
     except UserError:
         raise
     except Exception as error:  # a foreign constructor
-        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(
-            f"{target} cannot be made ({words}); give its arguments as --arg NAME=VALUE."
-        ) from error
+        words = f"{target} cannot be made ({outside.where(error)}); give its arguments as --arg NAME=VALUE."
+        raise UserError(words) from error
 
 
 def with_sizes(subject: Subject, sizes: dict[str, int]) -> Subject:
@@ -147,7 +146,7 @@ class Recognised(Subject):
             try:
                 self.trial()
             except Exception as error:  # the module says no in its own way
-                errors.append(" ".join(str(error).split())[:200])
+                errors.append(outside.where(error))
             else:
                 return
         why = f" ({errors[-1]})" if errors else "; give --dim or --vocab"

@@ -44,6 +44,9 @@ class OwnModel(Subject):
     def floats(self, state: MemoryCache) -> int:
         return state.floats()
 
+    def declared_floats(self) -> int:
+        return self.model.state_floats()
+
     def padded(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.model(input_ids=x, attention_mask=mask.long()).logits
 

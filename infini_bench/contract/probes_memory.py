@@ -194,6 +194,23 @@ def growth(subject: Subject) -> Finding:
     return False, f"the state grows by {grown:,.3g} floats a token ({sizes[0]:,} to {sizes[1]:,})", grown
 
 
+@probe("state size")
+@torch.no_grad()
+def size(subject: Subject) -> Finding:
+    """What crosses a boundary is as large as the module says: tables and budgets go by its word."""
+    if not subject.has_state:
+        raise UnobservableError("it takes no state")
+    declared = subject.declared_floats()
+    state, sizes = None, []
+    for piece in draw(subject, 1, 16 * subject.segment, 27).split(subject.segment, 1):
+        state = feed(subject, piece, state=state)[1]
+        sizes.append(subject.floats(state))
+    live, what = (
+        (sizes[-1], "a boundary") if subject.bounded else (sizes[-1] - sizes[-2], "each segment more")
+    )
+    return declared == live, f"{live:,} floats at {what}, and it says {declared:,}", float(live)
+
+
 @probe("look-ups")
 @torch.no_grad()
 def lookups(subject: Subject, entries: int = 512) -> Finding:
@@ -265,5 +282,5 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 MEMORY = (gates_learn, is_read)  # with gates as they are built
-BEYOND = (reach, cut, growth, lookups)  # with gates open
+BEYOND = (reach, cut, growth, size, lookups)  # with gates open
 PRECISIONS = (precision(torch.float16), precision(torch.bfloat16))

@@ -63,6 +63,10 @@ class Subject(nn.Module):
         """Numbers that the state holds."""
         return sum(x.numel() for x in tensors(state))
 
+    def declared_floats(self) -> int:
+        """Numbers of a row's state at a boundary, by the module's word; not bounded: that a segment adds."""
+        raise UnobservableError("it does not say how large its state is")
+
     def padded(self, x: Tensor, mask: Tensor) -> Tensor:
         """Outputs of a document with padding where ``mask`` (B, T) bool is False."""
         raise UnobservableError("it takes no padding mask")

@@ -46,6 +46,22 @@ def load_local(data: DataConfig, split: str) -> list[Document]:
     return documents if named else _share_out(documents, path, split)
 
 
+def shared_out(data: DataConfig, split: str) -> str | None:
+    """In a sentence, the share of ``data.path`` that ``split`` is where nobody has split it; else None."""
+    path = Path(data.path or "").expanduser()
+    files, named = _files_of(path, split)
+    if named:
+        return None
+    cut, dealt, verb = {
+        "train": ("first eight tenths", "eight documents in ten", "are"),
+        "validation": ("last tenth but one", "one document in ten", "is"),
+        "test": ("last tenth", "one document in ten", "is"),
+    }[split]
+    text = files[0].suffix == ".txt" and len(files) < 3  # a table's documents are not counted for this
+    share = f"its {cut} {verb}" if text else f"{dealt} (of one or two, the {cut}) {verb}"
+    return f"{path.name} has no splits: {share} the {split} split (task.split={'|'.join(SPLIT_NAMES)})"
+
+
 def _files_of(path: Path, split: str) -> tuple[list[Path], bool]:
     """Files of ``split`` and whether folders or names say so; all files if nothing tells splits apart."""
     if not path.exists():

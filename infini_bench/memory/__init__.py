@@ -81,7 +81,9 @@ def build_memory(
         raise UserError(f"memory.options are of a memory outside infini-bench; {cfg.kind} takes none.")
     if cfg.kind == "knn" and layer != knn_layer(cfg, layers):
         cfg = replace(cfg, kind="xl")
-    return memory_class(cfg.kind)(cfg, heads, kv_heads, head_dim)
+    memory = memory_class(cfg.kind)(cfg, heads, kv_heads, head_dim)
+    memory.must(isinstance(memory.state_floats(), int), "state_floats", "a whole number")
+    return memory
 
 
 def memory_class(kind: str) -> type[Memory]:
@@ -89,6 +91,10 @@ def memory_class(kind: str) -> type[Memory]:
     found = outside.resolve(kind) if outside.is_outside(kind) else KINDS[kind]
     if not (isinstance(found, type) and issubclass(found, Memory)):
         raise UserError(f"memory.kind={kind} is no subclass of infini_bench.memory.Memory.")
+    for name in ("start", "segments", "state_floats"):
+        if getattr(found, name) is getattr(Memory, name):
+            words = f"memory.kind={kind} lacks the method {name}"
+            raise UserError(f"{words}; infini_bench/memory/base.py says what it gives.")
     return found
 
 

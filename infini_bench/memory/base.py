@@ -12,12 +12,14 @@ Shapes: B batch, T tokens, S segments, N segment length, H heads, G KV heads, D 
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infini_bench.errors import UserError
 from infini_bench.memory.blocks import Blocks, cut, cut_one, cut_ragged
 from infini_bench.schema import MemoryConfig
 
@@ -123,7 +125,10 @@ class Memory(nn.Module):
         mask_BT: bool, False = padding; None = no padding. inside: the call is as `cut_one` has it, and the
         state as `MemoryCache.spread`. Returns outputs (B, T, H, D) and the new state.
         """
-        state = {**self.start(k_BTGD), "done": 0, "seen": 0} if state is None else state
+        if state is None:
+            begin = self.start(k_BTGD)
+            self.must(isinstance(begin, dict), "start", "a dict of tensors")
+            state = {**begin, "done": 0, "seen": 0}
         done, seen = state["done"], state["seen"]
         assert isinstance(seen, int)
         rest = (state["k"], state["v"], state["fill"]) if "k" in state else None
@@ -136,10 +141,20 @@ class Memory(nn.Module):
             blocks = cut(q_BTHD, k_BTGD, v_BTGD, rest, done, self.segment)
         else:
             blocks = cut_ragged(q_BTHD, k_BTGD, v_BTGD, rest, done, mask_BT, self.segment)
-        out, carry = self.segments(blocks, state, rope)
+        result = self.segments(blocks, state, rope)
+        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        self.must(pair, "segments", "outputs and a dict of tensors")
+        out, carry = result
         k, v = blocks.rest()
         counts = {"fill": blocks.left, "done": blocks.done + blocks.full, "seen": seen + q_BTHD.shape[1]}
         return blocks.join(out), {**carry, "k": k, "v": v, **counts}
+
+    def must(self, holds: bool, method: str, what: str) -> None:
+        """Raises UserError, with the place, where a subclass's ``method`` has not returned ``what``."""
+        if not holds:
+            code = getattr(type(self), method).__code__
+            place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
+            raise UserError(f"{type(self).__name__}.{method} must return {what} ({place}).")
 
     def local(self, b: Blocks, rope: Rope) -> Tensor:
         """Causal attention inside the own segment only: (B, S, Q, H, D)."""

@@ -41,8 +41,12 @@ def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFIN
             if {row["model"] for row in found} != {*models}:
                 return None
             stale = [(row, at) for row, at in pairs if at[1] >= least]
-            shares = ", ".join(f"{r['model']} {number(share, 0)} % at step {n}" for r, (n, share) in stale)
-            text = f"{words}: {shares} already. Needs gates that start elsewhere (`reproduce figure3`)."
+            first: dict[str, tuple[int, float]] = {}  # of a model's lines, the one with the smallest share
+            for row, at in sorted(stale, key=lambda pair: pair[1][1]):
+                first.setdefault(row["model"], at)
+            told = (f"{model} {number(share, 0)} % at step {n}" for model, (n, share) in first.items())
+            needs = "Needs gates that start elsewhere (`reproduce figure3`)."
+            text = f"{words}: {', '.join(told)} already. {needs}"
             return finding(None, text, found)
         shares = ", ".join(f"{row['model']} {number(row['value'], 0)} %" for row in known)
         text = f"{words}: {shares} (borders 0.1, 0.4, 0.6 and 0.9).{few(known)}"

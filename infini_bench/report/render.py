@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -10,6 +12,7 @@ from rich.text import Text
 
 from infini_bench.report.layouts import Sheet
 
+NUMBER = re.compile(r"[^\w\s]*\d")  # how a cell of numbers begins: 12, +0.03, [1, 2], <5
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#",
     "$": r"\$", "{": r"\{", "}": r"\}",
@@ -27,7 +30,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90re
 table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; }
 th { border-bottom: 1px solid; font-weight: 600; vertical-align: bottom; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: pre-line; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 caption, .note { text-align: left; color: #555; }
 code { font-size: .85em; }
 </style>
@@ -35,14 +38,19 @@ code { font-size: .85em; }
 <body>
 <h1>infini-bench results</h1>
 <p class="note">Every number comes from the records named under its table. Paper: {{ source }}.</p>
+<ul>{% for sheet in sheets %}<li><a href="#s{{ loop.index }}">{{ sheet.title }}</a></li>{% endfor %}</ul>
 {% for sheet in sheets %}
-<h2>{{ sheet.title }}</h2>
+{% set classes = aligned(sheet) %}
+<h2 id="s{{ loop.index }}">{{ sheet.title }}</h2>
 <p class="note">{{ sheet.caption }}</p>
 {% if sheet.rows %}
 <div class="sheet"><table>
-<thead><tr>{% for column in sheet.columns %}<th>{{ column.title }}</th>{% endfor %}</tr></thead>
+<thead><tr>
+{% for column in sheet.columns %}<th class="{{ classes[loop.index0] }}">{{ column.title }}</th>{% endfor %}
+</tr></thead>
 <tbody>
-{% for row in sheet.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for row in sheet.rows %}<tr>
+{% for cell in row %}<td class="{{ classes[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
 {% endif %}
@@ -120,9 +128,15 @@ def _latex(sheet: Sheet) -> str:
 def html(sheets: list[Sheet], source: str) -> str:
     from jinja2 import Environment
 
-    return (
-        Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(sheets=sheets, source=source)
-    )
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    return page.render(sheets=sheets, source=source, aligned=_aligned)
+
+
+def _aligned(sheet: Sheet) -> list[str]:
+    """The class of each column's cells: words stand left, numbers right."""
+    columns = [[cell for cell in cells if cell not in ("", "—")] for cells in zip(*sheet.rows, strict=True)]
+    words = [2 * sum(NUMBER.match(cell) is None for cell in cells) > len(cells) for cells in columns]
+    return ["text" if each else "number" for each in words]
 
 
 def show(sheets: list[Sheet], console: Console) -> None:

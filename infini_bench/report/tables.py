@@ -58,7 +58,7 @@ def write_report(
     lines = claims.judged(Evidence(rows, found))
     for form in formats:
         if form == "html":
-            made = [*sheets(rows, found), claims.sheet(lines)]
+            made = [claims.sheet(lines), *sheets(rows, found)]
             files["report.html"] = render.html(made, paper.SOURCE)
         else:
             files |= {name + FORMATS[form]: _table(name, form, rows, found) for name in NAMES}

@@ -70,6 +70,7 @@ _RULES: dict[str, Rule] = {
     "memory.gate_split": _ANY,
     "memory.write_start": _ANY,
     "memory.write_split": _ANY,
+    "memory.write_cost": _NOT_NEGATIVE,
     "memory.gradient_depth": _NOT_NEGATIVE,
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
@@ -173,6 +174,10 @@ def check_memory(memory: MemoryConfig) -> None:
         raise UserError(
             f"memory.update={memory.update} needs memory.normaliser=sum, mean or max; "
             "without one take memory.update=delta_token."
+        )
+    if memory.kind == "compressive" and memory.write_cost and not memory.write_gate:
+        raise UserError(
+            f"memory.write_cost={memory.write_cost} is paid for strengths; add memory.write_gate=true."
         )
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")

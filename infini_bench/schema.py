@@ -71,6 +71,8 @@ class MemoryConfig:
     # its bias at the start, before the sigmoid; and what every second KV head has more, the others less
     write_start: float = _of("compressive", default=2.0)
     write_split: float = _of("compressive", default=0.0)
+    # added to the training loss a token and layer, times the mean strength: what is written has to pay
+    write_cost: float = _of("compressive", default=0.0)
     # beta at the start, before the sigmoid of Eq. 10
     gate_start: float = _of("compressive", "knn", default=0.0)
     # added to beta of every second head, subtracted from the others

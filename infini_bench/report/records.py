@@ -28,6 +28,8 @@ STATUSES = ("done", "failed", "interrupted")
 KILLED = "the process ended without a word"  # the error of a run that nobody could end properly
 # Where a run happens and what it is compared with later; none of these changes its numbers.
 UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
+# Settings younger than records, at their default: a run without them is the one that was recorded.
+YOUNGER = {"write_cost": 0.0}  # of memory
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "rouge-score")
 
 
@@ -108,7 +110,10 @@ def config_hash(config: dict[str, Any]) -> str:
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "cache_dir"}
-    kind = str(kept["memory"]["kind"]) if isinstance(kept.get("memory"), dict) else ""
+    kind = ""
+    if isinstance(memory := kept.get("memory"), dict):
+        kept["memory"] = {key: value for key, value in memory.items() if (key, value) not in YOUNGER.items()}
+        kind = str(memory["kind"])
     if is_outside(kind):
         kept["code"] = digest(kind)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -27,9 +27,9 @@ SIZES = (16, 32, 64, 128)
 SHARED = (96 << 10, 192 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
-    "kind", "segment", "update", "features", "local", "write_start", "write_split", "gate_start",
-    "gate_split", "gate_frozen", "window", "sinks", "stride", "compressed", "rate", "compression",
-    "entries", "neighbours", "index", "layer", "layers", "backend",
+    "kind", "segment", "update", "features", "local", "write_start", "write_split", "write_cost",
+    "gate_start", "gate_split", "gate_frozen", "window", "sinks", "stride", "compressed", "rate",
+    "compression", "entries", "neighbours", "index", "layer", "layers", "backend",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from conftest import MEMORIES
 from test_memory import N, compressive, make, qkv, rope_table
 from test_train_loss import assert_same, batch, run
 from torch._dynamo.backends.registry import lookup_backend
+from train_fakes import SEGMENT, fake_task, run_config
 
 from infini_bench.cli.bridge import compose_run, compose_runs
 from infini_bench.errors import UserError
@@ -15,6 +16,8 @@ from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.models import build_model
 from infini_bench.report.records import config_hash
 from infini_bench.schema import MemoryConfig, RunConfig
+from infini_bench.train import loop, train
+from infini_bench.train.log import curve
 from infini_bench.train.loss import SequenceLoss
 
 PAID = {"update": "delta_token", "normaliser": "none", "write_gate": True, "write_cost": 0.3}
@@ -140,6 +143,18 @@ def test_compiled_layers_pay_the_same_in_as_many_graphs_as_without_a_price(
         assert_same(plain, (value.detach(), sums, {n: p.grad for n, p in model.named_parameters()}))
         assert len(made) == graphs
         assert all(memory.auxiliary is None for memory in model.memories)
+
+
+def test_a_trainings_log_and_curve_have_the_strengths_of_its_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "build_task", fake_task)  # whose rows need no memory
+    for name, memory in (("paid", PAID), ("free", PAID | {"write_cost": 0.0})):
+        cfg = run_config(steps=60, log_every=20, save_every=None, lr=0.03)
+        cfg.memory = MemoryConfig(segment=SEGMENT, **memory)
+        train(cfg, tmp_path / name)
+    paid, free = (curve(tmp_path / name / "metrics.jsonl") for name in ("paid", "free"))
+    assert [len(line["write"]) for line in paid] == [2, 2, 2]  # of two layers
+    assert 0 < min(paid[-1]["write"]) and max(paid[-1]["write"]) < 0.01  # from 0.88
+    assert not any("write" in line for line in free)
 
 
 def test_a_price_of_nothing_is_refused():

@@ -350,6 +350,7 @@ class TrainerConfig:
     min_lr: float = 0.1  # share of lr at the end of the cosine
     warmup: int = 20
     gate_lr: float | None = 0.03  # unset = lr
+    write_lr: float | None = None  # of a write gate (u and c of its strengths); unset = lr
     weight_decay: float = 0.1  # never on gates, norms or embeddings
     beta1: float = 0.9
     beta2: float = 0.95

@@ -73,6 +73,8 @@ class MemoryConfig:
     write_split: float = _of("compressive", default=0.0)
     # added to the training loss a token and layer, times the mean strength: what is written has to pay
     write_cost: float = _of("compressive", default=0.0)
+    # outside training, keys with less strength are not written at all
+    write_floor: float = _of("compressive", default=0.0)
     # beta at the start, before the sigmoid of Eq. 10
     gate_start: float = _of("compressive", "knn", default=0.0)
     # added to beta of every second head, subtracted from the others

@@ -175,6 +175,21 @@ def test_what_writing_costs_is_the_same_beside_the_kernels():
         assert distance(a, b.double()) < (2e-2 if GPU else 2e-6)
 
 
+def test_keys_below_the_floor_write_nothing_beside_the_kernels_either():
+    found = []
+    for form in ("triton", "eager"):
+        more = {"normaliser": "none", "features": "relu2", "write_gate": True, "write_floor": 0.6}
+        mem, (q, k, v), rope = document(form, "delta_token", 3 * N + 7, **more)
+        with torch.no_grad():
+            mem.memory_write.copy_(torch.linspace(-1, 1, mem.memory_write.numel()).view_as(mem.memory_write))
+        soft = mem(q, k, v, rope)[1]["M"]
+        out, state = mem.eval()(q, k, v, rope)
+        assert distance(state["M"], soft.double()) > 0.1
+        found.append([out, state["M"]])
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b.double()) < (2e-2 if GPU else 2e-6)
+
+
 def test_keys_without_any_feature_and_keys_not_written_leave_the_memory_alone():
     """ReLU^2 of negative keys is zero; and a gate may be as good as shut: no gradient is NaN."""
     from infini_bench.memory.kernels import ops

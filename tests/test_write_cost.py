@@ -157,9 +157,29 @@ def test_a_trainings_log_and_curve_have_the_strengths_of_its_layers(tmp_path, mo
     assert not any("write" in line for line in free)
 
 
+def test_outside_training_keys_below_the_floor_are_not_written():
+    """The memory is that of the keys above it alone, in any cut; training knows no floor."""
+    settings = {"kind": "compressive", **PAID, "features": "relu2"}
+    cut, (q, k, v), rope = make(**settings, write_floor=0.6), qkv(TOKENS), rope_table(N)
+    soft = make(**settings)
+    soft.load_state_dict(cut.state_dict())
+    low = price(soft, k)[1] < 0.6
+    assert 0.3 < low.float().mean() < 0.7
+    assert torch.equal(cut(q, k, v, rope)[0], soft(q, k, v, rope)[0])  # in training, all are
+    kept = k.detach() * ~low[..., None]  # ReLU^2 of zeros writes nothing
+    out, state = cut.eval()(q, k, v, rope)
+    M = compressive(soft, q, kept, v)[1]
+    assert (state["M"] - M).abs().max() < 1e-5
+    assert (state["M"] - soft(q, k, v, rope)[1]["M"]).abs().max() > 1e-2
+    again, _ = cut(q[:, -2:], k[:, -2:], v[:, -2:], rope, cut(q[:, :-2], k[:, :-2], v[:, :-2], rope)[1])
+    assert (again - out[:, -2:]).abs().max() < 1e-5
+
+
 def test_a_price_of_nothing_is_refused():
     with pytest.raises(UserError, match=r"^memory\.write_cost=0\.1 is .*; add memory\.write_gate=true\.$"):
         compose_run(["model=infini_delta_token", "memory.write_cost=0.1"])
+    with pytest.raises(UserError, match=r"^memory\.write_floor=0\.1 is .*; add memory\.write_gate=true\.$"):
+        compose_run(["model=infini_delta_token", "memory.write_floor=0.1"])
     with pytest.raises(UserError, match=r"memory\.write_cost must be 0 or more, not -1"):
         compose_run(["model=infini_delta_token", "memory.write_gate=true", "memory.write_cost=-1"])
     with pytest.raises(UserError, match=r"memory\.write_cost is read by memory\.kind=compressive, not by xl"):
@@ -168,7 +188,7 @@ def test_a_price_of_nothing_is_refused():
 
 def test_runs_that_were_recorded_before_are_still_known():
     config = asdict(RunConfig())
-    for section, name in (("memory", "write_cost"), ("trainer", "write_lr")):
+    for section, name in (("memory", "write_cost"), ("memory", "write_floor"), ("trainer", "write_lr")):
         others = {key: value for key, value in config[section].items() if key != name}
         assert config_hash({**config, section: others}) == config_hash(config)
         assert config_hash({**config, section: {**others, name: 0.1}}) != config_hash(config)

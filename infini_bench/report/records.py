@@ -29,7 +29,10 @@ KILLED = "the process ended without a word"  # the error of a run that nobody co
 # Where a run happens and what it is compared with later; none of these changes its numbers.
 UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
 # Settings younger than records, at their default: a run without them is the one that was recorded.
-YOUNGER: dict[str, dict[str, Any]] = {"memory": {"write_cost": 0.0}, "trainer": {"write_lr": None}}
+YOUNGER: dict[str, dict[str, Any]] = {
+    "memory": {"write_cost": 0.0, "write_floor": 0.0},
+    "trainer": {"write_lr": None},
+}
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "rouge-score")
 
 

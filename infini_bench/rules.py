@@ -70,6 +70,8 @@ _RULES: dict[str, Rule] = {
     "memory.gate_split": _ANY,
     "memory.write_start": _ANY,
     "memory.write_split": _ANY,
+    "memory.write_cost": _NOT_NEGATIVE,
+    "memory.write_floor": _SHARE,
     "memory.gradient_depth": _NOT_NEGATIVE,
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
@@ -175,6 +177,11 @@ def check_memory(memory: MemoryConfig) -> None:
             f"memory.update={memory.update} needs memory.normaliser=sum, mean or max; "
             "without one take memory.update=delta_token."
         )
+    for name in ("write_cost", "write_floor"):
+        if memory.kind == "compressive" and getattr(memory, name) and not memory.write_gate:
+            raise UserError(
+                f"memory.{name}={getattr(memory, name)} is about write strengths; add memory.write_gate=true."
+            )
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
 

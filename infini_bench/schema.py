@@ -71,6 +71,10 @@ class MemoryConfig:
     # its bias at the start, before the sigmoid; and what every second KV head has more, the others less
     write_start: float = _of("compressive", default=2.0)
     write_split: float = _of("compressive", default=0.0)
+    # added to the training loss a token and layer, times the mean strength: what is written has to pay
+    write_cost: float = _of("compressive", default=0.0)
+    # outside training, keys with less strength are not written at all
+    write_floor: float = _of("compressive", default=0.0)
     # beta at the start, before the sigmoid of Eq. 10
     gate_start: float = _of("compressive", "knn", default=0.0)
     # added to beta of every second head, subtracted from the others
@@ -348,6 +352,7 @@ class TrainerConfig:
     min_lr: float = 0.1  # share of lr at the end of the cosine
     warmup: int = 20
     gate_lr: float | None = 0.03  # unset = lr
+    write_lr: float | None = None  # of a write gate (u and c of its strengths); unset = lr
     weight_decay: float = 0.1  # never on gates, norms or embeddings
     beta1: float = 0.9
     beta2: float = 0.95

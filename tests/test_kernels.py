@@ -312,6 +312,10 @@ def test_a_compiled_layer_passes_over_memory_where_local_attention_does_and_in_t
         ({"features": "gelu"}, "no kernel for memory.features=gelu"),
         ({"write_gate": True}, "no kernel for memory.write_gate=True"),
         ({"normaliser": "none"}, "no kernel for memory.normaliser=none"),
+        (
+            {"update": "delta_token", "normaliser": "none", "write_gate": True, "write_floor": 0.1},
+            "no kernel for memory.write_floor with memory.features=elu1",
+        ),
         ({"update": "delta_token", "normaliser": "norm"}, "no kernel for memory.normaliser=norm"),
         ({"update": "delta_token", "normaliser": "none", "decay": 0.9}, "no kernel for memory.decay=0.9"),
     ],

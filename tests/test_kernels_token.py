@@ -157,6 +157,39 @@ def test_a_document_cut_into_calls_equals_the_token_by_token_reference(gated):
         assert distance(a, b.double()) < 2 * near
 
 
+def test_what_writing_costs_is_the_same_beside_the_kernels():
+    """They compute strengths themselves; memory, price and both gradients are those of the eager form."""
+    found = []
+    for form in ("triton", "eager"):
+        more = {"normaliser": "none", "features": "relu2", "write_gate": True, "write_cost": 0.3}
+        mem, (q, k, v), rope = document(form, "delta_token", 3 * N + 7, **more)
+        with torch.no_grad():
+            mem.memory_write.copy_(torch.linspace(-1, 1, mem.memory_write.numel()).view_as(mem.memory_write))
+        out, _ = mem(q, k, v, rope)
+        paid = mem.auxiliary
+        assert paid.dtype == torch.float32
+        alone = torch.autograd.grad(paid, [k, mem.memory_write], retain_graph=True)
+        loss = out.float().square().sum() + paid
+        found.append([paid, *alone, *torch.autograd.grad(loss, [k, mem.memory_write])])
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b.double()) < (2e-2 if GPU else 2e-6)
+
+
+def test_keys_below_the_floor_write_nothing_beside_the_kernels_either():
+    found = []
+    for form in ("triton", "eager"):
+        more = {"normaliser": "none", "features": "relu2", "write_gate": True, "write_floor": 0.6}
+        mem, (q, k, v), rope = document(form, "delta_token", 3 * N + 7, **more)
+        with torch.no_grad():
+            mem.memory_write.copy_(torch.linspace(-1, 1, mem.memory_write.numel()).view_as(mem.memory_write))
+        soft = mem(q, k, v, rope)[1]["M"]
+        out, state = mem.eval()(q, k, v, rope)
+        assert distance(state["M"], soft.double()) > 0.1
+        found.append([out, state["M"]])
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b.double()) < (2e-2 if GPU else 2e-6)
+
+
 def test_keys_without_any_feature_and_keys_not_written_leave_the_memory_alone():
     """ReLU^2 of negative keys is zero; and a gate may be as good as shut: no gradient is NaN."""
     from infini_bench.memory.kernels import ops

@@ -48,6 +48,17 @@ def test_gates_follow_the_common_rate_when_they_have_none_of_their_own():
     assert [g["base_lr"] for g in groups] == [1e-3] * 3
 
 
+@pytest.mark.parametrize("rate", [None, 0.005])
+def test_a_write_gate_follows_the_common_rate_or_its_own(rate):
+    memory = MemoryConfig(segment=8, write_gate=True)
+    net = build_model(DecoderConfig(layers=2, dim=16, heads=2, ffn=16), memory, 11)
+    groups = parameter_groups(net, TrainerConfig(lr=1e-3, gate_lr=0.02, write_lr=rate))
+    (own,) = (g for g in groups if any(p is net.memories[0].memory_write for p in g["params"]))
+    assert (own["base_lr"], own["weight_decay"]) == (rate or 1e-3, 0.0)
+    assert own["name"] == ("writes" if rate else "no_decay")
+    assert count(groups, "writes") == (2 * 2 * 9 if rate else 0)  # layers, KV heads, u and c
+
+
 def test_schedule_warms_up_linearly_and_ends_at_the_minimum():
     cfg = TrainerConfig(steps=110, warmup=10, min_lr=0.1)
     assert [lr_factor(u, cfg) for u in (1, 5, 10)] == [0.1, 0.5, 1.0]

@@ -22,6 +22,10 @@ Beyond the paper:
     decay            M and z are scaled by sigmoid(logit) of their KV head before a segment is written.
     write_gate       a key is written with strength w_t = sigmoid(u k_t + c), u and c of its KV head; else 1.
                      c starts at 2, strength 0.88, or where write_start and write_split say.
+    write_cost       training adds write_cost w_t (mean over KV heads and tokens, summed over layers) to the
+                     loss, so that keys that nobody asks for are best left out: they fill M all the same.
+    write_floor      outside training w_t below it is 0. Many keys of the least strength fill M, too: what the
+                     delta rules come to does not depend on w, only when.
     gate_input       beta becomes beta + u q_t, u of its head.
 
 M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
@@ -60,6 +64,8 @@ class CompressiveMemory(Memory):
     Parameters, float32: ``memory_gate`` beta (H,); ``memory_gate_input`` (H, D); ``memory_write`` (G, D + 1),
     u and c; ``memory_decay`` (G,), the logit of lambda.
     """
+
+    written: Tensor | None = None  # mean w_t of the last call for which `write_cost` was asked
 
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
@@ -103,6 +109,25 @@ class CompressiveMemory(Memory):
         own = {"M": M, "z": M[..., 0].clone()} if self.normalised else {"M": M}
         return {**own, **self.path.start(k_BTGD)}
 
+    def forward(
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        rope: Rope,
+        state: State | None = None,
+        mask_BT: Tensor | None = None,
+        inside: bool = False,
+    ) -> tuple[Tensor, State]:
+        """As ``Memory.forward``; in training mode what the call's writing costs is left in ``auxiliary``."""
+        self.auxiliary = None
+        if self.cfg.write_cost and self.training and torch.is_grad_enabled():
+            with torch.autocast(k_BTGD.device.type, enabled=False):
+                w_BT = self.strength(k_BTGD.float()).mean((-2, -1))
+            w_BT = w_BT if mask_BT is None else w_BT * mask_BT
+            self.auxiliary, self.written = self.cfg.write_cost * w_BT.sum(), w_BT.detach().mean()
+        return super().forward(q_BTHD, k_BTGD, v_BTGD, rope, state, mask_BT, inside)
+
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
         if b.tokens > 1 and choose(self.cfg, b):  # for one token, launches cost more than what they compute
@@ -127,8 +152,10 @@ class CompressiveMemory(Memory):
 
         assert isinstance(b.full, int) and isinstance(b.done, int)
         how = self.cfg.update, self.cfg.features, self.memory_write.float() if self.cfg.write_gate else None
-        z = carry["z"] if self.normalised else carry["M"][..., :0, 0]
-        M, z = ops.write(b.k_BSKGD, b.v_BSKGD, carry["M"], z, b.full, *how)
+        z, k = carry["z"] if self.normalised else carry["M"][..., :0, 0], b.k_BSKGD
+        if self.cfg.write_floor and not self.training:
+            k = k * (self.strength(k.float()) > 0)  # a key of zeros has no ReLU^2 feature: nothing is written
+        M, z = ops.write(k, b.v_BSKGD, carry["M"], z, b.full, *how)
         if self.enabled and b.done + b.q_BSQHD.shape[1] > 1:
             gate = torch.sigmoid(self.memory_gate.float())
             dot = ops.read(b.q_BSQHD, dot, gate, M, z, b.done, self.cfg.features)
@@ -198,12 +225,13 @@ class CompressiveMemory(Memory):
         take = torch.einsum("bsngf,bsnge->bsgfe", w, k * scale)
         return {"M": self.affine(carry["M"], take, add, b.done), **z}
 
-    def strength(self, k_BSNGD: Tensor) -> Tensor:
-        """w_t, how much of each raw key is written: (B, S, N, G, 1), or 1."""
+    def strength(self, k: Tensor) -> Tensor:
+        """w_t, how much of each raw key (..., G, D) is written: (..., G, 1), or 1."""
         if not self.cfg.write_gate:
-            return k_BSNGD.new_ones(())
+            return k.new_ones(())
         u, c = self.memory_write.float().split([self.head_dim, 1], -1)
-        return torch.sigmoid((k_BSNGD * u).sum(-1, keepdim=True) + c)
+        w = torch.sigmoid((k * u).sum(-1, keepdim=True) + c)
+        return w if self.training or not self.cfg.write_floor else w * (w >= self.cfg.write_floor)
 
     def kept(self, x: Tensor, axes: int) -> Tensor:
         """What decay leaves of M or z at a boundary; ``axes`` of x stand behind G."""

@@ -28,6 +28,11 @@ STATUSES = ("done", "failed", "interrupted")
 KILLED = "the process ended without a word"  # the error of a run that nobody could end properly
 # Where a run happens and what it is compared with later; none of these changes its numbers.
 UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
+# Settings younger than records, at their default: a run without them is the one that was recorded.
+YOUNGER: dict[str, dict[str, Any]] = {
+    "memory": {"write_cost": 0.0, "write_floor": 0.0},
+    "trainer": {"write_lr": None},
+}
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "rouge-score")
 
 
@@ -108,6 +113,11 @@ def config_hash(config: dict[str, Any]) -> str:
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "cache_dir"}
+    for section, younger in YOUNGER.items():
+        if isinstance(given := kept.get(section), dict):
+            kept[section] = {
+                key: value for key, value in given.items() if (key, value) not in younger.items()
+            }
     kind = str(kept["memory"]["kind"]) if isinstance(kept.get("memory"), dict) else ""
     if is_outside(kind):
         kept["code"] = digest(kind)

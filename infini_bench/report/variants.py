@@ -39,6 +39,8 @@ DEFINING = (
         "memory.write_gate",
         "memory.write_start",
         "memory.write_split",
+        "memory.write_cost",
+        "memory.write_floor",
         "memory.gradient_depth",
     ),
     *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),

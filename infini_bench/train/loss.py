@@ -86,5 +86,6 @@ class SequenceLoss(nn.Module):
         before = MemoryCache.from_tensors(state) if state else None
         # logits of a large vocabulary cost a third of a small model: only where a loss is asked for
         nll, after = self.model.losses(ids, targets, before, (weights != 0) | (task_weights != 0))
-        sums = [(weights * nll).sum(), (task_weights * nll).sum(), self.model.take_auxiliary()]
-        return torch.stack(sums), after.tensors()
+        # taken before what a backward pass needs is complete: a recomputation ends there, and would leave it
+        auxiliary = self.model.take_auxiliary()
+        return torch.stack([(weights * nll).sum(), (task_weights * nll).sum(), auxiliary]), after.tensors()

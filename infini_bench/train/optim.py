@@ -20,31 +20,37 @@ GATES = ("memory_gate", "memory_decay")
 
 
 def parameter_groups(model: nn.Module, cfg: TrainerConfig) -> list[dict]:
-    """Groups ``gates``, ``no_decay`` and ``decay``, each with its rate before the schedule in ``base_lr``.
+    """Groups ``gates``, ``writes``, ``no_decay`` and ``decay``, each with its rate before the schedule in
+    ``base_lr``.
 
     A gate is one scalar a head that decides whether the memory is used at all: it has its own rate, and
-    decay would pull it to one half. Norms, biases, embeddings (a tied head included) and a memory's other
+    decay would pull it to one half. A write gate can have one: at a small rate Adam's steps do not take it
+    from open to shut. Norms, biases, embeddings (a tied head included) and a memory's other
     parameters are not decayed. Frozen parameters are in no group.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[str, list] = {"gates": [], "no_decay": [], "decay": []}
+    groups: dict[str, list] = {"gates": [], "writes": [], "no_decay": [], "decay": []}
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-1]
         if not parameter.requires_grad:
             continue
         if leaf in GATES:
             kind = "gates"
+        elif leaf == "memory_write" and cfg.write_lr is not None:
+            kind = "writes"
         elif parameter.ndim < 2 or id(parameter) in embeddings or leaf.startswith("memory_"):
             kind = "no_decay"
         else:
             kind = "decay"
         groups[kind].append(parameter)
     gate_lr = cfg.lr if cfg.gate_lr is None else cfg.gate_lr
-    rates = {"gates": (gate_lr, 0.0), "no_decay": (cfg.lr, 0.0), "decay": (cfg.lr, cfg.weight_decay)}
-    named = [(kind, params, *rates[kind]) for kind, params in groups.items() if params]
+    rates = {"gates": gate_lr, "writes": cfg.write_lr, "no_decay": cfg.lr, "decay": cfg.lr}
+    decays = {"decay": cfg.weight_decay}
     return [
-        {"name": kind, "params": params, "base_lr": lr, "lr": lr, "weight_decay": decay}
-        for kind, params, lr, decay in named
+        {"name": kind, "params": params, "base_lr": rates[kind], "lr": rates[kind]}
+        | {"weight_decay": decays.get(kind, 0.0)}
+        for kind, params in groups.items()
+        if params
     ]
 
 

@@ -27,9 +27,9 @@ SIZES = (16, 32, 64, 128)
 SHARED = (96 << 10, 192 << 10)  # bytes of shared memory that a program takes, up to head size 64 and above
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
-    "kind", "segment", "update", "features", "local", "write_start", "write_split", "gate_start",
-    "gate_split", "gate_frozen", "window", "sinks", "stride", "compressed", "rate", "compression",
-    "entries", "neighbours", "index", "layer", "layers", "backend",
+    "kind", "segment", "update", "features", "local", "write_start", "write_split", "write_cost",
+    "write_floor", "gate_start", "gate_split", "gate_frozen", "window", "sinks", "stride", "compressed",
+    "rate", "compression", "entries", "neighbours", "index", "layer", "layers", "backend",
 }  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
         return f"there is no kernel for memory.update={cfg.update}"
     if cfg.features not in FEATURES:
         return f"there is no kernel for memory.features={cfg.features}"
+    if cfg.write_floor and cfg.features != "relu2":
+        return f"there is no kernel for memory.write_floor with memory.features={cfg.features}"
     if other is not None:
         return f"there is no kernel for memory.{other}={getattr(cfg, other)}"
     if size not in SIZES:

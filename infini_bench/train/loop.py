@@ -258,7 +258,8 @@ class Trainer:
         if gates is not None:
             parts = {"mean": gates.mean(1), "min": gates.amin(1), "max": gates.amax(1), "all": gates}
             line["gates"] = {name: value.tolist() for name, value in parts.items()}
-        if written := [m.written for m in self.model.modules() if getattr(m, "written", None) is not None]:
+        found = (getattr(module, "written", None) for module in self.model.modules())
+        if written := [w for w in found if isinstance(w, torch.Tensor)]:
             line["write"] = torch.stack(written).tolist()
         return line
 

@@ -37,6 +37,7 @@ from infini_bench.schema import (
     RecallConfig,
     RunConfig,
     TaskConfig,
+    TrainedConfig,
 )
 from infini_bench.units import format_length, parse_depth, parse_length, suggest
 
@@ -77,8 +78,11 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"memory.layers={cfg.memory.layers}: the last of the {last + 1} layers is {last}.")
     if isinstance(cfg.task, MQARConfig):
         check_pairs(cfg.task)
-    if isinstance(cfg.task, LMConfig):
-        check_memory(evaluated_memory(cfg))
+    if isinstance(cfg.task, TrainedConfig):
+        memory = evaluated_memory(cfg)
+        cfg.task.memory = {
+            name: getattr(memory, name) for name in cfg.task.memory
+        }  # 0 is 0.0 if it is a share
     if isinstance(cfg.task, PasskeyConfig | NeedlesConfig | EfficiencyConfig | BooksumConfig):
         cfg.task.lengths = [format_length(parse_length(length)) for length in cfg.task.lengths]
         if not cfg.task.lengths and not isinstance(cfg.task, BooksumConfig):
@@ -97,7 +101,8 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
 def evaluated_memory(cfg: RunConfig) -> MemoryConfig:
     """The trained memory with what ``task.memory`` changes for the evaluation.
 
-    Raises UserError for what is no setting of a memory, or of the wrong type.
+    Raises UserError for what is no setting of a memory, or of the wrong type. Whether its settings fit one
+    another is asked where the trained memory is known (`infini_bench.unread`).
     """
     changes = getattr(cfg.task, "memory", {})
     unknown = [

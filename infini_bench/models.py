@@ -81,8 +81,10 @@ def attach_memory(model: Any, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
 def with_memory(model: MemoryLlamaForCausalLM, memory: MemoryConfig) -> MemoryLlamaForCausalLM:
     """The same weights under other settings of their memory, which must have the same parameters.
 
-    Raises UserError where it has not.
+    Raises UserError where it has not, and for an encoder-decoder.
     """
+    if not isinstance(model, MemoryLlamaForCausalLM):
+        raise UserError("task.memory is for decoders; an encoder-decoder is evaluated as it was trained.")
     config = copy.deepcopy(model.config)
     config.memory = asdict(memory)
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from infini_bench.config import build_config, to_dict
 from infini_bench.errors import UserError
 from infini_bench.files import read_json
 from infini_bench.report.records import KILLED, Record, read_records
-from infini_bench.schema import RunConfig
+from infini_bench.schema import RunConfig, TrainedConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
 
@@ -126,7 +126,9 @@ def attached(cfg: RunConfig) -> tuple[None, str]:
     """As `find_origin`, for a pretrained model to which nobody has trained the memory yet."""
     from infini_bench.pretrained import is_own, looks_local
 
-    name = str(cfg.base.model)
+    name, task = str(cfg.base.model), cfg.task
+    if isinstance(task, TrainedConfig) and task.memory:
+        raise UserError(f"{name} has had no training; give memory.NAME, not task.memory.NAME.")
     if is_own(name):
         raise UserError(f"{name} is a run; evaluate it with --checkpoint, not as a base.")
     if looks_local(name) and not Path(name).exists():
@@ -149,7 +151,7 @@ def weightless(cfg: RunConfig, given: Collection[str] | None) -> RunConfig:
     if cfg.checkpoint is not None:
         raise UserError(f"The baseline {name} has no weights; leave --checkpoint out.")
     for key in given or ():
-        if key == "model" or (key.startswith(TRAINED) and not key.startswith("data.")):
+        if key == "model" or (key.startswith((*TRAINED, "task.memory")) and not key.startswith("data.")):
             raise UserError(f"The baseline {name} is no model; leave {key} out.")
     if given is not None and "task.max_books" not in given:
         task = replace(task, max_books=None)
@@ -265,5 +267,5 @@ def _overlaid(base: Values, asked: Values, section: str, given: Collection[str])
 
 def _get(values: Values, key: str) -> Any:
     for part in key.split("."):
-        values = values[part]
+        values = values.get(part, {})  # one side alone may have a setting of task.memory
     return values

@@ -153,23 +153,25 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     weights.
     """
     from infini_bench.models import with_memory
-    from infini_bench.pretrained import adapted_model
+    from infini_bench.pretrained import adapted_model, merge_lora
     from infini_bench.tasks import build_task
     from infini_bench.train import load_checkpoint_model
 
     device = torch_device(cfg.device)
+    asked = replace(cfg, memory=evaluated_memory(cfg))  # its segments are also those that a task counts in
     model: Any = None
     tokenizer = None
     if path is not None:
         model, tokenizer, _ = load_checkpoint_model(path)
-        memory = evaluated_memory(cfg)
-        model = model if memory == cfg.memory else with_memory(model, memory)
+        if asked.memory != cfg.memory:
+            merge_lora(model)  # the decoder that is built anew has none
+            model = with_memory(model, asked.memory)
         model.to(device)
         record.tokenizer_fingerprint = tokenizer.fingerprint
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
-    task: Any = build_task(cfg, tokenizer)
+    task: Any = build_task(asked, tokenizer)
     record.task_version = task.version
     if not cfg.task.weightless:
         if model is None:

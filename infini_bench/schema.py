@@ -167,7 +167,14 @@ class TaskConfig:
 
 
 @dataclass
-class LMConfig(TaskConfig):
+class TrainedConfig(TaskConfig):
+    """Base of the tasks that ask a trained model."""
+
+    memory: dict[str, Any] = field(default_factory=dict)  # memory settings that only the evaluation has
+
+
+@dataclass
+class LMConfig(TrainedConfig):
     name: str = "lm"
     sequence: int = 512  # training tokens a sequence
     split: str = "test"
@@ -177,11 +184,10 @@ class LMConfig(TaskConfig):
     chunk: int = 8192  # tokens fed a call when streaming
     batch: int = 16  # documents whose memories are exchanged side by side
     controls: bool = True  # memory off, and another document's memory
-    memory: dict[str, Any] = field(default_factory=dict)  # memory settings that only the evaluation has
 
 
 @dataclass
-class PasskeyConfig(TaskConfig):
+class PasskeyConfig(TrainedConfig):
     name: str = "passkey"
     digits: int = 5
     segments: int = 4  # training length, in segments of the model
@@ -201,7 +207,7 @@ class PasskeyConfig(TaskConfig):
 
 
 @dataclass
-class NeedlesConfig(TaskConfig):
+class NeedlesConfig(TrainedConfig):
     name: str = "needles"
     digits: int = 10  # of a number
     distractors: int = 3  # multikey: needles of other keys
@@ -226,7 +232,7 @@ class NeedlesConfig(TaskConfig):
 
 
 @dataclass
-class BooksumConfig(TaskConfig):
+class BooksumConfig(TrainedConfig):
     name: str = "booksum"
     split: str = "test"
     protocol: str = "prefix"  # of training: prefix | whole_book
@@ -260,7 +266,7 @@ class BooksumConfig(TaskConfig):
 
 
 @dataclass
-class RecallConfig(TaskConfig):
+class RecallConfig(TrainedConfig):
     name: str = "recall"
     symbols: int = 16  # that a key's or a value's symbol is drawn from, each from its own
     key: int = 2  # symbols of the key
@@ -279,7 +285,7 @@ class RecallConfig(TaskConfig):
 
 
 @dataclass
-class MQARConfig(TaskConfig):
+class MQARConfig(TrainedConfig):
     name: str = "mqar"
     vocabulary: int = 8192  # keys are its lower half, values its upper half
     power: float = 0.01  # of the law of the places of the questions: near ones are likelier below 1

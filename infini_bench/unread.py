@@ -1,4 +1,4 @@
-"""Settings of a memory that a user gave and that nothing would read: told before any work, not ignored.
+"""Settings of a memory that a user gave and that nothing would read or that do not fit: told before any work.
 
 Which kinds read a field of `MemoryConfig` stands in its metadata; a field without is read by all. A command
 of several runs (a sweep, a plan) may give a setting that only some of its memories read: a mistake is what
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from infini_bench.config import evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.outside import is_outside
+from infini_bench.rules import check_memory
 from infini_bench.schema import LOCALS, MemoryConfig, RunConfig
 
 KINDS = {f.name: f.metadata["kinds"] for f in dataclasses.fields(MemoryConfig) if "kinds" in f.metadata}
@@ -30,8 +31,11 @@ def reads(memory: MemoryConfig, name: str) -> bool:
 def check_read(given: Iterable[str], runs: Sequence[RunConfig]) -> None:
     """given: dotted names of what the user set. Raises UserError for one that none of the runs reads.
 
-    ``memory.NAME`` may also be for the memory that only the evaluation has (``task.memory``).
+    ``memory.NAME`` may also be for the memory that only the evaluation has (``task.memory``). That must fit
+    the one trained, which only who asks here knows: before, a run has the memory of some other model.
     """
+    for cfg in runs:
+        check_memory(evaluated_memory(cfg))
     for key in given if runs else ():
         section, _, name = key.removeprefix("task.").partition(".")
         name = name.partition(".")[0]  # options have names of their own

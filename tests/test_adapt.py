@@ -121,6 +121,11 @@ def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path,
     assert second.config["base"]["model"] == first.train["folder"] and "bytes a sequence" in adapt.added(
         second
     )
+    if "base.lora=2" in how:  # which a decoder with another memory is built without
+        words = ["task=lm", f"checkpoint={second.train['folder']}", "++task.memory.segment=16", *places]
+        words += ["task.max_tokens=32", "task.max_documents=1", "task.controls=false"]
+        asked = {word.partition("=")[0].strip("+") for word in words[2:]}
+        assert run_eval(compose_run(words), given=asked, command=[]).status == "done"
     adapt.export(Path(second.train["folder"]), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     trained, _, _ = load_checkpoint_model(Path(second.train["folder"]))

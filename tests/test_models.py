@@ -306,3 +306,5 @@ def test_a_window_stands_for_full_attention_where_it_reaches(decoder, ids):
     torch.testing.assert_close(window.step(ids)[0], full.step(ids)[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="parameters of its own"):
         with_memory(full, MemoryConfig(kind="compressive", segment=N))
+    with pytest.raises(UserError, match="an encoder-decoder is evaluated as it was trained"):
+        with_memory(torch.nn.Linear(1, 1), MemoryConfig(segment=N))

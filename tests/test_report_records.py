@@ -6,10 +6,12 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from report_fakes import CONFIG, record, row
 
+from infini_bench.config import TASKS
 from infini_bench.errors import UserError
 from infini_bench.report.records import (
     Record,
@@ -23,6 +25,7 @@ from infini_bench.report.records import (
     versions,
     write_record,
 )
+from infini_bench.schema import RunConfig
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
@@ -97,6 +100,16 @@ def test_the_hash_ignores_places_and_knows_the_rest():
     hashes = {config_hash(CONFIG | other) for other in [{}, *others]}
     assert len(hashes) == 4
     assert all(len(digest) == 16 for digest in hashes)
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.untrained])
+def test_a_memory_as_it_was_trained_is_what_was_recorded(task):
+    """Language models' records have had the setting from the first."""
+    config = asdict(RunConfig(task=TASKS[task]()))
+    before = {**config, "task": {key: value for key, value in config["task"].items() if key != "memory"}}
+    changed = {**config, "task": {**config["task"], "memory": {"write_floor": 0.0}}}
+    assert (config_hash(before) == config_hash(config)) == (task != "lm")
+    assert config_hash(changed) != config_hash(config)
 
 
 def test_find_done_gives_the_newest_finished_run(tmp_path):

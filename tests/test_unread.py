@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from infini_bench.cli.bridge import compose_run, compose_runs, given
+from infini_bench.config import TASKS, evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.origin import evaluated_config
 from infini_bench.reproduce import plan
 from infini_bench.schema import LOCALS, MEMORY_KINDS, DecoderConfig, MemoryConfig
 from infini_bench.unread import KINDS, reads
+
+TRAINED = [name for name, task in TASKS.items() if not task.untrained]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,21 @@ def test_plans_refuse_what_no_job_reads(tmp_path):
     assert [job.cfg.memory.entries for job in jobs] == [9, 9]
     with pytest.raises(UserError, match=r"memory\.entries is read by memory\.kind=knn, not by rmt"):
         plan("diag_recall", "smoke", tmp_path, None, ["rmt"], ["memory.entries=9"])
+
+
+@pytest.mark.parametrize("task", TRAINED)
+def test_every_task_that_asks_a_trained_model_may_change_its_memory(task):
+    """The floor fits the model that has a write gate, whatever model is named by default."""
+    gated, floor = ["model=infini_delta_token", "memory.write_gate=true"], ["++task.memory.write_floor=0.5"]
+    (asked,) = compose_runs("eval", [f"task={task}", "scale=smoke", *floor])
+    trained = compose_run([f"task={task}", "scale=smoke", *gated])
+    found = evaluated_config(asked, trained, given(floor))
+    assert (found.memory.write_floor, evaluated_memory(found).write_floor) == (0.0, 0.5)
+    for words in ([f"task={task}", "scale=smoke", *floor], ["task=capacity", *floor]):
+        with pytest.raises(UserError, match=r"add memory\.write_gate=true|task\.memory belongs to task=lm"):
+            compose_runs("train", words)
+    with pytest.raises(UserError, match=r"add memory\.write_gate=true"):
+        evaluated_config(asked, compose_run([f"task={task}", "scale=smoke"]), given(floor))
 
 
 def test_an_evaluation_is_judged_by_the_checkpoints_memory():

@@ -180,8 +180,9 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
         key = override.key_or_group
         if key == "data.filter" or key.startswith("data.filter."):
             return UserError("A filter is added with a plus sign: +data.filter.COLUMN=VALUE.")
-        if key == "memory.options" or key.startswith("memory.options."):
-            return UserError("An option is added with two plus signs: ++memory.options.NAME=VALUE.")
+        for group in ("memory.options", "task.memory"):
+            if f"{key}.".startswith(f"{group}.") and group in known:
+                return UserError(f"An option is added with two plus signs: ++{group}.NAME=VALUE.")
         if override.type is OverrideType.CHANGE and key not in known and not override.is_hydra_override():
             return unknown_setting(key, known)
     return UserError(" ".join(str(err).split("\n")[0].split()))

@@ -29,9 +29,11 @@ KILLED = "the process ended without a word"  # the error of a run that nobody co
 # Where a run happens and what it is compared with later; none of these changes its numbers.
 UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
 # Settings younger than records, at their default: a run without them is the one that was recorded.
+# By section; a task's by its name.
 YOUNGER: dict[str, dict[str, Any]] = {
     "memory": {"write_cost": 0.0, "write_floor": 0.0},
     "trainer": {"write_lr": None},
+    **{task: {"memory": {}} for task in ("passkey", "needles", "recall", "mqar", "booksum")},
 }
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "rouge-score")
 
@@ -113,8 +115,9 @@ def config_hash(config: dict[str, Any]) -> str:
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "cache_dir"}
-    for section, younger in YOUNGER.items():
+    for section in ("memory", "trainer", "task"):
         if isinstance(given := kept.get(section), dict):
+            younger = YOUNGER.get(given.get("name", section), {})
             kept[section] = {
                 key: value for key, value in given.items() if (key, value) not in younger.items()
             }

@@ -18,6 +18,7 @@ from infini_bench.errors import UserError
 from infini_bench.origin import continued_config, evaluated_config
 from infini_bench.progress import NullProgress
 from infini_bench.report.records import read_records
+from infini_bench.report.tidy import tidy
 from infini_bench.run import run_train
 from infini_bench.train import TrainResult
 
@@ -206,11 +207,51 @@ def test_evaluations_that_cannot_be(there, arguments, sentence, monkeypatch):
     assert result.exit_code == 2 and sentence in result.stderr
 
 
+def test_an_evaluation_changes_what_needs_no_training(tmp_path, monkeypatch):
+    """Keys asked of a model whose floor no key passes, and of the same one without it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("infini_bench.origin.PACKAGE", tmp_path)
+    model = ["model=infini_delta_token", "memory.write_gate=true", "memory.write_floor=1"]
+    assert invoke("train", "task=passkey", "scale=smoke", "device=cpu", *model).exit_code == 0
+    ask = ["eval", "passkey", "device=cpu", "task.controls=false", "--length", "256"]
+    for words in ([], ["++task.memory.write_floor=0"]):
+        result = invoke(*ask, *words)
+        assert result.exit_code == 0, result.output
+    assert "already done" in invoke(*ask, "++task.memory.write_floor=0.0").stdout
+    found = read_records("results/records")
+    plain, without = sorted((r for r in found if r.kind == "eval"), key=lambda r: r.started)
+    assert (plain.config["task"]["memory"], without.config["task"]["memory"]) == ({}, {"write_floor": 0.0})
+    assert plain.config["memory"] == without.config["memory"] and plain.train == without.train
+    for run, least, most in ((plain, 0.0, 0.0), (without, 0.8, 0.9)):
+        (strength,) = (m["value"] for m in run.metrics if m["position"] == "filler")
+        (held, *_) = (m["extra"]["memory_norm"] for m in run.metrics if m["metric"] == "exact_match")
+        assert least <= strength <= most and (held > 0) == (most > 0)
+    names = {row["records"][0]: row["variant"].split()[-1] for row in tidy(found)}
+    assert names == {plain.id: "task.memory.write_floor=1.0", without.id: "task.memory.write_floor=0.0"}
+    for words, sentence in (
+        ("++task.memory.gate_input=true", "a memory with parameters of its own; change only what needs no"),
+        ("++task.memory.write_gate=false", "memory.write_floor=1.0 is about write strengths"),
+        ("++task.memory.floor=1", 'There is no setting "memory.floor"'),
+        ("++task.memory.write_floor=low", 'task.memory.write_floor must be a number, not "low"'),
+        ("++task.memory.entries=9", "task.memory.entries is read by memory.kind=knn, not by compressive"),
+        ("task.memory.write_floor=0", "added with two plus signs: ++task.memory.NAME=VALUE."),
+        ("++task.memory.segment=16", "a prompt of 254 tokens in segments of 16"),
+        ("--base base ++task.memory.write_floor=0", "has had no training; give memory.NAME, not task.memory"),
+    ):
+        result = invoke(*ask, *words.split())
+        assert result.exit_code == 2 and sentence in result.stderr
+    assert len(read_records("results/records")) == len(found)
+
+
 def test_resuming(there):  # changes the run, so it comes after the evaluations
     (run,) = (there / "runs").iterdir()
     assert "already done" in invoke("train", f"resume={run}").stdout
     assert "is at step 4 already" in invoke("train", f"resume={run}", "trainer.steps=2").stderr
-    assert "trainer.lr cannot change" in invoke("train", f"resume={run}", "trainer.lr=1").stderr
+    for words in ("trainer.lr=1", "++task.memory.window=9"):
+        assert (
+            f"{words.strip('+').partition('=')[0]} cannot change"
+            in invoke("train", f"resume={run}", words).stderr
+        )
     longer = invoke("train", f"resume={run}", "trainer.steps=5")
     assert longer.exit_code == 0, longer.output
     assert "from step 4 on the learning rate follows the schedule of 5 steps" in longer.stderr

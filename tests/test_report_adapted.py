@@ -56,6 +56,18 @@ def test_bits_per_byte_before_and_after_stand_in_the_row_of_the_keys():
     assert "Bits/byte of embedded (validation): before, of the pretrained" in sheet.caption
 
 
+def test_text_read_with_another_memory_stands_beside_keys_asked_with_it():
+    *stages, keys, text = chain()
+    others = [deepcopy(keys), language("second0", 2.5, "runs/first0")]
+    for found in others:
+        found.config["task"]["memory"] = {"segment": 64}
+        found.id = found.config_hash = f"other {found.task}"
+    for read, bits in (([text, others[1]], ["2.125", "2.500"]), ([text], ["2.125", "—"])):
+        titles, sheet = sheet_text([*stages, keys, others[0], *read], "table3_passkey")
+        place = titles.index("bits/byte, after")
+        assert [row[place].split("\n")[0] for row in sheet.rows] == bits
+
+
 def test_they_stand_in_every_line_of_needles_and_of_summaries():
     (first, second, _, text), before = chain(), language(bits=2.0, id="base")
     columns = {"length": 4096, "n": 10, "protocol": "curriculum", "split": "test", "position": "start"}

@@ -408,6 +408,6 @@ def test_committed_tables_are_those_of_the_committed_records(tmp_path):
 
 
 def test_a_variants_settings_keep_their_blanks_and_dots():
-    words = ["b1-h4-n8", "curriculum=[1, 2]", "lr=0.001", "window=8", "model=a.b"]
+    words = ["b1-h4-n8", "curriculum=[1, 2]", "lr=0.001", "task.memory.window=8", "model=a.b"]
     variant = "b1-h4-n8 trainer.curriculum=[1, 2] trainer.lr=0.001 task.memory.window=8 base.model=a.b"
     assert settings({"variant": variant}) == words and settings({"variant": None}) == []

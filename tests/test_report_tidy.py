@@ -11,8 +11,10 @@ from report_fakes import lm, passkey, pick, record, row, sheet_text
 
 from infini_bench.report.compare import mean_interval, paired_delta
 from infini_bench.report.layouts import sheets
+from infini_bench.report.records import config_hash
 from infini_bench.report.tables import to_csv
 from infini_bench.report.tidy import COLUMNS, rank, tidy
+from infini_bench.report.variants import variants_of
 
 DESIGN_COLUMNS = (
     "table,model,variant,protocol,condition,dataset,split,length,position,metric,value,ci_low,ci_high,n,seeds,"
@@ -96,6 +98,53 @@ def test_lengths_measured_in_two_runs_share_a_line():
 def test_settings_that_differ_become_the_variant():
     rows = tidy([lm(), lm(seed=1), lm(config={"trainer.lr": 0.01})])
     assert {(r["variant"], r["seeds"]) for r in rows} == {("trainer.lr=0.003", 2), ("trainer.lr=0.01", 1)}
+
+
+def asked(model="infini_delta_token", on=100.0, floor=None, trained=0.05, **changes):
+    """Keys asked of one training, with another floor of writing than its own if ``floor`` is set."""
+    gate = {"memory.write_gate": True, "memory.write_floor": trained}
+    found = passkey(model, on=on, config={**gate, **changes.pop("config", {})}, **changes)
+    if floor is not None:
+        found.config["task"]["memory"] = {"write_floor": floor}
+    found.config_hash = config_hash(found.config)
+    found.id, found.train = f"{found.id}-{found.config_hash}", {"id": f"train-{model}", "tokens": 5}
+    return found
+
+
+def test_what_an_evaluation_changes_in_the_memory_is_a_row_of_its_own():
+    """The other one of the same training has the value that it was trained with; neither replaces it."""
+
+    def shown(*runs):
+        rows = [row for row in tidy(runs) if (row["metric"], row["length"]) == ("exact_match", 512)]
+        cells = {
+            (row["model"], row["variant"], row["value"]) for row in rows if row["condition"] == "constant"
+        }
+        return {(model, (variant or "").partition(" task.")[2], value) for model, variant, value in cells}
+
+    with_, without = asked(), asked(on=20.0, floor=0.0, started="2026-01-02")
+    named = {
+        ("infini_delta_token", "memory.write_floor=0.05", 100.0),
+        ("infini_delta_token", "memory.write_floor=0.0", 20.0),
+    }
+    assert shown(with_, without) == shown(without, with_) == named
+    assert shown(with_, without, rival := asked("infini_delta", on=50.0)) == {
+        *named,
+        ("infini_delta", "", 50.0),
+    }
+    assert shown(without, rival) == {("infini_delta_token", "", 20.0), ("infini_delta", "", 50.0)}
+    again = asked(on=40.0, floor=0.0, started="2026-01-03")
+    assert {value for _, _, value in shown(with_, without, again)} == {100.0, 40.0}
+    same = asked(on=60.0, floor=0.05, started="2026-01-03")  # said again as it was trained
+    assert {value for _, _, value in shown(with_, without, same)} == {60.0, 20.0}
+    backend = asked(started="2026-01-03")
+    backend.config["task"]["memory"] = {"backend": "eager"}
+    assert shown(with_, backend) == {("infini_delta_token", "", 100.0)}
+
+
+def test_trainings_know_nothing_of_what_an_evaluation_changes():
+    task = {"name": "lm", "memory": {"write_floor": 0.5}}
+    runs = [record(kind="train"), record(kind="train", config={"task": task})]
+    assert len({variant for variant in variants_of([(run, "diag_gates") for run in runs]).values()}) == 1
 
 
 @pytest.mark.parametrize(

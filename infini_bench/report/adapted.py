@@ -52,12 +52,18 @@ def language(record: Record, records: list[Record]) -> list[tuple[Record, dict[s
     texts = [r for r in records if (r.kind, r.status, r.task) == ("eval", "done", "lm")]
     texts = [r for r in texts if r.config["task"]["split"] == SPLIT]
     before = {_corpus(r): r for r in texts if _local(r, base, record.config["memory"]["segment"])}
+    texts = [r for r in texts if _asked(r) == _asked(record)]
     after = {_corpus(r): r for r in texts if run is not None and r.train.get("id") == run}
     shared = [corpus for corpus in before if corpus in after] or [*before, *after]
     if not shared:
         return []
     pairs = zip(METRICS, (before.get(shared[-1]), after.get(shared[-1])), strict=True)
     return [(r, {**_row(r), "metric": name}) for name, r in pairs if r is not None]
+
+
+def _asked(record: Record) -> dict[str, Any]:
+    """What the evaluation changed in the trained memory."""
+    return record.config["task"].get("memory") or {}
 
 
 def _local(record: Record, base: str, segment: int) -> bool:

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Line = list[Row]  # all tidy rows of one printed row
 
 ABSENT = "—"
+ASKED = "task.memory."
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,13 @@ class Column:
 
 
 def settings(row: Row) -> list[str]:
-    """A variant's settings without their sections. Values may hold blanks and dots: a setting begins where a
-    name with an equals sign does."""
+    """A variant's settings without their sections, but ``task.memory``: a row may have the trained one, too.
+
+    Values may hold blanks and dots: a setting begins where a name with an equals sign does.
+    """
     pairs = (words.partition("=") for words in re.split(r" (?=[\w.]+=)", row["variant"] or "") if words)
-    return [name.rpartition(".")[2] + sign + value for name, sign, value in pairs]
+    named = ((name if name.startswith(ASKED) else name.rpartition(".")[2], *rest) for name, *rest in pairs)
+    return ["".join(parts) for parts in named]
 
 
 def grouped(rows: list[Row], keys: tuple[str, ...]) -> list[Line]:

@@ -102,7 +102,8 @@ def longer(measured: list[Row]) -> Iterator[tuple[list[Row], tuple]]:
         sequence = row["config"]["task"].get("sequence")
         if row["table"] == "table2_lm" and row["metric"] == "bits_per_byte" and sequence is not None:
             budget = [pair for pair in row["budget"] if pair[0] not in LENGTH]
-            memory = json.dumps(row["config"]["memory"], sort_keys=True)
+            config = row["config"]
+            memory = json.dumps([config["memory"], config["task"].get("memory") or {}], sort_keys=True)
             place = (row["model"], memory, *(row[key] for key in BUDGET[:-1]), *budget)
             groups[place][sequence][row["seed"]] = row
     for by_sequence in groups.values():

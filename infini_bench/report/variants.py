@@ -18,7 +18,7 @@ BY_BASE = ("table3_passkey", "table3_hard")  # whose sheets are of one pretraine
 NEUTRAL = (
     *("trainer.compile", "trainer.checkpoint_segments", "trainer.log_every", "trainer.validate_every"),
     *("trainer.validate_rows", "trainer.save_every", "trainer.keep", "memory.backend", "memory.index"),
-    "task.compile",
+    *("task.compile", "task.memory.backend", "task.memory.index"),
 )
 # What an evaluation covers, not what it measures: runs that differ in it may meet in one line of a table.
 COVERAGE = (
@@ -68,6 +68,7 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
 
     A memory's own settings are compared among runs of its model, all others among all runs. DEFINING settings
     that are not at their default, those of the paper, are always named, DERIVED ones only where they have to.
+    What some evaluations of a model change in its memory (``task.memory``), others have as it was trained.
     """
     default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
     groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
@@ -80,6 +81,7 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
         groups[place].append(((r.id, table), setup_of(r, "task.protocol" if _has_column(r, table) else None)))
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
+        group = [(run, _as_asked(setup, [other for _, other in group])) for run, setup in group]
         keys = sorted({key for _, setup in group for key in setup})
         for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
@@ -93,6 +95,14 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
             named = sorted({*differing, *own, *_decisive(setup, [other for _, other in group], keys)})
             names[run] = " ".join(f"{key}={setup[key]}" for key in named if key in setup) or None
     return names
+
+
+def _as_asked(setup: dict[str, str], others: list[dict[str, str]]) -> dict[str, str]:
+    """``setup`` with a value for each ``task.memory`` setting of its model's: its own, or the trained one."""
+    same = [other for other in others if other["model"] == setup["model"]]
+    changed = {key for other in same for key in other if key.startswith("task.memory.")}
+    trained = {key: setup[own] for key in changed if (own := key.removeprefix("task.")) in setup}
+    return {**trained, **setup}
 
 
 def _decisive(setup: dict[str, str], others: list[dict[str, str]], keys: list[str]) -> list[str]:
@@ -170,8 +180,8 @@ def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
     memory = MemoryConfig(**{f.name: given[f.name] for f in fields(MemoryConfig) if f.name in given})
     for name in (f.name for f in fields(MemoryConfig) if not reads(memory, f.name)):
         flat.pop(f"memory.{name}", None)
-    if record.kind == "train":
-        return flat  # of one that failed no more is known, and it stands beside its finished seeds
+    if record.kind == "train":  # of one that failed no more is known, and it stands beside its finished seeds
+        return {key: value for key, value in flat.items() if not key.startswith("task.memory.")}
     walk("", {key: getattr(record, key) for key in MEASURED_WITH})
     flat.pop("task.train_kind", None)  # an evaluation's own says nothing of what its model learned
     if pretrained(record.config) and "id" not in record.train:  # asked as it is

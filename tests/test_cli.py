@@ -217,6 +217,13 @@ def test_report_without_records_leaves_the_tables_that_there_are(tmp_path):
     assert (tmp_path / "page.html").is_file()
 
 
+def test_pack_compresses_the_records_of_finished_runs(tmp_path):
+    assert invoke("pack").exit_code == 2
+    path = write_record(tmp_path / "results" / "records", record())
+    assert invoke("pack").stdout == "packed 1 files of results/records\n"
+    assert [each.name for each in path.parent.iterdir()] == [f"{path.name}.xz"]
+
+
 def test_doctor_is_content_here(monkeypatch):
     findings = {finding.name: finding for finding in examine(offline=True)}
     assert findings["torch"].ok and findings["runs"].ok and findings["memory"].detail.endswith("GiB")

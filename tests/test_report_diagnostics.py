@@ -13,6 +13,7 @@ from infini_bench.report.cells import ABSENT, number
 from infini_bench.report.figures import FIGURES, labels, svg
 from infini_bench.report.layouts import BUILDERS, CAPTIONS, LINES, TITLES
 from infini_bench.report.records import add_plan, read_records, write_record
+from infini_bench.report.style import compact
 from infini_bench.report.tables import write_report
 from infini_bench.report.tidy import NAMES, tidy
 
@@ -193,10 +194,32 @@ def test_figures_are_the_same_bytes_again(name):
 
 
 def test_a_line_looks_the_same_in_every_panel():
-    text = svg("diag_recall", named(drawn(), "diag_recall"))
+    rows = named(drawn(), "diag_recall")
+    text = svg("diag_recall", rows)
     assert all(f">{word}<" in text for word in ("infini_linear", "infini_delta", "chance"))
-    colours = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1.5", text)
-    assert colours.count("#0072b2") == colours.count("#d55e00") == 3, "two panels and the legend"
+    lines = [line for each in FIGURES["diag_recall"](rows).axes for line in each.lines]
+    looks = [(line.get_label(), line.get_color()) for line in lines]
+    assert looks.count(("infini_linear", "#0072B2")) == looks.count(("infini_delta", "#D55E00")) == 2
+
+
+def test_an_svg_is_compact_and_keeps_its_words():
+    """Styles that return become classes, coordinates have two digits; text and images stay as they are."""
+    style = 'style="fill: #ffffff; opacity: 0.15"'
+    line = f'  <path d="M 0.126 1569.600000\nL -0.0001 12" {style}/>\n'
+    text = f'  <text {style} x="10.5" transform="rotate(-0 1.0 2.0)">lr=0.00125</text>\n'
+    once = '  <g style="stroke: #000000"><image href="data:base64,\nA1234567"/></g>\n'
+    made = compact(f"<svg>\n <style>*{{}}</style>\n{line}{text}{once}</svg>\n")
+    assert made.splitlines() == [
+        "<svg>",
+        "<style>*{}.s0{fill: #ffffff; opacity: 0.15}",
+        "</style>",
+        '<path d="M 0.13 1569.6',
+        'L -0 12" class="s0"/>',
+        '<text class="s0" x="10.5">lr=0.00125</text>',
+        '<g style="stroke: #000000"><image href="data:base64,',
+        'A1234567"/></g>',
+        "</svg>",
+    ]
 
 
 def test_accuracy_is_drawn_against_the_floats_that_are_carried():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from report_fakes import CONFIG, record, row
 
 from infini_bench.config import TASKS
 from infini_bench.errors import UserError
+from infini_bench.report.record_files import record_files
 from infini_bench.report.records import (
     Record,
+    add_plan,
     config_hash,
     current,
     device_name,
     find_done,
     git_state,
     new_id,
+    pack_records,
     read_records,
     versions,
     write_record,
@@ -76,6 +80,37 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"b\.jsonl is not UTF-8"):
         read_records(tmp_path)
+
+
+def test_packed_records_are_read_as_plain_ones(tmp_path):
+    runs = [record(id=name, seed=seed) for seed, name in enumerate("abc")]
+    plain = {name: write_record(tmp_path, run).read_bytes() for name, run in zip("abc", runs, strict=True)}
+    write_record(tmp_path, record(id="d", status="failed"))
+    before = read_records(tmp_path)
+    packed = pack_records(tmp_path)
+    assert [path.name for path in packed] == ["a.jsonl.xz", "b.jsonl.xz", "c.jsonl.xz"]
+    assert [lzma.decompress(path.read_bytes()) for path in packed] == [*plain.values()]
+    assert [path.name for path in record_files(tmp_path)] == [path.name for path in packed] + ["d.jsonl"]
+    assert read_records(tmp_path) == before and pack_records(tmp_path) == []
+    assert find_done(tmp_path, "eval", runs[1].config_hash) == runs[1]
+    add_plan(tmp_path, runs[1], "table2")
+    assert [r.plans for r in read_records(tmp_path)] == [[], ["table2"], [], []]
+    assert [path.name for path in record_files(tmp_path)] == [path.name for path in packed] + ["d.jsonl"]
+
+
+def test_a_packed_file_that_is_cut_or_there_twice_is_named(tmp_path):
+    write_record(tmp_path, record(id="a"))
+    (path,) = pack_records(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"a\.jsonl\.xz is broken or cut; delete the file or restore it"):
+        read_records(tmp_path)
+    path.write_bytes(whole)
+    write_record(tmp_path, record(id="a"))
+    with pytest.raises(UserError, match=r"a\.jsonl is there plain and packed; delete one of the two"):
+        read_records(tmp_path)
+    with pytest.raises(UserError, match=r"no folder of records at .*absent"):
+        pack_records(tmp_path / "absent")
 
 
 def test_numbers_that_are_not_finite_become_null():

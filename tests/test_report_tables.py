@@ -17,6 +17,7 @@ from infini_bench.report import paper
 from infini_bench.report.cells import settings
 from infini_bench.report.figures import svg
 from infini_bench.report.layouts import sheets
+from infini_bench.report.record_files import record_files
 from infini_bench.report.records import write_record
 from infini_bench.report.tables import FORMATS, print_tables, write_report
 from infini_bench.report.tidy import NAMES, tidy
@@ -395,7 +396,7 @@ def _untracked(folder):
 def test_committed_tables_are_those_of_the_committed_records(tmp_path):
     mine = _untracked(RESULTS / "records")  # what a user ran here is not the suite's
     (tmp_path / "records").mkdir()
-    for path in (RESULTS / "records").glob("*.jsonl"):
+    for path in record_files(RESULTS / "records"):
         if path.name not in mine:
             (tmp_path / "records" / path.name).symlink_to(path)
     (tmp_path / "records" / "summaries").symlink_to(RESULTS / "records" / "summaries")

@@ -164,6 +164,16 @@ def report(
 
 
 @app.command()
+def pack(
+    records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
+) -> None:
+    """Compress the records of finished runs, a file each (.jsonl.xz); every command reads them as before."""
+    from infini_bench.report.records import pack_records
+
+    print(f"packed {len(pack_records(records))} files of {records}")
+
+
+@app.command()
 def summaries(
     record: Annotated[str, typer.Argument(help="Of an eval booksum: its id, or a part of it.")],
     data: Annotated[

@@ -17,6 +17,7 @@ from infini_bench.config import build_config
 from infini_bench.data import Document
 from infini_bench.errors import UserError
 from infini_bench.metrics import rouge
+from infini_bench.report.record_files import bare
 from infini_bench.report.records import Record, read_records
 from infini_bench.summaries import read_summaries
 from infini_bench.units import format_length
@@ -54,7 +55,7 @@ def beside(records: Path, name: str, data: Path | None, shown: Shown) -> str:
 
 def find_record(records: Path, name: str) -> Record:
     found = read_records(records)
-    name = Path(name).name.removesuffix(".jsonl")
+    name = bare(name)
     same = [r for r in found if r.id == name] or [r for r in found if name in r.id]
     if len(same) != 1:
         there = "; `infini-bench ls runs` lists all" if not same else f", e.g. {same[0].id} and {same[1].id}"

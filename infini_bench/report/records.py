@@ -1,7 +1,8 @@
 """Result records: one JSON line a run, from which every table is rebuilt. Standard library only.
 
-A record lies in ``<folder>/<id>.jsonl``; a file may hold several lines. What a run *was* (command, resolved
-config, code, data, machine) and what it *gave* (metric rows) stand side by side, also when it failed.
+A record lies in ``<folder>/<id>.jsonl``, later perhaps packed (``.jsonl.xz``); a file may hold several lines.
+What a run *was* (command, resolved config, code, data, machine) and what it *gave* (metric rows) stand side
+by side, also when it failed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from infini_bench.errors import UserError
 from infini_bench.outside import digest, is_outside
+from infini_bench.report.record_files import PLAIN, bare, pack, read_lines, record_files, write_lines
 
 SCHEMA = 1
 STATUSES = ("done", "failed", "interrupted")
@@ -140,40 +142,43 @@ def new_id(kind: str, config: dict[str, Any]) -> str:
 
 def write_record(folder: Path | str, record: Record) -> Path:
     """Write ``<folder>/<id>.jsonl`` atomically and return its path."""
-    from infini_bench.files import atomic_write
-
-    path = Path(folder) / f"{record.id}.jsonl"
-    atomic_write(path, record.to_json() + "\n")
+    path = Path(folder) / f"{record.id}{PLAIN}"
+    write_lines(path, [record.to_json()])
     return path
 
 
 def add_plan(folder: Path | str, record: Record, plan: str) -> None:
     """Note in ``record``, and in its line wherever that is in the folder, that it is part of ``plan``."""
-    from infini_bench.files import atomic_write
-
     if plan in record.plans:
         return
     record.plans.append(plan)
-    own = Path(folder) / f"{record.id}.jsonl"
-    for path in [own] if own.exists() else sorted(Path(folder).glob("*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    files = record_files(folder)
+    for path in [path for path in files if bare(path) == record.id] or files:
+        lines = read_lines(path)
         if any(mine := [bool(line.strip()) and json.loads(line)["id"] == record.id for line in lines]):
             new = [record.to_json() if own else line for own, line in zip(mine, lines, strict=True)]
-            atomic_write(path, "\n".join(new) + "\n")
+            write_lines(path, new)
 
 
 def read_records(folder: Path | str) -> list[Record]:
-    """Every record of every ``*.jsonl`` in the folder, by file name; none if there is no folder yet."""
-    records = []
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text; delete the file or restore it from git.") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                records.append(_parse(line, path, number))
-    return records
+    """Every record of every file in the folder, by file name; none if there is no folder yet."""
+    return [record for path in record_files(folder) for record in _records(path)]
+
+
+def _records(path: Path) -> list[Record]:
+    lines = enumerate(read_lines(path), start=1)
+    return [_parse(line, path, number) for number, line in lines if line.strip()]
+
+
+def pack_records(folder: Path | str) -> list[Path]:
+    """Compress every plain file whose runs are all done; returns the packed files.
+
+    The others stay as they are: a run that is still going on will write its record again.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"There is no folder of records at {folder}; nothing was packed.")
+    plain = [path for path in record_files(folder) if path.name.endswith(PLAIN)]
+    return [pack(path) for path in plain if all(record.status == "done" for record in _records(path))]
 
 
 def _parse(line: str, path: Path, number: int) -> Record:

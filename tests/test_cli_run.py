@@ -354,6 +354,19 @@ def test_a_file_without_splits_and_another_task_are_said(there, tmp_path, monkey
     assert "warning: trained on lm, evaluated on recall" in result.stdout.splitlines(), result.output
 
 
+def test_training_says_first_what_it_makes_of_a_file_without_splits(faked):
+    Path("own.txt").write_text("apples")
+    told = [
+        invoke("train", f"task={task}", "scale=smoke", "data=local", "data.path=own.txt").stdout
+        for task in ("lm", "passkey")
+    ]
+    assert told[0].splitlines()[0] == (
+        "own.txt has no splits: its first eight tenths are the train split, its last tenth but one is the "
+        "validation split, its last tenth is the test split"
+    )
+    assert len(faked) == 2 and "own.txt" not in told[1]  # it reads no text
+
+
 def test_a_length_that_leaves_nothing_to_predict_is_at_fault():
     result = invoke("eval", "lm", "--length", "1")
     assert result.exit_code == 2

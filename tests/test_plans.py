@@ -106,6 +106,7 @@ def test_language_models_of_the_views_are_those_of_figure_3(tmp_path):
     assert len(own["figure3"] & own["diag_local"]) == 1 == len(own["diag_gates"] & own["diag_local"])
     recall = [job.cfg for jobs in made.values() for job in jobs if job.cfg.task.name == "recall"]
     assert {(cfg.data.name, cfg.trainer.steps, cfg.task.trials) for cfg in recall} == {("books", 1000, 134)}
+    assert read_plan("diag_local").scales == read_plan("diag_gates").scales != {}, "named, not repeated"
 
 
 def sizes(jobs) -> dict[str, int]:

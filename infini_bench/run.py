@@ -182,7 +182,8 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     record.task_version = task.version
     if not cfg.task.weightless:
         if model is None:
-            model = adapted_model(cfg.base, cfg.memory) if cfg.base.model is not None else task.build(device)
+            based, separator = cfg.base.model is not None, getattr(task, "separator", None)
+            model = adapted_model(cfg.base, cfg.memory, separator) if based else task.build(device)
             model.to(device)
         record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     with computing(device, cfg.precision):

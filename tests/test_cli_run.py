@@ -186,6 +186,9 @@ def test_an_evaluation_says_how_far_an_unfinished_run_came(there, monkeypatch):
 def test_a_model_is_exported_by_its_name(there, tmp_path):
     result = invoke("export", "infini_delta", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0 and (tmp_path / "out" / "model.safetensors").exists(), result.output
+    for option in ("--checkpoint", "--base"):
+        result = invoke("eval", "lm", option, str(tmp_path / "out"))
+        assert result.exit_code == 2 and "out is an exported folder, which says nothing of" in result.stderr
     result = invoke("export", "infini_delt", "--out", str(tmp_path / "none"))
     assert result.exit_code == 2 and '(did you mean "infini_delta"?)' in result.stderr
 

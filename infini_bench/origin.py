@@ -28,6 +28,10 @@ TRAINED = ("decoder", "memory", "base", "trainer", "data.tokenizer", "data.vocab
 PLACES = ("device", "runs", "records", "force", "resume", "data.cache_dir")  # no part in what a run computes
 OWN_SYMBOLS = ("recall", "mqar")  # tasks whose models know no other
 MIXES = ("scale", "recipe", "experiment")  # groups whose choice sets the task's own settings
+EXPORTED = (
+    "is an exported folder, which says nothing of its training: give the run that it is from, as in "
+    "`infini-bench eval TASK --checkpoint RUN`; the verbs lm-eval, remember and answer take the folder."
+)
 
 
 def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
@@ -40,6 +44,8 @@ def find_origin(cfg: RunConfig, model: str | None = None) -> tuple[Path, str]:
     from infini_bench.train.checkpoint import find_checkpoint
 
     path, words = _origin(cfg, model)
+    if is_exported(path):
+        raise UserError(f"{path} {EXPORTED}")
     path = find_checkpoint(path)
     return path, words + _how_far(cfg, path)
 
@@ -108,6 +114,13 @@ def find_model(name: str, cfg: RunConfig | None = None, given: Collection[str] =
     return path, words
 
 
+def is_exported(folder: Path) -> bool:
+    """Whether ``export`` wrote ``folder``: a model and its tokenizer side by side, and nothing else."""
+    from infini_bench.data.tokenizers import KIND_FILE
+
+    return all((folder / name).exists() for name in ("config.json", KIND_FILE))
+
+
 def given_model(cfg: RunConfig, given: Collection[str] | None) -> str | None:
     """The model that the user named; None if any will do."""
     return cfg.model if given is not None and "model" in given else None
@@ -133,6 +146,8 @@ def attached(cfg: RunConfig) -> tuple[None, str]:
         raise UserError(f"{name} is a run; evaluate it with --checkpoint, not as a base.")
     if looks_local(name) and not Path(name).exists():
         raise UserError(f"{name} is no folder or file; give a hub id, a folder or a .gguf file.")
+    if is_exported(Path(name)):
+        raise UserError(f"{name} {EXPORTED}")
     return None, f"{cfg.base.model} with {cfg.model} attached and nothing trained"
 
 

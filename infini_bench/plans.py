@@ -14,7 +14,8 @@ variants: {name: [memory.gate_split=2]}        # ... with each of these; or, of 
 overrides: []                                  # for every job
 each: {memorizing: [memory.entries=16384]}     # for the jobs of one model
 seeds: [0, 1, 2]                               # unset = 0
-scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above
+scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above; or the
+                                               # name of a plan: what that one has there
 
 ``{data}`` in an override stands for the folder of ``--data``.
 """
@@ -89,6 +90,9 @@ def read_plan(name: str) -> Plan:
     values = yaml.safe_load((CONF / "plan" / f"{name}.yaml").read_text(encoding="utf-8"))
     if unknown := [key for key in values if key not in {each.name for each in fields(Plan)}]:
         raise UserError(f'Plan {name} has an entry "{unknown[0]}" that no plan can have.')
+    for scale, given in values.get("scales", {}).items():
+        if isinstance(given, str):
+            values["scales"][scale] = read_plan(given).scales[scale]
     if values["models"] == "all":
         values["models"] = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     return Plan(name, **values)

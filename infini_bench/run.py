@@ -18,6 +18,7 @@ import torch
 from infini_bench import outside
 from infini_bench.config import evaluated_memory, to_dict
 from infini_bench.data.local import shared_out
+from infini_bench.data.sources import SPLITS
 from infini_bench.device import computing, peak_bytes, reset_peak, torch_device
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, writing
@@ -72,6 +73,8 @@ def run_train(
     record.train = {"folder": str(folder)}
     if done := already_done(record, cfg, progress):
         return done
+    if progress is None and leads() and (shared := told_shares(cfg, *SPLITS)):
+        say(shared)
     quiet()
     with recorded(record, cfg, progress or (Progress() if leads() else NullProgress())) as shown:
         result = train(cfg, folder, shown)
@@ -123,9 +126,8 @@ def run_eval(
             say(f"warning: trained on {trained.task.name}, evaluated on {cfg.task.name}")
         record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})
         record.train = origin
-    split = getattr(cfg.task, "split", None)
-    if progress is None and split and cfg.data.source == "local" and (shared := shared_out(cfg.data, split)):
-        say(shared)
+    if progress is None and (shared := told_shares(cfg, getattr(cfg.task, "split", ""))):
+        say(f"{shared} (task.split={'|'.join(SPLITS)})")
     if done := already_done(record, cfg, progress):
         record = done
     else:
@@ -136,6 +138,13 @@ def run_eval(
     if progress is None:
         show_metrics(record)
     return record
+
+
+def told_shares(cfg: RunConfig, *splits: str) -> str | None:
+    """See `shared_out`; None also for a task that reads no text."""
+    if cfg.data.source != "local" or not hasattr(cfg.task, "split"):
+        return None
+    return shared_out(cfg.data, *splits)
 
 
 def on_base(cfg: RunConfig) -> RunConfig:
@@ -175,7 +184,8 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     record.task_version = task.version
     if not cfg.task.weightless:
         if model is None:
-            model = adapted_model(cfg.base, cfg.memory) if cfg.base.model is not None else task.build(device)
+            based, separator = cfg.base.model is not None, getattr(task, "separator", None)
+            model = adapted_model(cfg.base, cfg.memory, separator) if based else task.build(device)
             model.to(device)
         record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     with computing(device, cfg.precision):

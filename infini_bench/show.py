@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from infini_bench.schema import ANY_ALIGNMENT
 from infini_bench.units import format_length
 
 KEYS = ("dataset", "split", "length", "position", "metric", "n")
-FILE_WIDTH = 1000  # characters, where the output is no terminal: every row of a table is one line
+PAGE = 100  # characters: where the output is no terminal, conditions stand side by side up to this width
+FILE_WIDTH = 1000  # and a table that is wider by itself has every row in one line
+OFF = ", memory_off"  # ends the name of a condition's own control
 SHADES = "·░▒▓█"  # of the keys that were asked for, found: none, ..., all
 PICTURED = ("passkey", "needles")
+
+Lines = dict[tuple[str, ...], dict[str, str]]  # values by condition, of what the keys' cells name
 
 
 def say(text: str) -> None:
@@ -56,10 +60,7 @@ def show_training(record: Record, folder: Path) -> None:
 
 
 def show_metrics(record: Record) -> None:
-    """The metric rows as a table; what is the same in all stands in the title.
-
-    Conditions stand side by side; on a terminal too narrow for that each number has a line of its own.
-    """
+    """The metric rows; what is the same in all stands above them."""
     rows = record.metrics
     keys = [key for key in KEYS if record.task != "lm" or key != "length"]  # lm's is a limit: `show_scored`
     varying = [key for key in (*keys, "protocol") if len({row.get(key) for row in rows}) > 1]
@@ -67,22 +68,14 @@ def show_metrics(record: Record) -> None:
         f"{key} {_cell(rows[0][key])}" for key in keys if key not in varying and rows[0].get(key) is not None
     ]
     facts += [ANY_ALIGNMENT] if str(rows[0].get("protocol")).endswith(ANY_ALIGNMENT) else []
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    lines: Lines = {}
     for row in rows:
         line = lines.setdefault(tuple(_cell(row.get(key)) for key in varying), {})
         line[row.get("condition") or "value"] = _value(row)
-    conditions = list(dict.fromkeys(condition for line in lines.values() for condition in line))
-    title = ", ".join([f"{record.config['model']} on {record.task}", *facts])
-    beside = [(*words, *(line.get(name, "") for name in conditions)) for words, line in lines.items()]
-    console, table = out(), _table(title, [*varying, *conditions], beside)
-    if console.measure(table, options=console.options.update(width=FILE_WIDTH)).maximum > console.width:
-        below = [
-            (", ".join([*_told(varying, words), *([] if name == "value" else [name])]), value)
-            for words, line in lines.items()
-            for name, value in line.items()
-        ]
-        table = _table(title, ["metric", "value"], below)
-    console.print(table)
+    say(", ".join([f"{record.config['model']} on {record.task}", *facts]))
+    console = out()
+    for table in _side_by_side(console, varying, lines):
+        console.print(table)
     if record.task in PICTURED:
         show_picture(record)
     if record.task == "lm":
@@ -100,20 +93,32 @@ def show_scored(record: Record) -> None:
             say(f"{sum(row['extra']['tokens']):,} tokens scored in {where}{most}")
 
 
-def _table(title: str, names: list[str], lines: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in names:
-        table.add_column(name, no_wrap=name != "metric")  # a value is never cut
-    for line in lines:
-        table.add_row(*line)
+def _side_by_side(console: Console, keys: list[str], lines: Lines) -> Iterator[Table]:
+    """Tables with as many conditions side by side as fit on a page, each left of its own control."""
+    groups: dict[str, list[str]] = {}
+    for condition in dict.fromkeys(name for line in lines.values() for name in line):
+        groups.setdefault(condition.removesuffix(OFF), []).append(condition)
+    page = console.width if console.is_terminal else PAGE
+    unbound = console.options.update(width=FILE_WIDTH)
+    shown: list[str] = []
+    for group in groups.values():
+        wider = _table(keys, [*shown, *group], lines)
+        if shown and console.measure(wider, options=unbound).maximum > page:
+            yield _table(keys, shown, lines)
+            shown = []
+        shown = [*shown, *group]
+    yield _table(keys, shown, lines)
+
+
+def _table(keys: list[str], conditions: list[str], lines: Lines) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for name in (*keys, *conditions):
+        own = OFF.removeprefix(", ") if name.endswith(OFF) else name  # of what stands before it
+        table.add_column(own, overflow="fold")  # a value is never cut
+    for words, line in lines.items():
+        if any(name in line for name in conditions):
+            table.add_row(*words, *(line.get(name, "") for name in conditions))
     return table
-
-
-def _told(names: list[str], words: tuple[str, ...]) -> Iterator[str]:
-    """What a line is about, in words: length 1024, position start, exact_match."""
-    for name, word in zip(names, words, strict=True):
-        if word:
-            yield word if name in ("metric", "protocol") else f"{name} {word}"
 
 
 def _value(row: dict[str, Any]) -> str:
@@ -134,8 +139,8 @@ def show_picture(record: Record) -> None:
         cells = {(row["position"], row["length"]): row for row in rows if row["condition"] == condition}
         depths, lengths = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
         found = sum(map(_hits, cells.values()))
-        title = f"{condition}: {found} of {sum(row['n'] for row in cells.values())} found"
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+        say(f"{condition}: {found} of {sum(row['n'] for row in cells.values())} found")
+        table = Table(box=None, padding=(0, 1))
         table.add_column("depth", no_wrap=True)
         for length in lengths:
             table.add_column(format_length(length), no_wrap=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import MEMORIES
-from test_memory import rope_table
+from memory_references import rope_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_bench.memory import build_memory

@@ -187,6 +187,9 @@ def test_an_evaluation_says_how_far_an_unfinished_run_came(there, monkeypatch):
 def test_a_model_is_exported_by_its_name(there, tmp_path):
     result = invoke("export", "infini_delta", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0 and (tmp_path / "out" / "model.safetensors").exists(), result.output
+    for option in ("--checkpoint", "--base"):
+        result = invoke("eval", "lm", option, str(tmp_path / "out"))
+        assert result.exit_code == 2 and "out is an exported folder, which says nothing of" in result.stderr
     result = invoke("export", "infini_delt", "--out", str(tmp_path / "none"))
     assert result.exit_code == 2 and '(did you mean "infini_delta"?)' in result.stderr
 
@@ -393,6 +396,19 @@ def test_a_file_without_splits_and_another_task_are_said(there, tmp_path, monkey
     monkeypatch.setattr("infini_bench.run.evaluate", lambda record, *_: record.metrics.append(none))
     result = invoke("eval", "recall", *own)
     assert "warning: trained on lm, evaluated on recall" in result.stdout.splitlines(), result.output
+
+
+def test_training_says_first_what_it_makes_of_a_file_without_splits(faked):
+    Path("own.txt").write_text("apples")
+    told = [
+        invoke("train", f"task={task}", "scale=smoke", "data=local", "data.path=own.txt").stdout
+        for task in ("lm", "passkey")
+    ]
+    assert told[0].splitlines()[0] == (
+        "own.txt has no splits: its first eight tenths are the train split, its last tenth but one is the "
+        "validation split, its last tenth is the test split"
+    )
+    assert len(faked) == 2 and "own.txt" not in told[1]  # it reads no text
 
 
 def test_a_length_that_leaves_nothing_to_predict_is_at_fault():

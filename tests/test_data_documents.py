@@ -247,17 +247,24 @@ def test_pairs_need_summaries(tmp_path):
 
 
 def test_who_shares_out_says_so(tmp_path):
-    def said(name, split="test"):
-        return shared_out(local(tmp_path / name), split)
+    def said(name, *splits):
+        return shared_out(local(tmp_path / name), *splits)
 
-    (tmp_path / "own.txt").write_text("text")
-    (tmp_path / "own.jsonl").write_text("{}")
-    (tmp_path / "test.jsonl").write_text("{}")
-    assert said("own.txt", "train") == (
-        "own.txt has no splits: its first eight tenths are the train split (task.split=train|validation|test)"
+    for name in ("own.txt", "own.jsonl", "test.jsonl", "two/a.txt", "two/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert said("own.txt", "test") == "own.txt has no splits: its last tenth is the test split"
+    assert said("own.txt", "train", "validation", "test") == (
+        "own.txt has no splits: its first eight tenths are the train split, its last tenth but one is the "
+        "validation split, its last tenth is the test split"
     )
-    assert said("own.jsonl") == (
-        "own.jsonl has no splits: one document in ten (of one or two, the last tenth) is "
-        "the test split (task.split=train|validation|test)"
+    assert said("two", "train", "test") == (
+        "a.txt and b.txt have no splits: the first eight tenths of each are the train split, "
+        "the last tenth of each is the test split"
     )
-    assert said("test.jsonl") is None
+    (tmp_path / "two" / "c.txt").write_text("text")
+    assert said("two", "test") == "two has no splits: one document in ten is the test split"
+    assert said("own.jsonl", "test") == (
+        "own.jsonl has no splits: one document in ten (of one or two, the last tenth) is the test split"
+    )
+    assert said("test.jsonl", "test") is None

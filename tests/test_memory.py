@@ -1,72 +1,25 @@
 """Every memory against its slow float64 reference and against a public peer: outputs, state, gradients."""
 
+import memory_references
 import pytest
 import torch
 from conftest import MEMORIES
+from memory_references import D, G, H, N, compressive, qkv, rope_table, slow
 
 from infini_bench import schema
 from infini_bench.errors import UserError
-from infini_bench.memory import KINDS, TOKENS, build_memory, reference, reference_retrieval
+from infini_bench.memory import KINDS, TOKENS, build_memory, reference
 from infini_bench.memory.features import FEATURES
 from infini_bench.models import build_model
 from infini_bench.schema import DecoderConfig, MemoryConfig, TrainerConfig
 from infini_bench.train.optim import parameter_groups
 
-B, H, G, D, N = 2, 4, 2, 6, 5
 IN_LAYERS = [name for name, settings in MEMORIES.items() if settings["kind"] not in TOKENS]
-
-
-def rope_table(span, size=D, theta=10000.0, dtype=torch.float64):
-    angle = torch.arange(span)[:, None] * theta ** (-torch.arange(size // 2, dtype=dtype) / (size // 2))
-    angle = torch.cat([angle, angle], -1)[None]
-    return angle.cos(), angle.sin()
-
-
-def qkv(tokens, heads=H, groups=G):
-    shapes = [(B, tokens, heads, D), (B, tokens, groups, D), (B, tokens, groups, D)]
-    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
 def make(**kwargs):
     segment = N + 1 if kwargs["kind"] == "compressed" else N  # a multiple of the rate
-    mem = build_memory(MemoryConfig(segment=segment, **kwargs), H, G, D).double()
-    for parameter in mem.parameters():
-        parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
-    return mem
-
-
-def compressive(mem, q, k, v):
-    """Outputs, M and z of the reference, with the batch in front."""
-    rows = zip(q, k, v, strict=True)
-    params = dict(mem.named_parameters())
-    found = [reference.compressive(*row, mem.cfg, params, slow_row(mem, mem.cfg.local, *row)) for row in rows]
-    return [torch.stack(x) for x in zip(*found, strict=True)]
-
-
-def slow(mem, q, k, v):
-    return torch.stack([slow_row(mem, mem.cfg.kind, *row) for row in zip(q, k, v, strict=True)])
-
-
-def slow_row(mem, kind, q, k, v):
-    cfg, n = mem.cfg, mem.segment
-    if kind == "compressive":
-        local = slow_row(mem, cfg.local, q, k, v)
-        return reference.compressive(q, k, v, cfg, dict(mem.named_parameters()), local)[0]
-    if kind == "knn":
-        settings = (mem.memory_gate, mem.memory_scale, n, cfg.entries, cfg.neighbours)
-        return reference.knn(q, k, v, *settings)
-    if kind == "retrieval":
-        return reference_retrieval.retrieval(q, k, v, n, cfg.neighbours)
-    if kind == "compressed":
-        conv = getattr(mem, "memory_conv", None)
-        return reference.compressed(q, k, v, n, mem.slots, cfg.rate, cfg.compression, conv)[0]
-    if kind == "sink":
-        return reference.sink(q, k, v, n, cfg.sinks, cfg.window)
-    if kind == "sparse":
-        return reference.sparse(q, k, v, n, cfg.stride)
-    return (
-        reference.kernel(q, k, v, n) if kind == "kernel" else reference.window(q, k, v, n, kind, cfg.window)
-    )
+    return memory_references.make(segment, **kwargs)
 
 
 @pytest.mark.parametrize("tokens", [1, N - 1, N, 3 * N, 4 * N + 3])

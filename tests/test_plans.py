@@ -17,7 +17,7 @@ from infini_bench.report.variants import VIEWS
 from infini_bench.reproduce import plan
 from infini_bench.tasks import build_task
 
-LONG = ("diag_features",)  # 56 jobs, all composed in one way
+LONG = ("diag_features",)  # 98 jobs, all composed in one way
 
 
 @pytest.mark.parametrize("name", plan_names())
@@ -39,6 +39,13 @@ def test_every_job_composes(name, scale, tmp_path):
     jobs = plan(name, scale, tmp_path, (0,), ["infini_linear"], data=tmp_path)
     settings = [x for x in made.settings() if x.models is None or "infini_linear" in x.models]
     assert len(jobs) == len(made.tasks) * len(settings) > 0
+
+
+def test_a_long_plan_composes_for_all_of_its_models(tmp_path):
+    jobs = plan("diag_features", "smoke", tmp_path, None, None, only="recall memory.features=relu2")
+    found = sorted((job.cfg.model, job.cfg.memory.normaliser) for job in jobs)
+    linear = [("infini_linear", name) for name in ("max", "mean", "norm", "sum")]
+    assert found == [("infini_delta", name) for name in ("max", "mean", "sum")] + linear
 
 
 def test_settings_are_the_product_of_variants_and_grid():
@@ -106,6 +113,7 @@ def test_language_models_of_the_views_are_those_of_figure_3(tmp_path):
     assert len(own["figure3"] & own["diag_local"]) == 1 == len(own["diag_gates"] & own["diag_local"])
     recall = [job.cfg for jobs in made.values() for job in jobs if job.cfg.task.name == "recall"]
     assert {(cfg.data.name, cfg.trainer.steps, cfg.task.trials) for cfg in recall} == {("books", 1000, 134)}
+    assert read_plan("diag_local").scales == read_plan("diag_gates").scales != {}, "named, not repeated"
 
 
 def sizes(jobs) -> dict[str, int]:

@@ -131,6 +131,9 @@ def test_the_hash_ignores_places_and_knows_the_rest():
     }
     assert config_hash(CONFIG | moved) == config_hash(CONFIG)
     assert config_hash(CONFIG | {"data": CONFIG["data"] | {"cache_dir": "x"}}) == config_hash(CONFIG)
+    paths = ("data/books", "./data//books/", "data/../books", "books")
+    own, same, *others = (config_hash(CONFIG | {"data": CONFIG["data"] | {"path": path}}) for path in paths)
+    assert own == same and len({own, *others}) == 3
     others = [{"seed": 1}, {"trained": "0123"}, {"data": CONFIG["data"] | {"name": "books"}}]
     hashes = {config_hash(CONFIG | other) for other in [{}, *others]}
     assert len(hashes) == 4

@@ -1,5 +1,7 @@
 """What a run prints when it is over."""
 
+import re
+
 from report_fakes import passkey, row
 from rich.console import Console
 
@@ -26,22 +28,54 @@ def test_a_row_of_a_file_is_one_line(capsys):
     wide = (
         "a condition with a name that is longer than a column of a narrow page would be, and then some more"
     )
-    for condition in (wide, wide.upper()):
-        record.metrics.append(row("exact_match", 55.0, position="end", condition=condition, n=20))
+    record.metrics.append(row("exact_match", 55.0, position="end", condition=wide, n=20))
     show_metrics(record)
     lines = capsys.readouterr().out.splitlines()
-    assert any(wide in line and wide.upper() in line for line in lines)
+    assert any("position" in line and "metric" in line and wide in line for line in lines)
 
 
-def test_on_a_narrow_terminal_each_number_has_a_line_and_is_whole(capsys, monkeypatch):
-    record = passkey(on=100.0, off=0.0)
-    monkeypatch.setattr("infini_bench.show.out", lambda: Console(width=200))
+def test_conditions_stand_side_by_side_as_far_as_they_fit_each_left_of_its_control(capsys, monkeypatch):
+    record = passkey(on=0.0, off=0.0)
+    names = ["number", "multikey", "number, constant filler"]
+    share = {"position": "middle", "ci_low": 40.123, "ci_high": 85.321}
+    record.metrics = [
+        row(metric, 200 / 3, length=length, condition=name + control, n=n, **share)
+        for length in (4096, 1 << 20)
+        for name in names
+        for control in ("", ", memory_off")
+        for metric, n in (("exact_match", 100), ("token_accuracy", 1000))
+    ]
+    heads, lines = _heads(record, capsys)
+    assert heads == [[name, "memory_off"] for name in names] and max(map(len, lines)) <= 100
+    assert sum(line.count("66.67 (40.12 to 85.32)") for line in lines) == len(record.metrics)
+    _on_terminal(monkeypatch, 150)
+    heads, _ = _heads(record, capsys)
+    assert heads == [["number", "memory_off", "multikey", "memory_off"], [names[2], "memory_off"]]
+
+
+def _heads(record, capsys):
+    """Conditions by table, and all that is printed."""
     show_metrics(record)
-    assert any("position" in line and "metric" in line for line in capsys.readouterr().out.splitlines())
-    monkeypatch.setattr("infini_bench.show.out", lambda: Console(width=60))
+    lines = capsys.readouterr().out.splitlines()
+    heads = [re.split(" {2,}", line.strip()) for line in lines if "metric" in line]
+    return [head[head.index("n") + 1 :] for head in heads], lines
+
+
+def test_on_a_narrow_terminal_no_value_is_cut(capsys, monkeypatch):
+    record = passkey(on=100.0, off=0.0)
+    _on_terminal(monkeypatch, 60)
     show_metrics(record)
     shown = capsys.readouterr().out
-    assert "100 (0 to 1)" in shown and "…" not in shown and "constant" in shown
+    assert "100 (0 to 1)" in shown and "constant" in shown
+    _on_terminal(monkeypatch, 40)
+    show_metrics(record)
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines()[1:])) == 40
+
+
+def _on_terminal(monkeypatch, width):
+    console = Console(width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr("infini_bench.show.out", lambda: console)
 
 
 def test_of_language_modelling_it_says_how_much_was_scored(capsys):

@@ -239,6 +239,18 @@ def test_from_training_to_a_record(base, experiment, tmp_path, monkeypatch):
     assert AutoConfig.from_pretrained(tmp_path / "out").is_encoder_decoder
 
 
+def test_a_base_writes_summaries_as_it_is(base, tmp_path):
+    words = [
+        "task=booksum", "model=local_block", "memory.segment=32",
+        f"base.model={base}", f"data.tokenizer={base}",
+        "task.input_tokens=300", "task.max_new_tokens=20", "task.max_books=2", "device=cpu",
+        f"records={tmp_path / 'records'}", f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    found = run_eval(compose_run(words), command=[])
+    (tokens,) = [r for r in found.metrics if r["metric"] == "summary_tokens"]
+    assert (tokens["n"], found.config["decoder"]["layers"]) == (2, 3) and 0 < tokens["value"] <= 20
+
+
 def test_weights_that_cannot_be_had_are_one_sentence(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from conftest import MEMORIES
-from test_memory import N, compressive, make, qkv, rope_table
+from memory_references import N, compressive, qkv, rope_table
+from test_memory import make
 from test_train_loss import assert_same, batch, run
 from torch._dynamo.backends.registry import lookup_backend
 from train_fakes import SEGMENT, fake_task, run_config

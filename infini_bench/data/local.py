@@ -29,6 +29,11 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+SHARES = {  # of one or two documents, and of more
+    "train": ("first eight tenths", "eight documents in ten", "are"),
+    "validation": ("last tenth but one", "one document in ten", "is"),
+    "test": ("last tenth", "one document in ten", "is"),
+}
 TABLES = (".jsonl", ".jsonl.xz", ".parquet")
 HELD_OUT_SHARE = 10  # one document in so many for validation, and for test
 
@@ -46,20 +51,21 @@ def load_local(data: DataConfig, split: str) -> list[Document]:
     return documents if named else _share_out(documents, path, split)
 
 
-def shared_out(data: DataConfig, split: str) -> str | None:
-    """In a sentence, the share of ``data.path`` that ``split`` is where nobody has split it; else None."""
+def shared_out(data: DataConfig, *splits: str) -> str | None:
+    """In a sentence, the shares of ``data.path`` that ``splits`` are where nobody has split it; else None."""
     path = Path(data.path or "").expanduser()
-    files, named = _files_of(path, split)
+    files, named = _files_of(path, splits[0])
     if named:
         return None
-    cut, dealt, verb = {
-        "train": ("first eight tenths", "eight documents in ten", "are"),
-        "validation": ("last tenth but one", "one document in ten", "is"),
-        "test": ("last tenth", "one document in ten", "is"),
-    }[split]
-    text = files[0].suffix == ".txt" and len(files) < 3  # a table's documents are not counted for this
-    share = f"its {cut} {verb}" if text else f"{dealt} (of one or two, the {cut}) {verb}"
-    return f"{path.name} has no splits: {share} the {split} split (task.split={'|'.join(SPLIT_NAMES)})"
+    form = "{dealt} (of one or two, the {cut})"  # a table's documents are not counted for this
+    if text := files[0].suffix == ".txt":
+        form = {1: "its {cut}", 2: "the {cut} of each"}.get(len(files), "{dealt}")
+    names = [file.name for file in files] if text and len(files) == 2 else [path.name]
+    shares = []
+    for split in splits:
+        cut, dealt, verb = SHARES[split]
+        shares.append(f"{form.format(cut=cut, dealt=dealt)} {verb} the {split} split")
+    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no splits: {', '.join(shares)}"
 
 
 def _files_of(path: Path, split: str) -> tuple[list[Path], bool]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infini_bench.errors import UserError
@@ -111,12 +111,15 @@ def config_hash(config: dict[str, Any]) -> str:
     """Sixteen hex digits of all that decides a run's result.
 
     Paths, device and the checkpoint's place are left out, so that a rerun elsewhere is known as the same run;
-    an evaluation's caller adds the train record's hash to ``config`` under a key of its own. A memory in
-    a file of the user's counts with what the file says.
+    an evaluation's caller adds the train record's hash to ``config`` under a key of its own. Of ``data.path``
+    the spelling does not count (``./books/`` is ``books``). A memory in a file of the user's counts with what
+    the file says.
     """
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "cache_dir"}
+        if path := kept["data"].get("path"):
+            kept["data"]["path"] = str(PurePosixPath(path))  # leaves "..", behind which a link may stand
     for section in ("memory", "trainer", "task"):
         if isinstance(given := kept.get(section), dict):
             younger = YOUNGER.get(given.get("name", section), {})

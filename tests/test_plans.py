@@ -1,6 +1,6 @@
 """Plans: files of conf/plan/ become jobs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -124,6 +124,17 @@ def sizes(jobs) -> dict[str, int]:
             model = build_model(job.cfg.decoder, job.cfg.memory, job.cfg.data.vocab_size)
         found[job.cfg.model] = sum(p.numel() for p in model.parameters()) - 16384 * 512
     return found
+
+
+def test_nothing_written_is_exactly_nothing(tmp_path):
+    jobs = plan("diag_gates", "smoke", tmp_path, None, ["infini_delta"], only="lm nothing written")
+    (memory,) = (job.cfg.memory for job in jobs)
+    for start, written in ((memory.write_start, False), (-30.0, True)):
+        memory = replace(memory, write_start=start)
+        (layer, *_) = build_model(jobs[0].cfg.decoder, memory, 512).memories
+        strength = layer.strength(torch.randn(3, layer.kv_heads, layer.head_dim))
+        (slope,) = torch.autograd.grad(strength.sum(), layer.memory_write)
+        assert bool(strength.any()) == bool(slope.any()) == written
 
 
 def test_table2_models_have_equal_parameters(tmp_path):

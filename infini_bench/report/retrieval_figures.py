@@ -13,12 +13,14 @@ from infini_bench.report.cells import Line, Row, grouped, settings
 from infini_bench.report.records import Record
 from infini_bench.report.style import heat, panels
 from infini_bench.report.tidy import POSITIONS, rank
+from infini_bench.report.variants import pretrained
 from infini_bench.units import format_length
 
 COLUMNS = 4
 WIDTH = 48  # characters of a line of a panel's title
 LAYERS = 4  # whose gates a panel tells apart
 RETRIEVAL = ("passkey", "needles")
+TIME = len("20261122-120437")  # which a record's id begins with
 
 
 def heat_maps(rows: list[Row]) -> Figure:
@@ -85,8 +87,10 @@ def _curve(axes: Axes, record: Record) -> None:
     right.set_ylabel("gate")
     lines, words = _gates(right, tokens, [point["gates"] for point in points])
     config = record.config
-    base = (config.get("base") or {}).get("model")
-    name = f"{config['model']} on {record.task}, {config['scale']}, seed {record.seed}, {record.id[:15]}"
+    name = f"{config['model']} on {record.task}, {config['scale']}, seed {record.seed}, {record.id[:TIME]}"
+    base = pretrained(config)
+    if base and "-train-" in base:  # an earlier run, whose panel has its time as a name
+        base = base[:TIME]
     start = f"{base.removesuffix('.gguf')}; " if base else ""
     axes.set_title(f"{name}\n{start}dotted: longer rows", fontsize=7)
     axes.legend([loss, *lines], ["loss", *words], fontsize=6)

@@ -69,6 +69,14 @@ def test_depths_are_pooled_with_the_interval_of_all_trials():
     )
 
 
+def test_a_needle_in_the_questions_segment_does_not_count():
+    found = needles(scores=((4, 90),))
+    for metric in found.metrics:
+        metric["extra"] = {"segments": 0 if metric["position"] == "100" else 3}
+    assert score(line_of(found), 4 * K)[::3] == (85, 100)
+    assert "question's segment (start), with" in sheet_text([found], "table3_hard")[1].caption
+
+
 def test_at_a_million_tokens_all_depths_are_counted_together():
     runs = [passkey(seed=seed, lengths=(32 * K, K * K, 10 * K * K)) for seed in (0, 1)]
     for run, missed in zip(runs, (0.0, 10.0), strict=True):

@@ -145,7 +145,7 @@ def mqar(rows: list[Row]) -> Figure:
         [[row for row in sheet if row["position"] == place] for place in distances(sheet)]
         for sheet in grouped(kept, SHEET)
     ]
-    figure, axes = panels(2 * sum(map(len, sheets)), max(map(len, sheets)), sharey=True)
+    figure, axes = panels(2 * sum(map(len, sheets)), min(4, max(map(len, sheets))), sharey=True)
     drawings = [(draw, group) for sheet in sheets for draw in (_pairs_panel, _state_panel) for group in sheet]
     for each, (draw, group) in zip(axes, drawings, strict=True):
         draw(each, labels(kept), group)

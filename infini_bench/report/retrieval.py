@@ -19,16 +19,20 @@ LEAST = 50.0  # percent: who finds fewer at the base length has no effective len
 
 
 def score(line: Line, length: int) -> tuple[float, float, float, int] | None:
-    """Exact match over all depths at a length: percent, its Wilson interval, trials; None if not measured."""
-    rows = [
-        r for r in line if r["metric"] == "exact_match" and r["length"] == length and r["value"] is not None
-    ]
+    """Exact match over the depths that are `far`: percent, its Wilson interval, trials; None if not measured."""
+    rows = [row for row in line if row["metric"] == "exact_match" and row["length"] == length and far(row)]
+    rows = [row for row in rows if row["value"] is not None]
     if not rows:
         return None
     n = sum(row["n"] for row in rows)
     hits = sum(row["value"] / 100 * row["n"] for row in rows)
     low, high = wilson(hits, n)
     return 100 * hits / n, 100 * low, 100 * high, n
+
+
+def far(row: Row) -> bool:
+    """Whether the needle lies before the question's segment: in it, a model without a memory finds it, too."""
+    return bool(row["extra"].get("segments", 1))
 
 
 def effective_length(line: Line) -> int | None:
@@ -91,8 +95,9 @@ def _effective(line: Line) -> str:
 def _caption(rows: list[Row]) -> str:
     task = rows[0]["config"]["task"]
     bases = {format_length(base(line)) for line in grouped(rows, ("model", "variant", *LINES["table3_hard"]))}
+    depths = "/".join(dict.fromkeys(str(row["position"]) for row in rows if far(row)))
     return (
-        f"Exact match in % over the depths {'/'.join(task['depths'])} together, with 95 % Wilson intervals; "
+        f"Exact match in % over the depths before the question's segment ({depths}), with 95 % Wilson intervals; "
         f"{task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
         "another split than training's. Effective length: the longest up to which every score is at least "
         f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there. "

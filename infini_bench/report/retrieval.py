@@ -19,7 +19,7 @@ LEAST = 50.0  # percent: who finds fewer at the base length has no effective len
 
 
 def score(line: Line, length: int) -> tuple[float, float, float, int] | None:
-    """Exact match over the depths that are `far`: percent, its Wilson interval, trials; None if not measured."""
+    """Exact match over depths that are `far`: percent, its Wilson interval, trials; None if not measured."""
     rows = [row for row in line if row["metric"] == "exact_match" and row["length"] == length and far(row)]
     rows = [row for row in rows if row["value"] is not None]
     if not rows:
@@ -31,7 +31,7 @@ def score(line: Line, length: int) -> tuple[float, float, float, int] | None:
 
 
 def far(row: Row) -> bool:
-    """Whether the needle lies before the question's segment: in it, a model without a memory finds it, too."""
+    """Whether the needle lies before the question's segment: in it, no memory is needed to find it."""
     return bool(row["extra"].get("segments", 1))
 
 
@@ -97,8 +97,8 @@ def _caption(rows: list[Row]) -> str:
     bases = {format_length(base(line)) for line in grouped(rows, ("model", "variant", *LINES["table3_hard"]))}
     depths = "/".join(dict.fromkeys(str(row["position"]) for row in rows if far(row)))
     return (
-        f"Exact match in % over the depths before the question's segment ({depths}), with 95 % Wilson intervals; "
-        f"{task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
+        f"Exact match in % over the depths before the question's segment ({depths}), with 95 % Wilson "
+        f"intervals; {task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
         "another split than training's. Effective length: the longest up to which every score is at least "
         f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there. "
         f"Trained at: {reached.MEANING}{adapted.caption(rows)}"

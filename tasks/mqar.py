@@ -15,6 +15,8 @@ The zone has as many segments as the questions need, so late ones are further aw
 
 * ``token_accuracy``: percent of questions whose value is the most probable token; chance is 2 / vocabulary.
   Wilson intervals, over the questions of all trials; those of one trial are not quite independent.
+  ``extra["by_segment"]``: of the pairs that stand in the first segment, the second and so on, which tells a
+  full memory from one that only some segments are written to or read from.
 
 Conditions: ``<P> pairs``, and ``<P> pairs, memory_off``: nothing from before a question's segment; left out
 for models without a memory that could be switched off. Trials depend on seed, P and number; the questions
@@ -198,6 +200,9 @@ class MQAR(Task):
         length = self._start(pairs, d) + self.segments_of(pairs) * self.cfg.memory.segment
         columns = {"dataset": "synthetic", "length": length, "position": str(d), "condition": condition}
         extra = {"pairs": pairs, "segments_after": d, "chance": 100 / (self.task.vocabulary / 2)}
+        ends = range(self.cfg.memory.segment // 2, pairs, self.cfg.memory.segment // 2)
+        parts = np.split(expected == best, ends, axis=1)
+        extra["by_segment"] = [100 * float(part.mean()) for part in parts]
         bounds = Interval(share.low, share.high)
         columns |= {"protocol": self.task.protocol, "n": share.n, "extra": extra}
         return self.row("token_accuracy", share.value, bounds, **columns)

@@ -101,7 +101,10 @@ def test_an_oracle_scores_100_and_less_without_its_memory():
     # 3 pairs, asked at once: 6 tokens, then 16; 12 pairs: 24 tokens fill 2 segments, and so do the questions
     assert [row["length"] for row in by(rows, condition="3 pairs")] == [22, 32, 64]
     assert [row["length"] for row in by(rows, condition="12 pairs")] == [56, 64, 96]
-    assert rows[0]["extra"] == {"pairs": 3, "segments_after": 0, "chance": 100 / 32}
+    assert rows[0]["extra"] == {"pairs": 3, "segments_after": 0, "chance": 100 / 32, "by_segment": [100]}
+    # 8 pairs fill a segment; without a memory those of the second are known where the questions begin in it
+    first, second = off[0]["extra"]["by_segment"]
+    assert first < 10 < second and (2 * first + second) / 3 == pytest.approx(off[0]["value"])
 
 
 def test_memory_off_reads_the_own_segment():

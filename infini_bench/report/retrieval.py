@@ -98,10 +98,10 @@ def _caption(rows: list[Row]) -> str:
     depths = "/".join(dict.fromkeys(str(row["position"]) for row in rows if far(row)))
     return (
         f"Exact match in % over the depths before the question's segment ({depths}), with 95 % Wilson "
-        f"intervals; {task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} values, text of "
-        "another split than training's. Effective length: the longest up to which every score is at least "
-        f"{SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than {LEAST:.0f} % found there. "
-        f"Trained at: {reached.MEANING}{adapted.caption(rows)}"
+        f"intervals; {task['digits']}-digit numbers, {1 + task['distractors']} keys, {task['values']} "
+        "values, text of another split than training's. Effective length: the longest up to which every "
+        f"score is at least {SHARE:.0%} of that at {' or '.join(sorted(bases))}; none: fewer than "
+        f"{LEAST:.0f} % found there. Trained at: {reached.MEANING}{adapted.caption(rows)}"
     )
 
 

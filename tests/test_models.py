@@ -117,8 +117,8 @@ def test_reset_clears_one_row_only(model, ids):
     _, state = model.step(ids)
     state.reset_rows(torch.tensor([True, False]))
     after = feed(model, ids, [3, T - 3], state)[0]
-    assert (after[0] - model.step(ids)[0][0]).abs().max() < 3e-5
-    assert (after[1] - feed(model, ids.repeat(1, 2), [T, T])[0][1, T:]).abs().max() < 3e-5
+    assert (after[0] - model.step(ids)[0][0]).abs().max() < 1e-4
+    assert (after[1] - feed(model, ids.repeat(1, 2), [T, T])[0][1, T:]).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -130,7 +130,8 @@ def test_states_are_values_and_survive_the_disk(model, ids, tmp_path):
     for s in (state, loaded, MemoryCache.from_tensors(state.tensors())):
         assert torch.equal(model.step(ids, s)[0], expected)
     swapped = state.select_rows(torch.tensor([1, 0]))
-    assert (model.step(ids.flip(0), swapped)[0].flip(0) - expected).abs().max() < 1e-5
+    # ARMT divides by what may be small, and products of other rows are not rounded alike on every processor
+    assert (model.step(ids.flip(0), swapped)[0].flip(0) - expected).abs().max() < 3e-4
     (tmp_path / "broken").write_bytes(b"nothing")
     with pytest.raises(UserError, match="broken"):
         MemoryCache.load(tmp_path / "broken")
@@ -218,7 +219,7 @@ def test_losses_equal_logits_and_chunked_gradients(model, ids, monkeypatch):
     assert (nll + logits.gather(-1, ids[:, 1:, None])[..., 0]).abs().max() < 1e-5
     monkeypatch.setattr("infini_bench.decoder.LOSS_CHUNK", 7)
     for a, b in zip(grads, run()[1], strict=True):
-        assert (a is None and b is None) or (a - b).abs().max() < 1e-4
+        assert (a is None and b is None) or (a - b).abs().max() < 3e-5 * (1 + a.abs().max())
 
 
 def test_first_segment_equals_stock_llama_and_closed_gates_equal_local_attention():
@@ -248,9 +249,11 @@ def test_gate_parameters_start_as_configured_after_loading_plain_llama(tmp_path)
 
 def test_save_and_load(model, ids, tmp_path):
     save_model(model, tmp_path / "m")
-    with torch.no_grad():
-        for loaded in (load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")):
-            assert torch.equal(loaded.eval().step(ids)[0], model.step(ids)[0])
+    for loaded in (load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")):
+        weights = dict(loaded.eval().named_parameters())
+        assert all(torch.equal(weights.pop(name), p) for name, p in model.named_parameters()) and not weights
+        with torch.no_grad():  # weights at other addresses: some processors' kernels round otherwise
+            assert (loaded.step(ids)[0] - model.step(ids)[0]).abs().max() < 3e-4
 
 
 def test_damaged_or_foreign_models_are_named(decoder, tmp_path):

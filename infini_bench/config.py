@@ -98,6 +98,13 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
     return cfg
 
 
+# Starting values of what weights hold by then, and what only a loss or a gradient feels
+ONLY_TRAINED = (
+    *("gate_start", "gate_split", "gate_frozen", "write_start", "write_split", "write_cost", "decay"),
+    "gradient_depth",
+)
+
+
 def evaluated_memory(cfg: RunConfig) -> MemoryConfig:
     """The trained memory with what ``task.memory`` changes for the evaluation.
 
@@ -110,6 +117,10 @@ def evaluated_memory(cfg: RunConfig) -> MemoryConfig:
     ]
     if unknown:
         raise unknown_setting(f"memory.{unknown[0]}", known_keys(cfg.task.name))
+    if spent := [key for key in changes if key in ONLY_TRAINED]:
+        raise UserError(f"task.memory.{spent[0]} acts in training alone; leave it out.")
+    if "options" in changes:
+        changes = {**changes, "options": {**cfg.memory.options, **changes["options"]}}
     memory = _build(MemoryConfig, {**dataclasses.asdict(cfg.memory), **changes}, "task.memory.", {})
     for key, value in _leaves(memory):
         check_value(f"memory.{key}", value)

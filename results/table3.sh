@@ -10,6 +10,10 @@
 #   local    no memory: what adaptation alone does to the language model
 # SHORT=1 leaves out 2M, 4M and 10M; MORE="task.segments=4 ..." adds settings to the training.
 set -euo pipefail
+if (($# < 3)); then
+  echo "error: give a model, a folder of books and a row: results/table3.sh MODEL BOOKS ROW [SEED]" >&2
+  exit 2
+fi
 model=$1 books=$2 row=$3 seed=${4:-0}
 bench=${BENCH:-infini-bench} runs=${RUNS:-runs/table3_${row}_$seed}
 token="model=infini_delta_token memory.features=relu2 memory.write_gate=true memory.write_floor=0.05 trainer.write_lr=3e-3"

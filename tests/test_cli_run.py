@@ -234,6 +234,7 @@ def test_an_evaluation_changes_what_needs_no_training(tmp_path, monkeypatch):
     for words, sentence in (
         ("++task.memory.gate_input=true", "a memory with parameters of its own; change only what needs no"),
         ("++task.memory.write_gate=false", "memory.write_floor=1.0 is about write strengths"),
+        ("++task.memory.gate_frozen=0", "task.memory.gate_frozen acts in training alone; leave it out."),
         ("++task.memory.floor=1", 'There is no setting "memory.floor"'),
         ("++task.memory.write_floor=low", 'task.memory.write_floor must be a number, not "low"'),
         ("++task.memory.entries=9", "task.memory.entries is read by memory.kind=knn, not by compressive"),

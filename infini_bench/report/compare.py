@@ -35,7 +35,7 @@ SHEET = ("scale", "device", "dataset", "split", "protocol")
 BUDGET = ("scale", "device", "dataset", "split", "length", "protocol", "train_tokens", "budget")
 
 
-def mean_interval(values: list[float]) -> Estimate:
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
     """Mean of at least two seeds' values and its Student interval."""
     degrees = len(values) - 1
     z = NormalDist().inv_cdf(0.975)

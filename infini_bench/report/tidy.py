@@ -9,6 +9,7 @@ A run has a place in its task's own table, unless it is part of plans whose runs
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -78,6 +79,10 @@ TABLE2 = (
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy", POOLED)
 COUNTS = ("non_finite",)
+BOUNDS = {  # which an interval over seeds cannot leave
+    **dict.fromkeys((*gates.KINDS, "local_layers"), (0.0, 100.0)),
+    **{"gate": (0.0, 1.0), "tokens_per_s": (0.0, math.inf)},
+}
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
 
@@ -239,7 +244,9 @@ def _aggregate(rows: list[Row]) -> Row:
         return _summed_up(rows, (100 * hits / n, 100 * low, 100 * high, n))
     if len(rows) == 1:
         return _summed_up(rows, (first["value"], first["ci_low"], first["ci_high"], first["n"]))
-    return _summed_up(rows, (*mean_interval(values), first["n"]))
+    middle, low, high = mean_interval(values)
+    least, most = BOUNDS.get(first["metric"], (-math.inf, math.inf))
+    return _summed_up(rows, (middle, max(low, least), min(high, most), first["n"]))
 
 
 def _overdispersion(shares: list[float], trials: list[int], pooled: float) -> float:

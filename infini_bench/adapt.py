@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from infini_bench.cli.bridge import compose_run, given, quote
@@ -31,21 +32,18 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
 
     if looks_local(model) and not Path(model).exists():
         raise UserError(f"{model} is no folder or file; give a hub id, a folder or a .gguf file.")
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(
-                f'There is no stage "{stage}"{suggest(stage, STAGES)}; choose {", ".join(STAGES)}.'
-            )
     check_stages(stages, overrides)
+    cfgs: list[RunConfig] = []
     for stage in stages:
         own = of_stage(stage, overrides)
-        cfg = compose_run(_words(model, stage, own))
-        check_read(given(own), [cfg])
-        if stage != stages[0]:  # whose data are read at once anyway
-            check_data(cfg)
+        cfgs.append(compose_run(stage_words(model, stage, own)))
+        check_read(given(own), cfgs[-1:])
+    for before, stage, cfg in zip(cfgs, stages, cfgs[1:], strict=False):
+        check_memory(stage, before, cfg)
+        check_data(cfg)  # the first stage's are read at once anyway
     records: list[Record] = []
     for stage in stages:
-        words = _words(model, stage, of_stage(stage, overrides))
+        words = stage_words(model, stage, of_stage(stage, overrides))
         record = run_train(compose_run(words), command=["infini-bench", "train", *words])
         records.append(record)
         if record.status != "done":
@@ -55,17 +53,37 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
 
 
 def of_stage(stage: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides that hold for ``stage``, as Hydra reads them; its own come last and so win."""
+    """The overrides that hold for ``stage``, as Hydra reads them; its own come last and so win.
+
+    stage "": those that hold for all.
+    """
     matches = [(word, OF_STAGE.fullmatch(word)) for word in overrides]
     own = [match[1] + match[3] for _, match in matches if match and match[2] == stage]
     return [*(word for word, match in matches if not match), *own]
 
 
 def check_stages(stages: Sequence[str], overrides: Sequence[str]) -> None:
-    """Raises UserError for an override of a stage that is not run."""
+    """Raises UserError for a stage that does not exist, and for an override of one that is not run."""
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(
+                f'There is no stage "{stage}"{suggest(stage, STAGES)}; choose {", ".join(STAGES)}.'
+            )
     for word in overrides:
         if (match := OF_STAGE.fullmatch(word)) and match[2] not in stages:
-            raise UserError(f"{word} is for the stage {match[2]}, which is not among --stages; leave it out.")
+            raise UserError(
+                f"{word} is for the stage {match[2]}, which is not among those that are run; leave it out."
+            )
+
+
+def check_memory(stage: str, cfg: RunConfig, after: RunConfig) -> None:
+    """Raises UserError if what goes on from ``cfg``, the stage of this name, would have another memory."""
+    own, later = asdict(cfg.memory), asdict(after.memory)
+    for key in (key for key in own if own[key] != later[key]):
+        raise UserError(
+            f"A memory stays as it is from stage to stage, but memory.{key} is {own[key]} in {stage} and "
+            f"{later[key]} after it; set {stage}.memory.{key}={later[key]}."
+        )
 
 
 def check_data(cfg: RunConfig) -> str:
@@ -77,12 +95,17 @@ def check_data(cfg: RunConfig) -> str:
     return task.fingerprint
 
 
-def _words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:
+def stage_words(model: str, stage: str, overrides: Sequence[str]) -> list[str]:
+    """All overrides of a stage that begins with ``model``."""
+    return [f"experiment=adapt_{stage}", *on(model), *overrides]
+
+
+def on(model: str) -> list[str]:
+    """Overrides for a training that goes on from ``model``, with its tokenizer."""
     from infini_bench.train.checkpoint import find_checkpoint
 
     tokenizer = str(find_checkpoint(Path(model)) / "tokenizer") if is_own(model) else model
-    named = [f"base.model={quote(model)}", f"data.tokenizer={quote(tokenizer)}"]
-    return [f"experiment=adapt_{stage}", *named, *overrides]
+    return [f"base.model={quote(model)}", f"data.tokenizer={quote(tokenizer)}"]
 
 
 def added(record: Record) -> str:

@@ -94,3 +94,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:  # broken JSON or not UTF-8
         raise UserError(f"{path} is broken ({error}); delete it, or restore it from a copy.") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time of those that name this file, which is made and stays; the others wait."""
+    import fcntl  # of POSIX only
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # freed with the file, also if the process is killed
+        yield

@@ -10,14 +10,16 @@ All that follows may be left out:
 grid: {memory.features: [elu1, relu2]}         # every combination of these ...
 variants: {name: [memory.gate_split=2]}        # ... with each of these; or, of some models and seeds only,
                                                # name: {overrides: [...], models: [...], seeds: [0, 1]}; such
-                                               # models need not be among the plan's
+                                               # models need not be among the plan's. With stages: [pretrain]
+                                               # a pretrained model goes through these stages of `adapt` first
 overrides: []                                  # for every job
 each: {memorizing: [memory.entries=16384]}     # for the jobs of one model
 seeds: [0, 1, 2]                               # unset = 0
 scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above; or the
                                                # name of a plan: what that one has there
 
-``{data}`` in an override stands for the folder of ``--data``.
+``{data}`` in an override stands for the folder of ``--data``. A stage has the overrides that name the model
+and its memory, and those that begin with its name, for it alone: ``pretrain.trainer.steps=100``.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Setting:
     overrides: list[str]
     models: list[str] | None = None
     seeds: list[int] | None = None
+    stages: list[str] = field(default_factory=list)  # of `adapt`, before the training itself
 
 
 @dataclass(frozen=True)

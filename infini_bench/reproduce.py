@@ -1,18 +1,17 @@
 """``infini-bench reproduce``: everything that a table of the paper needs, from training to the printed table.
 
-A job trains one model on one task and evaluates it; what is recorded as done is skipped, and a job that fails
-does not stop the others.
+A job trains one model on one task, perhaps in stages that build on each other, and evaluates it; what is
+recorded as done is skipped, and a job that fails does not stop the others.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +20,20 @@ from rich.text import Text
 
 from infini_bench import first_steps
 from infini_bench.errors import UserError
-from infini_bench.files import atomic_write
+from infini_bench.files import alone, atomic_write
 from infini_bench.origin import TRAINED
-from infini_bench.plans import DATA, Plan, Setting, read_plan
+from infini_bench.planned import Job, plan
+from infini_bench.plans import read_plan
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.report.check import Check, demo_checks
-from infini_bench.report.records import KILLED, Record, add_plan, config_hash, current, now, read_records
+from infini_bench.report.records import Record, add_plan, config_hash, current, now, read_records
 from infini_bench.report.tables import print_tables, write_report
 from infini_bench.report.tidy import tidy
 from infini_bench.schema import RunConfig
-from infini_bench.units import suggest
-from infini_bench.unread import check_read
+from infini_bench.standing import chain, planned_records, standing, there
 from infini_bench.workers import Board, Relay, cores, run_all
 
-SAVED = "checkpoints/index.json"  # of a run folder that can be gone on with
 WEIGHTS = {"train": 0.8, "eval": 0.2}  # of a job's time
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model on one task, in one variant."""
-
-    name: str
-    cfg: RunConfig
-    settings: list[str]  # overrides that say the same by hand
-    log: Path  # what went wrong, if anything did
-    plan: str  # noted in the records
 
 
 @dataclass
@@ -92,13 +79,14 @@ def reproduce(
             return 0
     if not planned:
         raise UserError(f"There is nothing to do for {what} at scale={scale} with these models and names.")
-    for path in sorted({job.cfg.data.path for job in planned if job.cfg.data.path}):
+    paths = {part.cfg.data.path for job in planned for part in job.trainings}
+    for path in sorted(path for path in paths if path):
         if data is not None and not Path(path).exists():
             raise UserError(f"--data {data} lacks what {what} reads: {path} does not exist.")
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
-    records = _planned_records(planned, read_records(folder / "records"))
+    records = planned_records(planned, read_records(folder / "records"))
     write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=tables)
@@ -128,134 +116,6 @@ def default_folder(what: str) -> Path:
     return Path("runs") / what
 
 
-def plan(
-    what: str,
-    scale: str,
-    out: Path,
-    seeds: Sequence[int] | None,
-    models: Sequence[str] | None,
-    overrides: Sequence[str] = (),
-    data: Path | None = None,
-    only: str = "",
-) -> list[Job]:
-    """The jobs of a plan, checked: first seeds first, then in the order of tasks, settings and models.
-
-    models, seeds: unset = the plan's; a setting that names its own has the jobs that both allow. overrides: a
-    setting of a memory is refused if none of the jobs reads it.
-    """
-    from infini_bench.cli.bridge import compose_run, given
-
-    if data is not None and not data.is_dir():
-        raise UserError(f"--data {data} is no folder.")
-    plan = read_plan(what).at(scale)
-    places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
-    jobs: list[tuple[int, Job]] = []
-    named: set[str] = set()
-    for (task, own), (setting, model) in product(plan.tasks.items(), [*_rows(plan, models)]):
-        words = [f"model={model}", f"task={task}", *places, *own, *setting.overrides]
-        words = _filled([*words, *plan.each.get(model, []), *overrides], data)
-        names = {
-            seed: " ".join([task, model, *([setting.name] if setting.name else []), f"seed {seed}"])
-            for seed in _seeds(seeds, setting.seeds, plan.seeds)
-        }
-        named |= {word for name in names.values() for word in name.split()}
-        kept = {seed: name for seed, name in names.items() if set(only.split()) <= set(name.split())}
-        if not kept:  # settings need only fit what is run
-            continue
-        cfg = compose_run(words)
-        for seed, name in kept.items():
-            parts = [task, model, re.sub(r"[^\w.=-]+", "-", setting.name), f"seed{seed}"]
-            log = out / "logs" / f"{'-'.join(part for part in parts if part)}.txt"
-            job = Job(name, replace(cfg, seed=seed), [*words, f"seed={seed}"], log, plan.name)
-            jobs.append((seed if seeds is None else seeds.index(seed), job))
-    for word in (word for word in only.split() if word not in named):
-        raise UserError(f'No run of {what} has "{word}" in its name{suggest(word, sorted(named))}.')
-    check_read(given(overrides), [job.cfg for _, job in jobs])
-    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
-
-
-def _rows(plan: Plan, asked: Sequence[str] | None) -> Iterator[tuple[Setting, str]]:
-    for setting in plan.settings():
-        known = plan.models if setting.models is None else setting.models
-        for model in asked or known:
-            if setting.models is None or model in known:
-                yield setting, model
-
-
-def _seeds(asked: Sequence[int] | None, own: list[int] | None, planned: list[int]) -> list[int]:
-    if asked is None:
-        return planned if own is None else own
-    return [seed for seed in asked if own is None or seed in own]
-
-
-def _filled(words: list[str], data: Path | None) -> list[str]:
-    """Overrides with the folder of ``--data`` in them. Raises UserError if it is needed and not given."""
-    from infini_bench.cli.bridge import quote
-
-    if data is None and any(DATA in word for word in words):
-        raise UserError("This plan reads local sets: name the folder that holds them with --data FOLDER.")
-    filled = []
-    for word in words:
-        key, _, value = word.partition("=")
-        filled.append(f"{key}={quote(value.replace(DATA, str(data)))}" if DATA in value else word)
-    return filled
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a job stands by the records. seconds: of its training and evaluation so far, where known."""
-
-    job: Job
-    state: str  # done | trained | interrupted | failed | missing
-    seconds: float
-    records: list[str]
-
-
-def standing(jobs: Sequence[Job]) -> list[Standing]:
-    """The jobs in their order, each with what is recorded of it."""
-    found = current(read_records(jobs[0].cfg.records)) if jobs else []
-    return [_standing(job, found) for job in jobs]
-
-
-def _standing(job: Job, records: list[Record]) -> Standing:
-    own = _planned_records([job], records)
-    training = [r for r in own if r.kind == "train"]
-    evaluation = [r for r in own if r.kind == "eval"]
-    state = "missing"
-    if evaluation and evaluation[-1].status == "done":
-        state = "done"
-    elif training:
-        state = {"done": "trained"}.get(training[-1].status, training[-1].status)
-    elif evaluation:
-        state = evaluation[-1].status
-    return Standing(job, state, sum(r.seconds or 0.0 for r in own), [r.id for r in own])
-
-
-def standing_text(found: list[Standing], every: bool = True) -> str:
-    """Markdown: a line a job, as results/README.md keeps them. every: those that are done, too."""
-    shown = [each for each in found if every or each.state != "done"]
-    lines = [f"| {each.job.name} | {each.state} | {each.seconds:.0f} |" for each in shown]
-    done = sum(each.state == "done" for each in found)
-    head = ["| run | state | seconds |", "| :-- | :-- | --: |"]
-    return "\n".join([*head, *lines, "", f"{done} of {len(found)} runs are done."])
-
-
-def standing_json(found: list[Standing], every: bool = True) -> str:
-    """A JSON line a job: name, state, seconds, records, overrides and log."""
-    rows = [
-        {
-            "job": each.job.name,
-            "state": each.state,
-            "seconds": round(each.seconds, 1),
-            "records": each.records,
-            "settings": each.job.settings,
-        }
-        for each in found
-        if every or each.state != "done"
-    ]
-    return "\n".join(json.dumps(row) for row in rows)
-
-
 def run_job(job: Job, board: Any) -> Outcome:
     """Train, then evaluate. Whatever goes wrong ends up in the outcome; surprises in full in ``job.log``.
 
@@ -266,66 +126,76 @@ def run_job(job: Job, board: Any) -> Outcome:
     outcome = Outcome(job)
 
     def timed(phase: str, run: Callable[..., Record], cfg: RunConfig, words: list[str]) -> Record:
-        board.put(("start", job.name, phase))
-        began = now()
-        record = run(cfg, command=["infini-bench", phase, *words], progress=Relay(board, job.name, phase))
+        share = 1 / len(job.trainings) if phase == "train" else 1.0
+        began, relay = now(), Relay(board, job.name, phase, share)
+        record = run(cfg, command=["infini-bench", phase, *words], progress=relay)
         if record.started >= began:  # otherwise it was done before
-            setattr(outcome, f"{phase}_seconds", record.seconds)
+            before = getattr(outcome, f"{phase}_seconds")
+            setattr(outcome, f"{phase}_seconds", before + (record.seconds or 0.0))
         if record.status == "interrupted":
             raise KeyboardInterrupt
         return record
 
     try:
         if job.cfg.task.untrained:
+            board.put(("start", job.name, "eval"))
             timed("eval", run_eval, job.cfg, [job.cfg.task.name, *job.settings])
         else:
-            trained = timed("train", run_train, _startable(job), job.settings)
+            board.put(("start", job.name, "train"))
+            trained = _trained(job, len(job.stages), partial(timed, "train", run_train))
             cfg = replace(job.cfg, checkpoint=trained.train["folder"])
             words = [word for word in job.settings if not word.startswith(("model=", "task=", *TRAINED))]
+            board.put(("start", job.name, "eval"))
             timed("eval", run_eval, cfg, [cfg.task.name, f"--checkpoint={cfg.checkpoint}", *words])
     except UserError as error:
         outcome.error = str(error)
     except Exception as error:
         atomic_write(job.log, traceback.format_exc())
         outcome.error = f"{type(error).__name__}: {error} (see {job.log})"
-    for found in _planned_records([job], read_records(job.cfg.records)):
+    for found in planned_records([job], read_records(job.cfg.records)):
         add_plan(job.cfg.records, found, job.plan)
     for phase in WEIGHTS:  # also of what was skipped or never begun: there is no more to come
         board.put(("finish", job.name, phase))
     return outcome
 
 
-def _startable(job: Job) -> RunConfig:
-    """The job's ``cfg``, set to go on with its interrupted run, or to run again if a finished run's folder
-    is gone."""
-    cfg, records = job.cfg, current(read_records(job.cfg.records))
-    digests = _trainings([job], records)
-    same = [r for r in records if r.kind == "train" and r.config_hash in digests]
-    if not same:
-        return cfg
-    newest = same[-1]
-    folder = newest.train.get("folder", "")
-    there = bool(folder) and Path(folder).is_dir()
-    if newest.status == "done":
-        return cfg if there else replace(cfg, force=True)
-    killed = newest.status == "failed" and newest.error == KILLED and (Path(folder) / SAVED).exists()
-    return replace(cfg, resume=folder) if there and (newest.status == "interrupted" or killed) else cfg
+def _trained(job: Job, number: int, train: Callable[[RunConfig, list[str]], Record]) -> Record:
+    """The record of the job's ``trainings[number]``, which is run, after those before it, if it is not
+    recorded or its folder is not here, and gone on with if it was interrupted.
+    """
+    from infini_bench.adapt import check_data
+
+    part = job.trainings[number]
+    with alone(_lock(job, number)) if part.stage else nullcontext():  # jobs side by side may share a stage
+        same = chain(job, current(read_records(job.cfg.records)))[number]
+        cfg, words, found = part.cfg, part.settings, there(same)
+        if found and found.status == "done" and not cfg.force:
+            return found
+        if found and found.status != "done":
+            cfg = replace(cfg, resume=found.train["folder"])
+        elif number > 0:
+            check_data(cfg)  # not only when its stages are trained
+            cfg, words = _gone_on(words, _trained(job, number - 1, train).train["folder"])
+        cfg = replace(cfg, force=cfg.force or any(r.status == "done" for r in same))  # its folder is gone
+        try:
+            return train(cfg, words)
+        except UserError as error:
+            raise UserError(f"stage {part.stage}: {error}" if part.stage else str(error)) from error
 
 
-def _planned_records(jobs: Sequence[Job], records: list[Record]) -> list[Record]:
-    """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
-    digests = _trainings(jobs, records)
-    return [r for r in records if {r.config_hash, r.train.get("config_hash")} & digests]
+def _lock(job: Job, number: int) -> Path:
+    digests = [config_hash(asdict(part.cfg)) for part in job.stages[: number + 1]]
+    return Path(job.cfg.runs) / f".{'-'.join(digests)}.lock"
 
 
-def _trainings(jobs: Sequence[Job], records: list[Record]) -> set[str]:
-    """Hashes of the jobs' configurations, and of recorded trainings that differ in the decoder alone: a run
-    on a pretrained model has that model's, which no job knows before it is read."""
-    digests = {config_hash(asdict(job.cfg)) for job in jobs}
-    jobs_own = {json.dumps(asdict(job.cfg.decoder)) for job in jobs if job.cfg.base.model is not None}
-    based = [r for r in records if r.kind == "train" and r.config.get("base", {}).get("model") is not None]
-    pairs = [(r, {**r.config, "decoder": json.loads(text)}) for r in based for text in jobs_own]
-    return digests | {r.config_hash for r, config in pairs if config_hash(config) in digests}
+def _gone_on(words: list[str], run: str) -> tuple[RunConfig, list[str]]:
+    """The training of these overrides with the model of the run in folder ``run`` as its base."""
+    from infini_bench.adapt import on
+    from infini_bench.cli.bridge import compose_run
+
+    kept = [word for word in words if not word.startswith(("base.model=", "data.tokenizer="))]
+    words = [*kept, *on(run)]
+    return compose_run(words), words
 
 
 def _lost(job: Job) -> Outcome:

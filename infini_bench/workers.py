@@ -192,10 +192,10 @@ class Board:
 
 
 class Relay:
-    """What one phase of a job sees as its progress display."""
+    """What one phase of a job, or this share of it, sees as its progress display."""
 
-    def __init__(self, board: Any, job: str, phase: str):
-        self.board, self.job, self.phase, self.count = board, job, phase, 0
+    def __init__(self, board: Any, job: str, phase: str, share: float = 1.0):
+        self.board, self.job, self.phase, self.share, self.count = board, job, phase, share, 0
 
     def task(self, description: str, total: int) -> RelayHandle:
         self.count += 1
@@ -214,7 +214,7 @@ class RelayHandle:
         self.relay, self.key, self.total = relay, key, total
 
     def advance(self, n: int = 1) -> None:
-        part = n / max(self.total, 1)
+        part = self.relay.share * n / max(self.total, 1)
         self.relay.board.put(("advance", self.key, n, self.relay.job, self.relay.phase, part))
 
     def close(self) -> None:

@@ -3,11 +3,12 @@
 import errno
 import json
 import os
+from threading import Thread
 
 import pytest
 
 from infini_bench.errors import UserError
-from infini_bench.files import atomic_folder, atomic_write, read_json, write_json
+from infini_bench.files import alone, atomic_folder, atomic_write, read_json, write_json
 
 
 def test_write_makes_folders_and_replaces(tmp_path):
@@ -85,3 +86,20 @@ def test_the_first_of_two_folders_stays(tmp_path):
             (fast / "a").write_text("fast")
     assert (tmp_path / "x" / "a").read_text() == "fast"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_one_at_a_time_of_those_that_name_a_file(tmp_path):
+    told, path = [], tmp_path / "runs" / ".lock"
+
+    def other():
+        with alone(path):
+            told.append("second")
+
+    with alone(path):
+        thread = Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        told.append("first")
+    thread.join(10)
+    assert told == ["first", "second"]

@@ -10,11 +10,11 @@ from infini_bench.cli.listing import list_options
 from infini_bench.config import evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
+from infini_bench.planned import plan
 from infini_bench.plans import Plan, Setting, plan_names, read_plan
 from infini_bench.report.records import config_hash
 from infini_bench.report.tidy import NAMES, TABLES
 from infini_bench.report.variants import VIEWS
-from infini_bench.reproduce import plan
 from infini_bench.tasks import build_task
 
 LONG = ("diag_features",)  # 98 jobs, all composed in one way
@@ -180,7 +180,7 @@ def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):
         seeds=[0, 2],
         scales={"gpu": {"models": ["rmt"]}},
     )
-    monkeypatch.setattr("infini_bench.reproduce.read_plan", lambda name: made)
+    monkeypatch.setattr("infini_bench.planned.read_plan", lambda name: made)
     with pytest.raises(UserError, match="--data FOLDER"):
         plan("x", "smoke", tmp_path, None, None)
     with pytest.raises(UserError, match=r"gone is no folder\."):
@@ -202,7 +202,7 @@ def test_jobs_of_a_grid_have_names_and_logs_of_their_own(tmp_path, monkeypatch):
     made = Plan(
         "x", {"recall": ["task.trials=5"], "lm": []}, ["full"], [], {"memory.features": ["elu1", "exp"]}
     )
-    monkeypatch.setattr("infini_bench.reproduce.read_plan", lambda name: made)
+    monkeypatch.setattr("infini_bench.planned.read_plan", lambda name: made)
     jobs = plan("x", "smoke", tmp_path, (0, 1), ["full"], ["trainer.steps=9"])
     assert len(jobs) == 8 == len({job.name for job in jobs}) == len({job.log for job in jobs})
     first = jobs[0]
@@ -246,18 +246,22 @@ def test_table3_trains_the_model_that_ships_on_a_gpu_beside_the_others(tmp_path)
     assert len(plan("table3", "gpu", tmp_path, [0], ["infini_linear"])) == 1
 
 
+def table4(tmp_path, *overrides):
+    words = ["base.model=small.gguf", *overrides]
+    return plan("table4", "gpu", tmp_path, None, None, words, data=tmp_path)
+
+
 def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path):
     """Alike in all that `report.compare` asks for before it sets them beside one another."""
-    jobs = plan("table4", "gpu", tmp_path, None, None, ["base.model=small.gguf"], data=tmp_path)
+    jobs = table4(tmp_path)
     adapted = [job for job in jobs if "adapted" in job.name]
     controls = [job for job in jobs if job not in adapted]
-    assert [job.cfg.model for job in jobs[:3]] == ["infini_delta_token", "smollm2_4k", "smollm2_1k"]
-    assert sorted((job.cfg.task.protocol, job.cfg.model) for job in adapted) == [
+    assert sorted((job.cfg.task.protocol, job.cfg.model) for job in adapted if job.stages) == [
         (protocol, model)
         for protocol in ("prefix", "whole_book")
         for model in ("infini_delta", "infini_delta_token", "infini_linear")
     ]
-    assert len(controls) == 7 and all(job.cfg.model in job.name for job in controls)
+    assert len(controls) == 9 and all(job.cfg.model in job.name for job in controls)
     assert all(job.cfg.model.startswith("smollm2_") for job in controls)
     alike = {
         (
@@ -270,5 +274,32 @@ def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path)
         ("small.gguf", "small.gguf", str(tmp_path / "booksum"), "gpu", 400, 1, "wikipedia", 3, 1024)
     }
     assert adapted[0].cfg.memory.features == "relu2" and "16K" in adapted[0].cfg.task.lengths
+    assert {job.cfg.task.batch for job in adapted} == {10, 20}
+    assert [job.name for job in adapted if job.cfg.task.batch == 20] == [
+        "booksum infini_delta_token adapted at once seed 0"
+    ]
     longest = {job.cfg.model: job.cfg.task.input_tokens for job in controls}
     assert longest["smollm2_1k_unlimiformer"] == longest["smollm2_4k_unlimiformer"] == 65536
+
+
+def test_table4_pretrains_models_with_and_without_a_memory_alike(tmp_path):
+    jobs = table4(tmp_path, "pretrain.trainer.lr=2e-4")
+    assert [(job.cfg.model, len(job.stages)) for job in jobs[:11]] == [
+        *[("infini_delta_token", 1), ("smollm2_4k", 1), ("smollm2_1k", 1), ("infini_linear", 1)],
+        *[("infini_delta", 1), ("infini_delta_token", 1), ("infini_linear", 1), ("infini_delta", 1)],
+        *[("infini_delta_token", 0), ("smollm2_4k", 0), ("smollm2_1k", 0)],
+    ]
+    assert {(job.cfg.trainer.lr, len(job.stages)) for job in jobs[11:]} == {(1e-4, 0)}
+    stages = [stage.cfg for job in jobs for stage in job.stages]
+    assert len({config_hash(asdict(cfg)) for cfg in stages}) == 5, "one of each model"
+    for cfg in stages:
+        steps = cfg.trainer
+        assert (steps.steps, steps.batch, cfg.task.sequence, steps.accumulate) == (300, 2, 32768, 1)
+        assert (cfg.data.path, cfg.data.name, steps.lr) == (str(tmp_path / "books"), "books", 2e-4)
+        kept = steps.checkpoint_segments * cfg.memory.segment
+        assert 15_000 < kept <= 16_384, "activations of as many tokens, whatever a segment is"
+    kinds = {(cfg.model, cfg.memory.kind, cfg.memory.segment) for cfg in stages}
+    assert {kind for kind in kinds if kind[0] == "local_block"} == {
+        ("local_block", "block", 5248),
+        ("local_block", "block", 2176),
+    }

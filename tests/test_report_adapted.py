@@ -98,6 +98,39 @@ def test_tokens_of_training_are_those_of_all_stages():
     assert sheet.rows[0][titles.index("train tokens")] == "4,773"
 
 
+def test_a_row_names_the_stages_before_its_training_and_what_of_them_differs():
+    def variants(*runs):
+        return [r["variant"] for r in tidy([*runs]) if r["metric"] == "exact_match" and r["length"] == 512]
+
+    assert {*variants(*chain(), *chain(1))} == {None}, "seeds share a row"
+    once = passkey(id="once", config={"base": {"model": BASE}})
+    once.train = {"id": "x", "tokens": 5}
+    once.config["data"]["tokenizer"] = BASE
+    assert {*variants(*chain(), once)} == {"trained.before=lm on embedded", "trained.before=nothing"}
+    long = chain(1)
+    long[0].config["trainer"]["steps"] = 99
+    long[0].config["data"]["path"] = "/tmp/some/books"
+    assert {*variants(*chain(), *long)} == {
+        "before.data.path=null before.trainer.steps=10 trained.before=lm on embedded",
+        "before.data.path=books before.trainer.steps=99 trained.before=lm on books",
+    }
+    first, second, keys, _ = chain()
+    third = record(kind="train", id="third", config={"base": {"model": "runs/second0"}})
+    third.config["task"]["name"] = "passkey"
+    again = passkey(id="again", config={"base": {"model": "runs/third"}})
+    again.train = {"id": "fourth", "tokens": 5}
+    told = variants(first, second, third, keys, again)
+    assert {text.partition("trained.before=")[2] for text in told} == {
+        "lm on embedded",
+        "lm on embedded, then lm on embedded, then passkey on embedded",
+    }
+    resumed = record(
+        kind="train", id="later", train={"folder": "runs/first0"}, config={"base": {"model": BASE}}
+    )
+    (row, *_) = [r for r in tidy([resumed, second, keys]) if r["metric"] == "exact_match"]
+    assert row["base"] == "smol.gguf", "known by its folder"
+
+
 def test_text_cut_to_a_length_makes_no_column_of_that_length():
     records = chain()
     for metric in records[-1].metrics:

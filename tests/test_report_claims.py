@@ -316,6 +316,76 @@ def test_summaries_of_different_kinds_protocols_models_and_settings_are_no_curve
     assert verdicts([plots])["rouge_grows"][0] == NO, "the kind is plots"
 
 
+def plots(model, deltas, overall=20.0, length=512_000, **changes):
+    """An adapted model's summaries of plots, with its differences made up."""
+    place = {"split": "test", "position": "wikipedia", "length": length, "protocol": "sampled"}
+    scores = {"books": ["a", "b", "c"], "scores": [[overall] * 4] * 3}
+    metrics = [row("overall", overall, scores, condition="pairwise", n=3, **place)]
+    for name in ("memory_off", "other_memory"):
+        if name in deltas:
+            other = [[overall - each] * 4 for each in deltas[name]]
+            metrics.append(row("overall", overall, {**scores, "scores": other}, condition=name, n=3, **place))
+    for metric in metrics:
+        metric["dataset"] = "booksum_local"
+    config = {"task": {"name": "booksum"}, "scale": "gpu", "data.name": "booksum_local"}
+    config |= {"base": {"model": "bases/smol.gguf"}, **changes}
+    train = {"id": f"t-{model}", "steps": 400, "tokens": 9}
+    return record(model, metrics=metrics, config=config, train=train)
+
+
+def beside(overalls):
+    """What has no memory, and the books' first sentences."""
+    runs = [plots(name, {}, value, length=1024) for name, value in overalls.items() if name != "lead"]
+    if "lead" in overalls:
+        runs.append(plots("lead", {}, overalls["lead"], length=None))
+        runs[-1].config |= {"base": {"model": None}, "task": {"name": "booksum", "baseline": "lead"}}
+        runs[-1].metrics[0]["protocol"] = "extractive"
+    return runs
+
+
+def test_summaries_are_better_where_every_difference_is():
+    rivals = {"smollm2_4k": 15.0, "smollm2_1k": 16.0, "lead": 17.0}
+    own = plots("infini_delta_token", {})
+    verdict, sentence = verdicts([own, *beside(rivals)])["summaries_better"]
+    assert verdict == YES and sentence == (
+        "infini_delta_token in smol.gguf after 512,000 tokens of 3 books: overall ROUGE 20.0 against plots; "
+        "less that of smollm2_4k +5.0 [+5.0, +5.0], smollm2_1k +4.0 [+4.0, +4.0], lead +3.0 [+3.0, +3.0]. "
+        "Judged on 1 seed: how other seeds would spread is not known."
+    )
+    for name in rivals:
+        found = verdicts([own, *beside({**rivals, name: 21.0})])["summaries_better"]
+        assert found[0] == NO and f"{name} -1.0 [-1.0, -1.0]" in found[1]
+        rest = {other: value for other, value in rivals.items() if other != name}
+        assert verdicts([own, *beside(rest)])["summaries_better"][0] == OPEN, "each is needed"
+    full = beside({**rivals, "smollm2_full": 20.5})
+    assert verdicts([own, *full])["summaries_better"][0] == NO, "counts where it was run"
+    best = plots("infini_delta", {}, 18.0)
+    assert "infini_delta_token in" in verdicts([best, own, *beside(rivals)])["summaries_better"][1]
+    shorter = plots("infini_delta_token", {}, 30.0, length=16_384)
+    for metric in shorter.metrics:
+        own.metrics.append(metric)
+    sentence = verdicts([own, *beside(rivals)])["summaries_better"][1]
+    assert "after 512,000 tokens" in sentence, "the longest input, not the one that came out best"
+
+
+@pytest.mark.parametrize("change", [{"scale": "laptop"}, {"base": {"model": None}}])
+def test_summaries_of_small_scales_and_of_models_from_scratch_prove_nothing(change):
+    deltas = {"memory_off": (2.0, 3.0, 4.0), "other_memory": (1.0, 2.0, 3.0)}
+    assert verdicts([plots("infini_delta", deltas)])["summaries_of_the_book"][0] == YES
+    assert verdicts([plots("infini_delta", deltas, **change)])["summaries_of_the_book"][0] == OPEN
+
+
+def test_a_summary_depends_on_the_book_where_another_books_memory_makes_it_worse():
+    both = {"memory_off": (2.0, 3.0, 4.0), "other_memory": (1.0, 2.0, 3.0)}
+    verdict, sentence = verdicts([plots("infini_delta", both)])["summaries_of_the_book"]
+    assert verdict == YES and "less that of other_memory +2.0 [+1.0, +3.0], memory_off +3.0" in sentence
+    for name in both:
+        run = plots("infini_delta", {**both, name: (-1.0, 2.0, 3.0)})
+        assert verdicts([run])["summaries_of_the_book"][0] == NO, "an interval that has 0 in it"
+        alone = plots("infini_delta", {name: both[name]})
+        assert verdicts([alone])["summaries_of_the_book"][0] == OPEN
+
+
 def timed(name, times, peaks, shape="b1-h8-d64-n512", protocol="model"):
     config = {"task": {"name": "efficiency"}, "scale": "gpu", "trainer.steps": len(shape)}
     extra, place = {"variant": shape}, {"protocol": protocol, "dataset": "synthetic"}

@@ -15,10 +15,12 @@ from report_fakes import booksum, lm, passkey
 from infini_bench import reproduce as module
 from infini_bench.cli import bridge
 from infini_bench.errors import UserError
+from infini_bench.planned import plan
 from infini_bench.progress import NullProgress
 from infini_bench.report.records import KILLED, config_hash, find_done, read_records, write_record
-from infini_bench.reproduce import plan, reproduce
+from infini_bench.reproduce import reproduce
 from infini_bench.schema import RunConfig
+from infini_bench.standing import standing, standing_json, standing_text
 
 MODELS = ("infini_linear", "infini_delta", "transformer_xl", "local_block")
 PLACES = ("records=", "runs=")
@@ -218,18 +220,18 @@ def test_what_is_missing_is_known_and_the_next_of_it_runs(tmp_path, calls, capsy
     assert calls.trained == ["full"] == calls.evaluated
     assert reproduce("table2", out=tmp_path, following=2, **options) == 1
     assert calls.trained == ["full", "sink"]
-    found = module.standing(plan("table2", "smoke", tmp_path, None, options["models"]))
+    found = standing(plan("table2", "smoke", tmp_path, None, options["models"]))
     assert [(each.job.cfg.model, each.state) for each in found] == [
         ("full", "done"),
         ("rmt", "missing"),
         ("sink", "done"),
     ]
     assert found[0].seconds == 4.0 and sorted(found[0].records) == ["eval-lm-full-0", "train-lm-full-0"]
-    text = module.standing_text(found)
+    text = standing_text(found)
     assert "| lm rmt seed 0 | missing | 0 |" in text and "2 of 3 runs are done." in text
-    rest = module.standing_text(found, every=False)
+    rest = standing_text(found, every=False)
     assert rest.count("seed 0") == 1 and "2 of 3 runs are done." in rest
-    lines = [json.loads(line) for line in module.standing_json(found).splitlines()]
+    lines = [json.loads(line) for line in standing_json(found).splitlines()]
     assert [line["state"] for line in lines] == ["done", "missing", "done"]
     assert lines[1]["settings"][:2] == ["model=rmt", "task=lm"]
     calls.broken.clear()
@@ -248,9 +250,12 @@ def test_of_repeated_trainings_the_newest_is_gone_on_with(tmp_path, calls):
         own = {"id": place, "config_hash": config_hash(asdict(job.cfg)), "started": f"2026-01-0{day}"}
         train = {"folder": str(tmp_path / "runs" / place)}
         write_record(tmp_path / "records", booksum(kind="train", train=train, **own))
-    assert module._startable(job).force is False
+    options = {"scale": "smoke", "jobs": 1, "models": ("infini_linear",), "progress": NullProgress()}
+    assert reproduce("table4", out=tmp_path, **options) == 0
+    assert calls.trained == [] and f"--checkpoint={folder}" in calls.commands[0]
     folder.rmdir()
-    assert module._startable(job).force is True
+    assert reproduce("table4", out=tmp_path, **options) == 0
+    assert calls.trained == ["infini_linear"]
 
 
 def test_a_run_on_a_pretrained_model_is_known_by_all_but_its_architecture(tmp_path, calls):
@@ -261,9 +266,13 @@ def test_a_run_on_a_pretrained_model_is_known_by_all_but_its_architecture(tmp_pa
     folder.mkdir(parents=True)
     own = {"config": asdict(cfg), "config_hash": digest, "train": {"folder": str(folder)}}
     write_record(tmp_path / "records", booksum(kind="train", status="interrupted", **own))
-    assert module._startable(jobs[0]).resume == str(folder) and module._startable(jobs[1]).resume is None
-    write_record(tmp_path / "records", booksum(train={"config_hash": digest}))
-    assert [each.state for each in module.standing(jobs)] == ["done", "missing"]
+    options = {"jobs": 1, "models": ("infini_linear", "infini_delta"), "progress": NullProgress()}
+    reproduce("table4", "smoke", tmp_path, overrides=words, **options)
+    assert calls.resumed == ["infini_linear"] and calls.trained == ["infini_delta"]
+    write_record(tmp_path / "other", booksum(kind="train", **own))
+    write_record(tmp_path / "other", booksum(train={"config_hash": digest}))
+    jobs = [replace(job, cfg=replace(job.cfg, records=str(tmp_path / "other"))) for job in jobs]
+    assert [each.state for each in standing(jobs)] == ["done", "missing"]
 
 
 def test_ctrl_c_stops_all(tmp_path, calls, monkeypatch):
@@ -294,5 +303,9 @@ def test_what_is_recorded_as_done_stays_done(tmp_path, monkeypatch):
     Path("data").mkdir()
     models = ["infini_linear", "infini_delta", "transformer_xl"]
     jobs = plan("table2", "gpu", results, [0], models, data=Path("data"), only="books")
-    found = {each.job.name: each.state for each in module.standing(jobs)}
+    found = {each.job.name: each.state for each in standing(jobs)}
     assert found == {f"lm {model} books seed 0": "done" for model in models}
+    options = {"overrides": ["base.model=SmolLM2-135M-Instruct.Q4_1.gguf"], "data": Path("data")}
+    for name in ("adapted at once", "smollm2_1k"):
+        jobs = plan("table4", "gpu", results, [0], None, only=name, **options)
+        assert [each.state for each in standing(jobs) if not each.job.stages] == ["done"]

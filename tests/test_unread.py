@@ -13,7 +13,7 @@ from infini_bench.config import TASKS, evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.origin import evaluated_config
-from infini_bench.reproduce import plan
+from infini_bench.planned import plan
 from infini_bench.schema import LOCALS, MEMORY_KINDS, DecoderConfig, MemoryConfig
 from infini_bench.unread import KINDS, reads
 

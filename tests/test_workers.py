@@ -98,6 +98,9 @@ def test_the_board_counts_to_a_hundred():
         bar.advance(10)  # more than was said
         assert counter.bars["all"] == 39
         bar.close()
+        shared.put(("start", "b", "train"))
+        Relay(shared, "b", "train", 0.25).task("steps", 10).advance(10)
+        assert counter.bars["all"] == 49, "a quarter of its training"
         for job, phase in (("a", "train"), ("a", "eval"), ("b", "train"), ("b", "eval")):
             shared.put(("start", job, phase))
             shared.put(("finish", job, phase))

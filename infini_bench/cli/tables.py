@@ -46,15 +46,15 @@ def reproduce(
 ) -> None:
     """Train and evaluate all that a table needs, and print it; overrides hold for every job."""
     from infini_bench import reproduce as module
+    from infini_bench.planned import plan
+    from infini_bench.standing import standing, standing_json, standing_text
 
     chosen = models.split(",") if models else None
     numbers = module.parse_seeds(seeds) if seeds else None
     if missing or listed:
         folder = out or module.default_folder(what)
-        found = module.standing(
-            module.plan(what, scale, folder, numbers, chosen, overrides or [], data, only)
-        )
-        print((module.standing_json if as_json else module.standing_text)(found, every=listed))
+        found = standing(plan(what, scale, folder, numbers, chosen, overrides or [], data, only))
+        print((standing_json if as_json else standing_text)(found, every=listed))
         return
     words = overrides or []
     raise typer.Exit(

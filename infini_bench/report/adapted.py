@@ -7,7 +7,7 @@ keys or summaries are shown. Both on a validation split, of the same documents a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,36 @@ METRICS = {"bits_per_byte_before": "before", "bits_per_byte_after": "after"}
 SHOWN = {"table3_passkey": (), "table3_hard": ("condition",), "table4_booksum": ("length", "position")}
 
 
+def run_name(training: Record) -> str:
+    """The name of its folder; one that was resumed has a record of its own in the folder of its beginning."""
+    return Path(training.train.get("folder") or training.id).name
+
+
+def run_before(record: Record, runs: Collection[str]) -> str | None:
+    """The name of the run whose model this one goes on from, if it is among these."""
+    model = (record.config.get("base") or {}).get("model")
+    return name if model is not None and (name := Path(model).name) in runs else None
+
+
 def rooted(records: list[Record]) -> list[Record]:
-    """The same records; one that goes on from another run names the pretrained model, not that run.
+    """The same records; one that goes on from another run names the pretrained model, not that run, which is
+    kept, rooted as well, as ``train["before"]``.
 
     Else seeds, each of which has its own chain of stages, would never share a line of a table.
     """
-    trainings = {r.id: r for r in records if r.kind == "train"}
-    return [_rooted(r, trainings) for r in records]
+    runs = {run_name(r): r for r in records if r.kind == "train"}
+    return [_rooted(r, runs) for r in records]
 
 
-def _rooted(record: Record, trainings: dict[str, Record]) -> Record:
-    base = record.config.get("base") or {}
-    model = base.get("model")
-    while model is not None and Path(model).name in trainings:
-        model = (trainings[Path(model).name].config.get("base") or {}).get("model")
-    if model == base.get("model"):
+def _rooted(record: Record, runs: dict[str, Record]) -> Record:
+    name = run_before(record, runs)
+    if name is None:
         return record
+    before = _rooted(runs[name], runs)
+    model = (before.config.get("base") or {}).get("model")
     data = {**record.config["data"], "tokenizer": model}  # the stages pass it on
-    return replace(record, config={**record.config, "base": {**base, "model": model}, "data": data})
+    config = {**record.config, "base": {**record.config["base"], "model": model}, "data": data}
+    return replace(record, config=config, train={**record.train, "before": before})
 
 
 def language(record: Record, records: list[Record]) -> list[tuple[Record, dict[str, Any]]]:

@@ -11,7 +11,7 @@ import io
 from dataclasses import dataclass
 
 from infini_bench.report import evidence as on
-from infini_bench.report import evidence_length, evidence_training
+from infini_bench.report import evidence_length, evidence_summaries, evidence_training
 from infini_bench.report.cells import Column
 from infini_bench.report.evidence import BOOKS, INFINI, MATH, Evidence, Finding, Rule
 from infini_bench.report.layouts import Sheet
@@ -45,6 +45,7 @@ class Claim:
 
 
 TABLE2 = "Needs the test rows of `reproduce table2 --scale gpu`, two seeds at least."
+TABLE4 = "Needs test rows of `reproduce table4 --scale gpu`: an adapted model's, its controls' and lead's."
 FIGURE3 = "Needs trainings at scale gpu; `reproduce figure3 --scale gpu` does them."
 CLAIMS = [
     Claim(
@@ -206,7 +207,22 @@ CLAIMS = [
         PAPER,
         "Summaries improve with more of the book as input (Figure 4).",
         "Needs table4_booksum at scale gpu, one model at three input lengths or more, on the test split.",
-        evidence_length.grows_with_input(),
+        evidence_summaries.grows_with_input(INFINI),
+    ),
+    Claim(
+        "summaries_better",
+        OURS,
+        "The adapted model's summaries are better than the same LLM's without memory and than the book's "
+        "first sentences (lead).",
+        TABLE4,
+        evidence_summaries.ahead_of(("smollm2_4k", "smollm2_1k", "lead"), ("smollm2_full",)),
+    ),
+    Claim(
+        "summaries_of_the_book",
+        OURS,
+        "The summary depends on the book that was read: another book's memory, or none, makes it worse.",
+        TABLE4,
+        evidence_summaries.ahead_of(("other_memory", "memory_off")),
     ),
     Claim(
         "booksum_sota",

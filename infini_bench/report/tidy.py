@@ -136,7 +136,8 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     shown = [(r, table) for r in found if r.kind == "eval" and r.status == "done" for table in tables_of(r)]
     ended = [r for r in found if r.kind == "train" and r.status in ("done", "failed")]
     shown += [(r, table) for r in ended for table in tables_of(r) if table in VIEWS]
-    shown += [(r, "figure3_gates") for r in ended if r.task == "lm" and r.train.get("gates")]
+    learned = [r for r in ended if r.task == "lm" and not pretrained(r.config)]  # no stage of `adapt`
+    shown += [(r, "figure3_gates") for r in learned if r.train.get("gates")]
     variants = variants_of(shown)
     rows = [
         _measurement(record, metric, table, variants[record.id, table])

@@ -60,6 +60,8 @@ OF_TRAINING = (
     *("trainer.", "trained.", "base.freeze", "base.lora", "base.save", "decoder.init_std", "task.train_"),
     *("task.segments", "task.own_segment", "task.crossing", "task.text_share", "task.lm_weight"),
 )
+# Of the stages before a training their own settings; those of the model are the training's, too.
+OF_STAGES = ("task.", "data.", "trainer.")
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 
 
@@ -190,4 +192,24 @@ def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
         return flat if but else {**flat, "trained.task": "null"}
     trained = {key: record.train.get(key) for key in ("task", "data", "steps", "train_kind")}
     walk("trained", {**trained, "corpus": _place(record.train.get("path"))})
+    if pretrained(record.config):
+        before = record.train.get("before")
+        flat["trained.before"] = _stages(before) if before else "nothing"
+        flat |= _settings_before(before)
     return flat
+
+
+def _stages(record: Record) -> str:
+    """The stages up to a training that others go on from (`adapted.rooted`), in words."""
+    before, corpus = record.train.get("before"), record.config["data"]
+    own = f"{record.task} on {_place(corpus.get('path')) or corpus['name']}"
+    return f"{_stages(before)}, then {own}" if before else own
+
+
+def _settings_before(record: Record | None) -> dict[str, str]:
+    """What decided the result of the stages up to a training, as `setup_of`: ``before.task.sequence``, ..."""
+    if record is None:
+        return {}
+    own = {key: value for key, value in setup_of(record).items() if key.startswith(OF_STAGES)}
+    own |= _settings_before(record.train.get("before"))
+    return {f"before.{key}": value for key, value in own.items()}

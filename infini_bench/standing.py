@@ -1,0 +1,134 @@
+"""Where the jobs of a plan stand by the records, and what of a job is there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from infini_bench.planned import Job
+from infini_bench.report.adapted import run_before, run_name
+from infini_bench.report.records import KILLED, Record, config_hash, current, read_records
+from infini_bench.schema import RunConfig
+
+SAVED = "checkpoints/index.json"  # of a run folder that can be gone on with
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands by the records. seconds: of its training and evaluation so far, where known; a stage
+    that jobs share counts in each of them.
+
+    state: done | trained | interrupted | failed | missing; of a job whose own training has not begun, how the
+    last of its stages ended (``pretrain done``).
+    """
+
+    job: Job
+    state: str
+    seconds: float
+    records: list[str]
+
+
+def standing(jobs: Sequence[Job]) -> list[Standing]:
+    """The jobs in their order, each with what is recorded of it."""
+    found = current(read_records(jobs[0].cfg.records)) if jobs else []
+    return [_standing(job, found) for job in jobs]
+
+
+def _standing(job: Job, records: list[Record]) -> Standing:
+    own = planned_records([job], records)
+    *stages, training = chain(job, records)
+    evaluation = [r for r in own if r.kind == "eval"]
+    begun = [f"{part.stage} {same[-1].status}" for part, same in zip(job.stages, stages, strict=True) if same]
+    state = begun[-1] if begun else "missing"
+    if evaluation and evaluation[-1].status == "done":
+        state = "done"
+    elif training:
+        state = {"done": "trained"}.get(training[-1].status, training[-1].status)
+    elif evaluation:
+        state = evaluation[-1].status
+    return Standing(job, state, sum(r.seconds or 0.0 for r in own), [r.id for r in own])
+
+
+def standing_text(found: list[Standing], every: bool = True) -> str:
+    """Markdown: a line a job, as results/README.md keeps them. every: those that are done, too."""
+    shown = [each for each in found if every or each.state != "done"]
+    lines = [f"| {each.job.name} | {each.state} | {each.seconds:.0f} |" for each in shown]
+    done = sum(each.state == "done" for each in found)
+    head = ["| run | state | seconds |", "| :-- | :-- | --: |"]
+    return "\n".join([*head, *lines, "", f"{done} of {len(found)} runs are done."])
+
+
+def standing_json(found: list[Standing], every: bool = True) -> str:
+    """A JSON line a job: name, state, seconds, records, overrides, and the stages with theirs."""
+    rows = [
+        {
+            "job": each.job.name,
+            "state": each.state,
+            "seconds": round(each.seconds, 1),
+            "records": each.records,
+            "settings": each.job.settings,
+            "stages": {part.stage: part.settings for part in each.job.stages},
+        }
+        for each in found
+        if every or each.state != "done"
+    ]
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def planned_records(jobs: Sequence[Job], records: list[Record]) -> list[Record]:
+    """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
+    trainings, digests = set(), set()
+    for job in jobs:
+        found = chain(job, records)
+        trainings |= {r.id for same in found for r in same}
+        digests |= {r.config_hash for r in found[-1]}
+        digests |= set() if job.stages else {config_hash(asdict(job.cfg))}
+    return [r for r in records if r.id in trainings or {r.config_hash, r.train.get("config_hash")} & digests]
+
+
+def chain(job: Job, records: list[Record]) -> list[list[Record]]:
+    """The recorded trainings of each of the job's stages and, last, of its own: those that went on from one
+    of the stage before.
+    """
+    trainings = [r for r in records if r.kind == "train"]
+    runs = {run_name(r) for r in trainings}
+    found: list[list[Record]] = []
+    before: set[str | None] = {None}
+    for part in job.trainings:
+        digest = config_hash(asdict(part.cfg))
+        same = [r for r in trainings if run_before(r, runs) in before]
+        found.append([r for r in same if _digest(r, part.cfg, len(found) > 0) == digest])
+        before = {run_name(r) for r in found[-1]}
+    return found
+
+
+def _digest(record: Record, cfg: RunConfig, later: bool) -> str:
+    """The hash that ``cfg`` has if this is its training.
+
+    No job knows before it is run which architecture a pretrained model has; and of a later stage in which
+    folder the run is that it goes on from, with the tokenizer there.
+    """
+    config = record.config
+    if cfg.base.model is None or (config.get("base") or {}).get("model") is None:
+        return record.config_hash
+    config = {**config, "decoder": asdict(cfg.decoder)}
+    if later:
+        config["base"] = {**config["base"], "model": cfg.base.model}
+        config["data"] = {**config["data"], "tokenizer": cfg.data.tokenizer}
+    return config_hash(config)
+
+
+def there(same: Sequence[Record]) -> Record | None:
+    """Of a training and its repetitions the newest whose folder is here, and that is done or can be gone on
+    with.
+    """
+    return next((r for r in reversed(same) if _there(r)), None)
+
+
+def _there(record: Record) -> bool:
+    if not (folder := record.train.get("folder")) or not Path(folder).is_dir():
+        return False
+    killed = record.status == "failed" and record.error == KILLED and (Path(folder) / SAVED).exists()
+    return killed or record.status in ("done", "interrupted")

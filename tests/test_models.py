@@ -250,7 +250,9 @@ def test_save_and_load(model, ids, tmp_path):
     save_model(model, tmp_path / "m")
     with torch.no_grad():
         for loaded in (load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")):
-            assert torch.equal(loaded.eval().step(ids)[0], model.step(ids)[0])
+            assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in model.named_parameters())
+            # a file's weights lie anywhere in memory, and CPUs multiply aligned ones in another order
+            assert (loaded.eval().step(ids)[0] - model.step(ids)[0]).abs().max() < 1e-4
 
 
 def test_damaged_or_foreign_models_are_named(decoder, tmp_path):

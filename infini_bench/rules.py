@@ -177,6 +177,8 @@ def check_memory(memory: MemoryConfig) -> None:
             f"memory.update={memory.update} needs memory.normaliser=sum, mean or max; "
             "without one take memory.update=delta_token."
         )
+    if memory.kind == "armt" and memory.normaliser not in ("sum", "max"):
+        raise UserError(f"memory.kind=armt has memory.normaliser=sum or max, not {memory.normaliser}.")
     for name in ("write_cost", "write_floor"):
         if memory.kind == "compressive" and getattr(memory, name) and not memory.write_gate:
             raise UserError(

@@ -64,8 +64,8 @@ class MemoryConfig:
     # linear (Eq. 8) | delta (Eq. 9) | delta_corrected | delta_token
     update: str = _of("compressive", default="linear")
     features: str = _of("compressive", default="elu1")  # sigma of Eq. 7-9
-    # what a read is divided by: sum (Eq. 7) | mean | max | none | norm
-    normaliser: str = _of("compressive", default="sum")
+    # what a read is divided by: sum (Eq. 7) | mean | max | none | norm; armt: sum | max
+    normaliser: str = _of("compressive", "armt", default="sum")
     decay: float | None = _of("compressive")  # share kept at a boundary, learned from here; unset = all
     write_gate: bool = _of("compressive", default=False)  # each key's write strength depends on the key
     # its bias at the start, before the sigmoid; and what every second KV head has more, the others less

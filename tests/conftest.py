@@ -37,6 +37,7 @@ MEMORIES = {
     "local_kernel": {"kind": "kernel"},
     "rmt": {"kind": "rmt", "tokens": 3},
     "armt": {"kind": "armt", "tokens": 3, "key_size": 4},
+    "armt_max": {"kind": "armt", "tokens": 3, "key_size": 4, "normaliser": "max"},
     "autocompressor": {"kind": "autocompressor", "tokens": 3},
 }
 

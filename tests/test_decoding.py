@@ -8,7 +8,7 @@ from infini_bench.decoding import SteadySteps, decoding
 from infini_bench.models import build_model
 from infini_bench.schema import MemoryConfig
 
-UNSTEADY = {"full", "memorizing", "retrieval", "compressive", "rmt", "armt", "autocompressor"}
+UNSTEADY = {"full", "memorizing", "retrieval", "compressive", "rmt", "armt", "armt_max", "autocompressor"}
 STEADY = [name for name in MEMORIES if name not in UNSTEADY]
 
 

@@ -1,6 +1,7 @@
 """Memories in tokens against their slow float64 references, and what only they promise."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def slow(model, embeds):
                 for i in range(len(stock.layers))
             ]
         )
+        arguments.append(model.config.memory["normaliser"])
     rows = [getattr(reference_tokens, kind)(stock, x, *arguments) for x in embeds]
     return [torch.stack(x) for x in zip(*rows, strict=True)], {**dict(stock.named_parameters()), **own}
 
@@ -71,7 +73,8 @@ def test_outputs_states_and_gradients_equal_the_reference(decoder, name, tokens)
     embeds = torch.randn(2, tokens, decoder.dim, dtype=torch.float64, requires_grad=True)
     cache = MemoryCache.empty(3)
     fast = [model.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state]
-    fast += [cache.layers[-1].state[key] for key in (("M", "z") if name == "armt" else ("memory",))]
+    carried = ("M", "z") if MEMORIES[name]["kind"] == "armt" else ("memory",)
+    fast += [cache.layers[-1].state[key] for key in carried]
     (expected, theirs) = slow(model, embeds)
     if tokens < N and name == "rmt":  # nothing has crossed a border: the state is not read yet
         fast, expected = fast[:1], expected[:1]
@@ -166,7 +169,7 @@ def test_a_pretrained_llama_gets_the_memory_and_shares_its_weights(name):
     assert (std / stock.model.embed_tokens.weight.std() - 1).abs() < 0.1
     ids = torch.randint(0, V, (2, 3 * N))
     ours = model.step(ids)[0]
-    if name == "armt":  # reads nothing before it is trained
+    if MEMORIES[name]["kind"] == "armt":  # reads nothing before it is trained
         plain = torch.cat([stock(part).logits for part in ids.split(N, 1)], 1)
         assert (ours - plain).abs().max() < 1e-5
     elif name == "autocompressor":
@@ -198,11 +201,56 @@ def test_a_pair_written_again_does_not_move_the_normaliser():
     torch.testing.assert_close(again, z, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_like_keys_of_a_segment_do_not_make_what_is_stored_grow():
+    """Nothing new is written (W_v is 0): 16 keys of one direction, which drifts, correct what M has."""
+    grown = {}
+    for normaliser in ("sum", "max"):
+        torch.manual_seed(0)
+        cfg = MemoryConfig(kind="armt", normaliser=normaliser)
+        association = Association(cfg, 16).double()
+        association.key.weight.copy_(torch.eye(16))
+        M, z = torch.randn(1, 96, 16).double(), torch.zeros(1, 96).double()
+        size, centre, steps = M.norm(), torch.randn(16), []
+        for _ in range(64):
+            centre = 0.9 * centre + 0.19**0.5 * torch.randn(16)
+            M, z = association.write((centre + 0.1 * torch.randn(1, 16, 16)).double(), M, z)
+            steps.append(M.norm())
+        grown[normaliser] = steps[-1] / size
+        if normaliser == "max":
+            assert all(after <= before * (1 + 1e-12) for before, after in pairwise([size, *steps]))
+    assert grown["sum"] > 1e4 and grown["max"] > 0.5
+
+
+@torch.no_grad()
+def test_a_read_is_no_longer_than_what_was_written():
+    """sum divides by what little a query shares with z, which does not grow for a key that shares enough with
+    it, though M does on all of the key's features."""
+    longest = {}
+    for normaliser in ("sum", "max"):
+        torch.manual_seed(0)
+        association = Association(MemoryConfig(kind="armt", normaliser=normaliser), 16).double()
+        for projection in (association.query, association.key, association.value):
+            projection.weight.copy_(torch.eye(16))
+        M, z = torch.zeros(1, 96, 16).double(), torch.zeros(1, 96).double()
+        segments = torch.randn(2, 1, 16).double() + 0.1 * torch.randn(2, 16, 16).double()
+        for x in segments:
+            M, z = association.write(x[None], M, z)
+        found = association.read(torch.randn(1, 999, 16).double(), M, z)
+        longest[normaliser] = found.norm(dim=-1).max() / segments.norm(dim=-1).max()  # values are the tokens
+    assert longest["max"] < 1 and longest["sum"] > 1e3
+
+
 def test_sums_stay_float32_under_autocast(decoder):
     model = build_model(decoder, MemoryConfig(segment=N, **MEMORIES["armt"]), V)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         _, state = model.step(torch.randint(0, V, (2, 2 * N)))
     assert state.layers[-1].state["M"].dtype == state.layers[-1].state["z"].dtype == torch.float32
+
+
+def test_a_normaliser_that_it_has_not_is_refused(decoder):
+    with pytest.raises(UserError, match=r"memory\.normaliser=sum or max, not mean"):
+        build_model(decoder, MemoryConfig(kind="armt", normaliser="mean"), V)
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"key_size": 0}])

@@ -53,31 +53,40 @@ def autocompressor(llama, x_TD: Tensor, learned_mD: Tensor, n: int) -> tuple[Ten
 
 
 def armt(
-    llama, x_TD: Tensor, learned_mD: Tensor, n: int, projections: list[dict[str, Tensor]]
+    llama,
+    x_TD: Tensor,
+    learned_mD: Tensor,
+    n: int,
+    projections: list[dict[str, Tensor]],
+    normaliser: str = "sum",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Associative RMT: outputs (T, D), M (L, F, D) and z (L, F) after the last full segment.
 
     projections, of each layer: query (K, D), key (K, D), value (D, D), strength (1, D), bias (1,).
+    normaliser: sum (the paper's) or max.
     """
     size = 6 * len(projections[0]["query"])
     M = [x_TD.new_zeros(size, x_TD.shape[1]) for _ in projections]
     z = [x_TD.new_zeros(size) for _ in projections]
 
-    def recall(index: int, phi: Tensor) -> Tensor:
-        return (phi @ M[index]) / (phi @ z[index] + 1e-5)
+    def recall(index: int, phi: Tensor, own: Tensor) -> Tensor:
+        overlap = phi @ z[index]
+        return (phi @ M[index]) / (torch.max(overlap, own) if normaliser == "max" else overlap + 1e-5)
 
     def before(index: int, x: Tensor) -> Tensor:
-        query = projections[index]["query"]
-        return torch.stack([token + recall(index, dpfp3(query @ token)) for token in x])
+        keys = [dpfp3(projections[index]["query"] @ token) for token in x]
+        return torch.stack([t + recall(index, phi, phi @ phi) for t, phi in zip(x, keys, strict=True)])
 
     def write(index: int, x: Tensor) -> Tensor:
         p = projections[index]
         new_M, new_z = M[index], z[index]
-        for token in x[-len(learned_mD) :]:
-            phi = dpfp3(p["key"] @ token)
+        tokens = x[-len(learned_mD) :]
+        keys = [dpfp3(p["key"] @ token) for token in tokens]
+        for token, phi in zip(tokens, keys, strict=True):
+            own = phi @ (torch.stack(keys).sum(0) if normaliser == "max" else phi)
             strength = torch.sigmoid(p["strength"] @ token + p["bias"])
-            new_M = new_M + strength * torch.outer(phi, p["value"] @ token - recall(index, phi))
-            known = (phi @ z[index]) / (phi @ phi)
+            new_M = new_M + strength * torch.outer(phi, p["value"] @ token - recall(index, phi, own))
+            known = (phi @ z[index]) / own
             new_z = new_z + torch.clamp(1 - known, 0, 1).detach() * phi
         M[index], z[index] = new_M, new_z
         return x

@@ -218,10 +218,24 @@ class Association(nn.Module):
     over the write tokens' outputs x_i of the layer, all against the same M and z. gamma is not
     differentiated: z grows only by what is new about a key. Before the first write M = z = 0, so the read
     is 0. W_v starts at 0, so an untrained model reads 0. Sums are at least float32, outside autocast.
+
+    These are the authors' equations and constants, and nothing in them, or beside them in the authors' code,
+    bounds M: m like keys of a segment subtract m times what M has for one, z does not follow once phi z >= 1
+    (gamma = 0), and a query or key off z's features divides by eps. With 16 keys of a drifting direction and
+    values of length 1, in float64, |M| is 1e8 after 64 segments. Language models diverge (results/README.md).
+
+    ``normaliser=max``, beyond the paper, takes keys that are written at once for what they are together:
+
+        own_i = sum_j phi(k_i) phi(k_j) over the write tokens: |phi(k)|^2 = 1 if no other key overlaps;
+        reads divide by max(phi z, 1), writes by max(phi z, own), and gamma = clip(1 - z phi(k) / own, 0, 1).
+
+    What a segment leaves of M is then (1 - A) M with the eigenvalues of A in [0, 1]: they are those of the
+    non-negative matrix b_i phi(k_i) phi(k_j) / max(phi(k_i) z, own_i), whose rows sum to at most 1.
     """
 
     def __init__(self, cfg: MemoryConfig, dim: int):
         super().__init__()
+        self.floored = cfg.normaliser == "max"
         self.query = nn.Linear(dim, cfg.key_size, bias=False)
         self.key = nn.Linear(dim, cfg.key_size, bias=False)
         self.value = ZeroLinear(dim, dim, bias=False)
@@ -232,7 +246,8 @@ class Association(nn.Module):
         q = wide(self.query(x_BTD))
         with torch.autocast(x_BTD.device.type, enabled=False):
             q = dpfp(q)
-            return (q @ M_BFD / (q @ z_BF[..., None] + EPS)).to(x_BTD.dtype)
+            norm = q @ z_BF[..., None]
+            return (q @ M_BFD / (norm.clamp_min(1) if self.floored else norm + EPS)).to(x_BTD.dtype)
 
     def write(self, x_BmD: Tensor, M_BFD: Tensor, z_BF: Tensor) -> tuple[Tensor, Tensor]:
         """M and z after the write tokens' outputs."""
@@ -240,8 +255,11 @@ class Association(nn.Module):
         with torch.autocast(x_BmD.device.type, enabled=False):
             k = dpfp(k)
             norm = k @ z_BF[..., None]
-            change = torch.sigmoid(strength) * (v - k @ M_BFD / (norm + EPS))
-            gamma = (1 - norm).clamp(0, 1).detach()  # |k| = 1
+            alone = torch.ones_like(norm)  # |phi|^2, and for a key of 0
+            own = torch.maximum((k @ k.mT).sum(-1, keepdim=True), alone) if self.floored else alone
+            old = k @ M_BFD / (torch.maximum(norm, own) if self.floored else norm + EPS)
+            change = torch.sigmoid(strength) * (v - old)
+            gamma = (1 - norm / own).clamp(0, 1).detach()
             return M_BFD + k.mT @ change, z_BF + (gamma * k).sum(1)
 
 

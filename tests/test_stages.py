@@ -89,7 +89,9 @@ def states() -> list[str]:
 
 
 def trained(task="lm"):
-    return [r for r in read_records("out/records") if (r.kind, r.task) == ("train", task)]
+    """In the order of their starts: files of the same second are in that of their ids."""
+    found = [r for r in read_records("out/records") if (r.kind, r.task) == ("train", task)]
+    return sorted(found, key=lambda record: record.started)
 
 
 def test_variants_share_a_stage_and_their_rows_name_it(made):

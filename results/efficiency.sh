@@ -31,19 +31,19 @@ fi
 if wanted vs; then
   $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
     --lengths 8K,32K,128K decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
-    memory.segment=2048 memory.backend=triton task.seconds=20
+    memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20
 fi
 
 # The packages of the other two rivals at the same sizes. One searches on the CPU: short documents.
 if wanted memorizing; then
   $bench profile --scale gpu --models memorizing --vs memorizing-transformers-pytorch --lengths 4K,8K,16K \
     decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.kv_heads=1 decoder.ffn=2048 memory.segment=512 \
-    decoder.tie_embeddings=false task.seconds=30
+    decoder.tie_embeddings=false task.repeats=7 task.seconds=30
 fi
 if wanted rmt; then
   $bench profile --scale gpu --models rmt --vs recurrent-memory-transformer-pytorch --lengths 8K,32K,128K \
     decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=2048 memory.segment=512 \
-    decoder.tie_embeddings=false task.seconds=20
+    decoder.tie_embeddings=false task.repeats=7 task.seconds=20
 fi
 
 # SmolLM2-135M's body with a memory in every layer, beside the same with local attention only. Compiled it is

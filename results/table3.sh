@@ -42,8 +42,6 @@ ask 32K,128K 40
 ask 512K 40
 ask 256K 40
 ask 32K,128K,1M 10 task.depths=[end]
+if [[ -z ${SHORT:-} ]]; then ask 10M 8; fi
 if [[ $row == floor && $seed == 0 ]]; then ask 1M 20 ++task.memory.write_floor=0; fi
-if [[ -z ${SHORT:-} ]]; then
-  ask 10M 8
-  ask 2M,4M 10
-fi
+if [[ -z ${SHORT:-} ]]; then ask 2M,4M 10; fi

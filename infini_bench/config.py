@@ -143,7 +143,7 @@ def unknown_setting(key: str, known: Iterable[str]) -> UserError:
     """The error for a dotted key that does not exist: another task's, misplaced, or misspelt."""
     owners = [task for task in TASKS if key in known_keys(task)]
     if owners:
-        return UserError(f"The setting {key} belongs to task={owners[0]}; leave it out.")
+        return UserError(f"The setting {key} belongs to task={', '.join(owners)}; leave it out.")
     section, _, leaf = key.rpartition(".")
     leaves = {other.rpartition(".")[2]: other for other in known}
     near = suggest(leaf, [name for name, other in leaves.items() if other.rpartition(".")[0] == section])

@@ -93,6 +93,8 @@ def plan(
             jobs.append((seed if seeds is None else seeds.index(seed), job))
     for word in (word for word in only.split() if word not in named):
         raise UserError(f'No run of {what} has "{word}" in its name{suggest(word, sorted(named))}.')
+    if not jobs:
+        raise UserError(f"There is no run of {what} at scale={scale} with these models, seeds and names.")
     _check_overrides(overrides, [part for _, job in jobs for part in job.trainings])
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 

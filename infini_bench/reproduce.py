@@ -77,8 +77,6 @@ def reproduce(
         if not planned:
             print(f"Nothing of {what} is missing at scale={scale}.")
             return 0
-    if not planned:
-        raise UserError(f"There is nothing to do for {what} at scale={scale} with these models and names.")
     paths = {part.cfg.data.path for job in planned for part in job.trainings}
     for path in sorted(path for path in paths if path):
         if data is not None and not Path(path).exists():

@@ -182,7 +182,8 @@ def check_memory(memory: MemoryConfig) -> None:
     for name in ("write_cost", "write_floor"):
         if memory.kind == "compressive" and getattr(memory, name) and not memory.write_gate:
             raise UserError(
-                f"memory.{name}={getattr(memory, name)} is about write strengths; add memory.write_gate=true."
+                f"memory.{name}={getattr(memory, name)} is about write strengths, which only a memory "
+                "trained with memory.write_gate=true has; leave it out, or train one."
             )
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")

@@ -32,7 +32,7 @@ class Standing:
 
 def standing(jobs: Sequence[Job]) -> list[Standing]:
     """The jobs in their order, each with what is recorded of it."""
-    found = current(read_records(jobs[0].cfg.records)) if jobs else []
+    found = current(read_records(jobs[0].cfg.records))
     return [_standing(job, found) for job in jobs]
 
 
@@ -51,16 +51,18 @@ def _standing(job: Job, records: list[Record]) -> Standing:
     return Standing(job, state, sum(r.seconds or 0.0 for r in own), [r.id for r in own])
 
 
-def standing_text(found: list[Standing], every: bool = True) -> str:
-    """Markdown: a line a job, as results/README.md keeps them. every: those that are done, too."""
-    shown = [each for each in found if every or each.state != "done"]
+def standing_text(found: list[Standing], every: bool = True, following: int | None = None) -> str:
+    """Markdown: a line a job, as results/README.md keeps them. every: those that are done, too; following:
+    only so many.
+    """
+    shown = _shown(found, every, following)
     lines = [f"| {each.job.name} | {each.state} | {each.seconds:.0f} |" for each in shown]
     done = sum(each.state == "done" for each in found)
     head = ["| run | state | seconds |", "| :-- | :-- | --: |"]
     return "\n".join([*head, *lines, "", f"{done} of {len(found)} runs are done."])
 
 
-def standing_json(found: list[Standing], every: bool = True) -> str:
+def standing_json(found: list[Standing], every: bool = True, following: int | None = None) -> str:
     """A JSON line a job: name, state, seconds, records, overrides, and the stages with theirs."""
     rows = [
         {
@@ -71,10 +73,13 @@ def standing_json(found: list[Standing], every: bool = True) -> str:
             "settings": each.job.settings,
             "stages": {part.stage: part.settings for part in each.job.stages},
         }
-        for each in found
-        if every or each.state != "done"
+        for each in _shown(found, every, following)
     ]
     return "\n".join(json.dumps(row) for row in rows)
+
+
+def _shown(found: list[Standing], every: bool, following: int | None) -> list[Standing]:
+    return [each for each in found if every or each.state != "done"][:following]
 
 
 def planned_records(jobs: Sequence[Job], records: list[Record]) -> list[Record]:
@@ -107,17 +112,27 @@ def chain(job: Job, records: list[Record]) -> list[list[Record]]:
 def _digest(record: Record, cfg: RunConfig, later: bool) -> str:
     """The hash that ``cfg`` has if this is its training.
 
-    No job knows before it is run which architecture a pretrained model has; and of a later stage in which
-    folder the run is that it goes on from, with the tokenizer there.
+    No job knows before it is run which architecture a pretrained model has; of a later stage in which folder
+    the run is that it goes on from, with the tokenizer there; and where the data of a recorded run lay.
     """
-    config = record.config
-    if cfg.base.model is None or (config.get("base") or {}).get("model") is None:
-        return record.config_hash
-    config = {**config, "decoder": asdict(cfg.decoder)}
-    if later:
-        config["base"] = {**config["base"], "model": cfg.base.model}
-        config["data"] = {**config["data"], "tokenizer": cfg.data.tokenizer}
-    return config_hash(config)
+    config, data = record.config, {}
+    if _moved(config["data"].get("path"), cfg.data.path) and config_hash(config) == record.config_hash:
+        data["path"] = cfg.data.path
+    if cfg.base.model is not None and (config.get("base") or {}).get("model") is not None:
+        config = {**config, "decoder": asdict(cfg.decoder)}
+        if later:
+            config["base"] = {**config["base"], "model": cfg.base.model}
+            data["tokenizer"] = cfg.data.tokenizer
+    elif not data:
+        return record.config_hash  # which may count more than the settings: other lengths of a longer run
+    return config_hash({**config, "data": {**config["data"], **data}})
+
+
+def _moved(recorded: str | None, asked: str | None) -> bool:
+    """Whether two paths are of the same data, known by their name; where both are here, they must be one."""
+    if recorded is None or asked is None or recorded == asked or Path(recorded).name != Path(asked).name:
+        return False
+    return not (Path(recorded).exists() and Path(asked).exists()) or Path(recorded).samefile(asked)
 
 
 def there(same: Sequence[Record]) -> Record | None:

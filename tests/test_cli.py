@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -103,7 +104,11 @@ def test_python_dash_m():
         ("train trainer.steps", '"trainer.steps" is no setting; write key=value'),
         ("train trainer=5", "trainer must be a group of settings"),
         ("train model=full,local_block", '"model=full,local_block" has several values; add -m'),
-        ("train task.trials=3", "task.trials belongs to task=passkey"),
+        ("train task.trials=3", "task.trials belongs to task=passkey, needles, recall, mqar"),
+        (
+            "eval footprint ++task.memory.segment=8",
+            "task.memory belongs to task=lm, passkey, needles, booksum, recall, mqar; leave it out.",
+        ),
         ("train data=local", "data.path is not set"),
         ("train data.filter.lang=en", "added with a plus sign: +data.filter.COLUMN=VALUE"),
         ("train experiment=none_such", 'There is no experiment "none_such"'),
@@ -142,6 +147,8 @@ def test_python_dash_m():
         ("ls modles", 'There are no "modles" to list (did you mean "models"?)'),
         ("reproduce table22", '"table22"'),
         ("reproduce table2 --seeds 0,a", '"0,a" is no list of seeds'),
+        ("reproduce table2 --scale gpu --data . --seeds 7 --missing", "no run of table2 at scale=gpu with"),
+        ("reproduce table2 --scale gpu --data . --seeds 7 --next 1", "no run of table2 at scale=gpu with"),
         ("report --format docx", 'unknown format "docx"'),
     ],
 )
@@ -213,8 +220,17 @@ def test_report_without_records_leaves_the_tables_that_there_are(tmp_path):
     write_record(tmp_path / "results" / "records", record())
     assert invoke("report", "--out", "tables", "--format", "csv").exit_code == 0
     assert (tmp_path / "tables" / "table3_passkey.csv").exists()
+    before = {*tmp_path.iterdir()}
     assert invoke("report", "--out", "page.html", "--format", "html").exit_code == 0
-    assert (tmp_path / "page.html").is_file()
+    assert {*tmp_path.iterdir()} - before == {tmp_path / "page.html"}
+
+
+def test_next_limits_what_is_listed(tmp_path):
+    words = ["reproduce", "table2", "--scale", "smoke", "--models", "full,rmt,sink"]
+    for option in ("--missing", "--list"):
+        text = invoke(*words, option, "--next", "2").stdout
+        assert re.findall(r"lm (\w+) seed", text) == ["full", "rmt"] and "0 of 3 runs are done" in text
+    assert len(invoke(*words, "--missing", "--json", "--next", "1").stdout.splitlines()) == 1
 
 
 def test_pack_compresses_the_records_of_finished_runs(tmp_path):
@@ -236,12 +252,11 @@ def test_doctor_names_every_extra_and_what_it_is_for(monkeypatch):
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert list(EXTRAS) == list(project["optional-dependencies"])
     monkeypatch.setattr("infini_bench.cli.doctor._importable", lambda module: False)
-    lines = [line.split() for line in invoke("doctor", "--offline").stdout.splitlines()]
-    (sweep,) = [line for line in lines if "[sweep]" in line]
-    assert (
-        sweep[:5] == ["optional", "extra", "[sweep]", "not", "installed;"]
-        and "'infini-bench[sweep]'" in sweep
-    )
+    lines = invoke("doctor", "--offline").stdout.splitlines()
+    (sweep,) = [line.split() for line in lines if " [sweep] " in line]
+    assert sweep[:5] == ["optional", "extra", "[sweep]", "not", "installed;"]
+    assert [line.strip() for line in lines].count("if wanted: pip install 'infini-bench[sweep]'") == 1
+    assert max(map(len, lines)) <= 100
 
 
 def test_a_description_is_the_first_sentence_whole():

@@ -220,6 +220,7 @@ def test_an_evaluation_changes_what_needs_no_training(tmp_path, monkeypatch):
     for words in ([], ["++task.memory.write_floor=0"]):
         result = invoke(*ask, *words)
         assert result.exit_code == 0, result.output
+        assert ("with task.memory: write_floor=0.0\n" in result.stdout) == bool(words)
     assert "already done" in invoke(*ask, "++task.memory.write_floor=0.0").stdout
     found = read_records("results/records")
     plain, without = sorted((r for r in found if r.kind == "eval"), key=lambda r: r.started)
@@ -233,7 +234,7 @@ def test_an_evaluation_changes_what_needs_no_training(tmp_path, monkeypatch):
     assert names == {plain.id: "task.memory.write_floor=1.0", without.id: "task.memory.write_floor=0.0"}
     for words, sentence in (
         ("++task.memory.gate_input=true", "a memory with parameters of its own; change only what needs no"),
-        ("++task.memory.write_gate=false", "memory.write_floor=1.0 is about write strengths"),
+        ("++task.memory.write_gate=false", "memory.write_floor=1.0 is about write strengths, which only a"),
         ("++task.memory.gate_frozen=0", "task.memory.gate_frozen acts in training alone; leave it out."),
         ("++task.memory.floor=1", 'There is no setting "memory.floor"'),
         ("++task.memory.write_floor=low", 'task.memory.write_floor must be a number, not "low"'),

@@ -7,7 +7,7 @@ import lzma
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from report_fakes import CONFIG, record, row
@@ -107,10 +107,26 @@ def test_a_packed_file_that_is_cut_or_there_twice_is_named(tmp_path):
         read_records(tmp_path)
     path.write_bytes(whole)
     write_record(tmp_path, record(id="a"))
-    with pytest.raises(UserError, match=r"a\.jsonl is there plain and packed; delete one of the two"):
+    with pytest.raises(UserError, match=r"a\.jsonl is there plain and packed; delete one of the two, as"):
         read_records(tmp_path)
     with pytest.raises(UserError, match=r"no folder of records at .*absent"):
         pack_records(tmp_path / "absent")
+
+
+def test_of_a_record_that_is_there_twice_the_plain_file_goes(tmp_path):
+    runs = [record(id=name) for name in "abc"]
+    for run in runs[:2]:
+        write_record(tmp_path, run)
+    pack_records(tmp_path)
+    for run in (runs[0], replace(runs[1], seed=9), runs[2]):
+        write_record(tmp_path, run)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"b\.jsonl and b\.jsonl\.xz differ; delete the one that is wrong"):
+        pack_records(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    write_record(tmp_path, runs[1])
+    assert sorted(path.name for path in pack_records(tmp_path)) == [f"{name}.jsonl.xz" for name in "abc"]
+    assert read_records(tmp_path) == runs and len([*tmp_path.iterdir()]) == 3
 
 
 def test_numbers_that_are_not_finite_become_null():

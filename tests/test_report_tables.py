@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import subprocess
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,10 @@ def test_report_writes_every_format(folder):
     assert r"\toprule" in latex and r"infini\_linear & 1" in latex and r"$\Delta$" in latex
     page = (folder / "out" / "report.html").read_text()
     assert lm().id in page and "&lt;odd&gt;" in page and "http" not in page
+    figures = dict(re.findall(r'<img alt="(\w+)" src="data:image/svg\+xml;base64,([^"]*)">', page))
+    assert {f"{name}.svg": b64decode(data).decode() for name, data in figures.items()} == {
+        path.name: path.read_text() for path in (folder / "figures").iterdir()
+    }
     titles = re.findall(r'<h2 id="(s\d+)">([^<]*)', page)
     assert titles[0][1] == "Claims" and titles == re.findall(r'<a href="#(s\d+)">([^<]*)', page)
     assert '<th class="text">statement</th>' in page and '<th class="number">seeds</th>' in page

@@ -309,3 +309,21 @@ def test_what_is_recorded_as_done_stays_done(tmp_path, monkeypatch):
     for name in ("adapted at once", "smollm2_1k"):
         jobs = plan("table4", "gpu", results, [0], None, only=name, **options)
         assert [each.state for each in standing(jobs) if not each.job.stages] == ["done"]
+
+
+def test_data_are_known_by_their_name_wherever_they_lie(tmp_path, monkeypatch):
+    results = Path(__file__).parents[1] / "results"  # recorded with data/books
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def state(data, *words):
+        jobs = plan("table2", "gpu", results, [0], ["infini_delta"], words, Path(data), "books")
+        return [each.state for each in standing(jobs)]
+
+    Path("../there/books").mkdir(parents=True)
+    assert state("../there") == state(tmp_path / "there") == ["done"]
+    Path("data/books").mkdir(parents=True)
+    assert state("../there") == ["missing"]  # both are here, so they are two sets
+    assert state(Path("data").absolute()) == state("data") == ["done"]
+    assert state("data", "data.path=elsewhere/books") == ["done"]
+    assert state("data", "data.path=elsewhere/novels") == ["missing"]

@@ -72,9 +72,9 @@ def test_every_task_that_asks_a_trained_model_may_change_its_memory(task):
     found = evaluated_config(asked, trained, given(floor))
     assert (found.memory.write_floor, evaluated_memory(found).write_floor) == (0.0, 0.5)
     for words in ([f"task={task}", "scale=smoke", *floor], ["task=capacity", *floor]):
-        with pytest.raises(UserError, match=r"add memory\.write_gate=true|task\.memory belongs to task=lm"):
+        with pytest.raises(UserError, match=r"trained with memory\.write_gate=true|task\.memory belongs to"):
             compose_runs("train", words)
-    with pytest.raises(UserError, match=r"add memory\.write_gate=true"):
+    with pytest.raises(UserError, match=r"floor=0\.5 .* with memory\.write_gate=true has; leave it"):
         evaluated_config(asked, compose_run([f"task={task}", "scale=smoke"]), given(floor))
 
 

@@ -54,7 +54,8 @@ def reproduce(
     if missing or listed:
         folder = out or module.default_folder(what)
         found = standing(plan(what, scale, folder, numbers, chosen, overrides or [], data, only))
-        print((standing_json if as_json else standing_text)(found, every=listed))
+        every = listed and following is None  # --next counts what is not done
+        print((standing_json if as_json else standing_text)(found, every, following))
         return
     words = overrides or []
     raise typer.Exit(
@@ -153,7 +154,8 @@ def report(
         str, typer.Option("--format", help="csv, md, latex, html; several with commas.")
     ] = "csv,md",
     figures: Annotated[
-        Path | None, typer.Option(help="Folder for the figures; unset: `figures` beside the tables' folder.")
+        Path | None,
+        typer.Option(help="Folder for the figures; unset: `figures` beside the tables' folder, or the page."),
     ] = None,
 ) -> None:
     """Make the tables from the records, beside the paper's numbers, and the figures."""
@@ -167,7 +169,10 @@ def report(
 def pack(
     records: Annotated[Path, typer.Option(help="Folder of records.")] = Path("results/records"),
 ) -> None:
-    """Compress the records of finished runs, a file each (.jsonl.xz); every command reads them as before."""
+    """Compress the records of finished runs, a file each (.jsonl.xz); every command reads them as before.
+
+    A plain file that is there packed, too, is deleted if the two are the same.
+    """
     from infini_bench.report.records import pack_records
 
     print(f"packed {len(pack_records(records))} files of {records}")
@@ -231,15 +236,16 @@ def doctor(offline: Annotated[bool, typer.Option(help="Do not ask the network.")
     from rich.table import Table
 
     from infini_bench.cli.doctor import examine
-    from infini_bench.show import out
+    from infini_bench.show import PAGE, out
 
-    table = Table("", "what", "found", "to do", box=None)
+    table = Table("", "what", "found, and what to do", box=None)
     broken = False
     for finding in examine(offline):
         lack = "[dim]optional[/]" if finding.optional else "[yellow]missing[/]"
         mark = "[green]ok[/]" if finding.ok else "[red]missing[/]" if finding.essential else lack
-        words = finding.name, finding.detail, "" if finding.ok else finding.advice
-        table.add_row(mark, *map(escape, words))
+        words = finding.detail if finding.ok else f"{finding.detail}\n{finding.advice}"
+        table.add_row(mark, escape(finding.name), escape(words))
         broken |= finding.essential and not finding.ok
-    out().print(table)
+    console = out()
+    console.print(table, width=min(console.width, PAGE))
     raise typer.Exit(int(broken))

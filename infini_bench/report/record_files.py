@@ -16,7 +16,10 @@ def record_files(folder: Path | str) -> list[Path]:
     found = sorted(path for path in Path(folder).glob("*.jsonl*") if path.name.endswith((PLAIN, PACKED)))
     for path, following in itertools.pairwise(found):
         if bare(path) == bare(following):  # read both, a run would count twice
-            raise UserError(f"{path} is there plain and packed; delete one of the two.")
+            raise UserError(
+                f"{path} is there plain and packed; delete one of the two, as `infini-bench pack` does if "
+                "they are the same."
+            )
     return found
 
 
@@ -42,11 +45,29 @@ def write_lines(path: Path, lines: list[str]) -> None:
     atomic_write(path, lzma.compress(content) if path.suffix == ".xz" else content)
 
 
+def drop_copies(folder: Path | str) -> list[Path]:
+    """Delete every plain file that is there packed, too, and return the packed ones.
+
+    Raises UserError, and deletes nothing, if the two of one differ.
+    """
+    plain = [path for path in sorted(Path(folder).glob(f"*{PLAIN}")) if _packed(path).exists()]
+    for path in plain:
+        if read_lines(path) != read_lines(_packed(path)):
+            raise UserError(f"{path} and {_packed(path).name} differ; delete the one that is wrong.")
+    for path in plain:
+        path.unlink()
+    return [_packed(path) for path in plain]
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(bare(path) + PACKED)
+
+
 def pack(path: Path) -> Path:
     """Compress a plain file, byte for byte, and return the packed one, which takes its place."""
     from infini_bench.files import atomic_write
 
-    packed = path.with_name(bare(path) + PACKED)
+    packed = _packed(path)
     atomic_write(packed, lzma.compress(path.read_bytes()))
     path.unlink()
     return packed

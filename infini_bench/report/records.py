@@ -23,7 +23,15 @@ from typing import Any
 
 from infini_bench.errors import UserError
 from infini_bench.outside import digest, is_outside
-from infini_bench.report.record_files import PLAIN, bare, pack, read_lines, record_files, write_lines
+from infini_bench.report.record_files import (
+    PLAIN,
+    bare,
+    drop_copies,
+    pack,
+    read_lines,
+    record_files,
+    write_lines,
+)
 
 SCHEMA = 1
 STATUSES = ("done", "failed", "interrupted")
@@ -176,12 +184,15 @@ def _records(path: Path) -> list[Record]:
 def pack_records(folder: Path | str) -> list[Path]:
     """Compress every plain file whose runs are all done; returns the packed files.
 
-    The others stay as they are: a run that is still going on will write its record again.
+    The others stay as they are: a run that is still going on will write its record again. Of a file that is
+    there plain and packed, the plain copy goes. Raises UserError, before anything is done, if they differ.
     """
     if not Path(folder).is_dir():
         raise UserError(f"There is no folder of records at {folder}; nothing was packed.")
+    packed = drop_copies(folder)
     plain = [path for path in record_files(folder) if path.name.endswith(PLAIN)]
-    return [pack(path) for path in plain if all(record.status == "done" for record in _records(path))]
+    done = [path for path in plain if all(record.status == "done" for record in _records(path))]
+    return [*packed, *(pack(path) for path in done)]
 
 
 def _parse(line: str, path: Path, number: int) -> Record:

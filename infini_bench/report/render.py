@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -33,12 +34,14 @@ th, td { padding: .25rem .7rem; text-align: right; white-space: pre-line; vertic
 th:first-child, td:first-child, .text { text-align: left; }
 caption, .note { text-align: left; color: #555; }
 code { font-size: .85em; }
+img { max-width: 100%; }
 </style>
 </head>
 <body>
 <h1>infini-bench results</h1>
 <p class="note">Every number comes from the records named under its table. Paper: {{ source }}.</p>
-<ul>{% for sheet in sheets %}<li><a href="#s{{ loop.index }}">{{ sheet.title }}</a></li>{% endfor %}</ul>
+<ul>{% for sheet in sheets %}<li><a href="#s{{ loop.index }}">{{ sheet.title }}</a></li>{% endfor %}
+{% if pictures %}<li><a href="#figures">Figures</a></li>{% endif %}</ul>
 {% for sheet in sheets %}
 {% set classes = aligned(sheet) %}
 <h2 id="s{{ loop.index }}">{{ sheet.title }}</h2>
@@ -63,6 +66,13 @@ code { font-size: .85em; }
 <ul>{% for id in sheet.records %}<li><code>{{ id }}</code></li>{% endfor %}</ul></details>
 {% endif %}
 {% endfor %}
+{% if pictures %}
+<h2 id="figures">Figures</h2>
+{% for name, data in pictures.items() %}
+<figure><figcaption>{{ name }}</figcaption>
+<img alt="{{ name }}" src="data:image/svg+xml;base64,{{ data }}"></figure>
+{% endfor %}
+{% endif %}
 </body>
 </html>
 """
@@ -125,11 +135,13 @@ def _latex(sheet: Sheet) -> str:
     )
 
 
-def html(sheets: list[Sheet], source: str) -> str:
+def html(sheets: list[Sheet], source: str, figures: dict[str, str]) -> str:
+    """figures: SVG by name. Each is an image of its own, since their classes and ids have the same names."""
     from jinja2 import Environment
 
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(sheets=sheets, source=source, aligned=_aligned)
+    pictures = {name: b64encode(svg.encode()).decode() for name, svg in figures.items()}
+    return page.render(sheets=sheets, source=source, pictures=pictures, aligned=_aligned)
 
 
 def _aligned(sheet: Sheet) -> list[str]:

@@ -37,10 +37,10 @@ def write_report(
 ) -> list[Path]:
     """Write the tables and figures of all records in a folder and return the files.
 
-    csv (tidy), md and latex give one file a table, ``<out>/<name>.<suffix>``; html gives one page,
-    ``<out>/report.html``, or ``out`` itself if that ends in ``.html``. Tables with a figure and something to
-    show in it give ``<figures>/<name>.svg``, and trainings ``table3_training.svg``; figures unset = the
-    folder ``figures`` beside ``out``.
+    csv (tidy), md and latex give one file a table, ``<out>/<name>.<suffix>``; html gives one page with the
+    figures in it, ``<out>/report.html``, or ``out`` itself if that ends in ``.html``. Tables with a figure
+    and something to show in it give ``<figures>/<name>.svg``, and trainings ``table3_training.svg``; figures
+    unset = the folder ``figures`` beside ``out``, or nothing but the page if ``out`` is one.
     Raises UserError for an unknown format, a missing folder or a broken record.
     """
     formats = list(formats)
@@ -56,19 +56,21 @@ def write_report(
     rows = tidy(found)
     files: dict[str, str] = {}
     lines = claims.judged(Evidence(rows, found))
+    drawings = {name: svg(name, [row for row in rows if row["table"] == name]) for name in NAMES}
+    drawings[TRAINING] = drawn(lambda: retrieval_figures.training(current(found)))
+    pictures = {name: text for name, text in drawings.items() if text is not None}
     for form in formats:
         if form == "html":
             made = [claims.sheet(lines), *sheets(rows, found)]
-            files["report.html"] = render.html(made, paper.SOURCE)
+            files["report.html"] = render.html(made, paper.SOURCE, pictures)
         else:
             files |= {name + FORMATS[form]: _table(name, form, rows, found) for name in NAMES}
             files[claims.NAME + FORMATS[form]] = _claims(form, lines)
     page = Path(out).suffix == ".html" and list(files) == ["report.html"]  # a file was named, not a folder
     written = {Path(out) if page else Path(out) / name: text for name, text in files.items()}
-    folder = Path(figures) if figures else Path(out).parent / "figures"
-    pictures = {name: svg(name, [row for row in rows if row["table"] == name]) for name in NAMES}
-    pictures[TRAINING] = drawn(lambda: retrieval_figures.training(current(found)))
-    written |= {folder / f"{name}.svg": text for name, text in pictures.items() if text is not None}
+    if figures or not page:
+        folder = Path(figures) if figures else Path(out).parent / "figures"
+        written |= {folder / f"{name}.svg": text for name, text in pictures.items()}
     for path, text in written.items():
         atomic_write(path, text)
     return list(written)

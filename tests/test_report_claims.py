@@ -190,6 +190,8 @@ def test_a_key_or_three_found_at_a_million_prove_nothing():
     few, most = asked("infini_delta", 19, 100.0), asked("infini_linear", 60, 95.0)
     assert verdicts([few])["passkey_1m"][0] == OPEN
     equal = asked("infini_delta", 20, 95.0)
+    again = asked("infini_linear", 60, 90.0, trainer={"lr": 1.0})
+    assert "The best of 2 settings asked so." in verdicts([most, again])["passkey_1m"][1]
     for runs in ([few, equal, most], [most, equal, few]):
         verdict, sentence = verdicts(runs)["passkey_1m"]
         assert verdict == YES and sentence.startswith("infini_linear at 1M tokens: at least 95 % of 60 keys")
@@ -405,6 +407,9 @@ def test_cost_against_length(peak, verdict):
     runs = [timed(name, times, peaks) for name in names]
     assert verdicts(runs)["constant_cost"][0] == verdict
     assert verdicts([timed(name, {1024: 1.0}, {1024: 1.0}) for name in names])["constant_cost"][0] == OPEN
+    for run in runs:
+        run.config["task"]["chunk"] = 2048
+    assert verdicts(runs)["constant_cost"][0] == OPEN, "1,024 tokens are no full call"
 
 
 def test_cost_against_length_is_that_of_one_body():

@@ -254,6 +254,8 @@ def key_at_a_million(
         text = f"{' and '.join(wanted)}{where} at 1M tokens: at least {number(least, 0)} % of "
         text += f"{min(row['n'] for row in on)} keys at each of {', '.join(positions)}"
         text += "." if most is None else f", at most {number(most, 0)} % with the memory off."
+        tried = sum(line[0]["model"] in wanted for line in lines)
+        text += f" The best of {tried} settings asked so." if tried > len(wanted) else ""
         holds = least >= FOUND and (most is None or most <= LOST)
         return finding(holds, text + few(on), [*on, *off])
 

@@ -11,15 +11,21 @@ CONFIGURATION = (*LINE, "protocol")
 def constant_time(models: tuple[str, ...] = INFINI, within: float = 1.1) -> Rule:
     """Time a token and peak memory at the longest length measured are those of a hundredth of it.
 
-    Of each model, in the one configuration of a whole model that was measured over the widest range.
+    Of each model, in the one configuration of a whole model that was measured over the widest range. Only
+    documents of one full call or more count: a shorter one is read in a smaller call, which takes less memory.
     """
 
     def rule(evidence: Evidence) -> Finding | None:
+        calls = {record.id: record.config["task"].get("chunk", 0) for record in evidence.records}
         ratios, rows = [], []
         for model in models:
             place = {"model": model, "protocol": "model", "condition": None, "scale": SCALES}
-            times = grouped(evidence.find("efficiency", "forward_ms", **place), CONFIGURATION)
-            peaks = evidence.find("efficiency", "peak_bytes", position="forward", **place)
+            both = [
+                evidence.find("efficiency", "forward_ms", **place),
+                evidence.find("efficiency", "peak_bytes", position="forward", **place),
+            ]
+            whole, peaks = ([row for row in found if _full(row, calls)] for found in both)
+            times = grouped(whole, CONFIGURATION)
             ends = []
             for line in times:
                 own = [row for row in peaks if all(row[key] == line[0][key] for key in CONFIGURATION)]
@@ -37,6 +43,11 @@ def constant_time(models: tuple[str, ...] = INFINI, within: float = 1.1) -> Rule
         )
 
     return rule
+
+
+def _full(row: Row, calls: dict[str, int]) -> bool:
+    """Whether a document took at least one call of the size that its record asks for."""
+    return all(row["length"] >= calls.get(record, 0) for record in row["records"])
 
 
 def _far(line: list[Row]) -> tuple[Row, Row] | None:

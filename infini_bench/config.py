@@ -101,7 +101,7 @@ def build_config(container: Mapping[str, Any]) -> RunConfig:
 # Starting values of what weights hold by then, and what only a loss or a gradient feels
 ONLY_TRAINED = (
     *("gate_start", "gate_split", "gate_frozen", "write_start", "write_split", "write_cost", "decay"),
-    "gradient_depth",
+    *("floor_trained", "gradient_depth"),
 )
 
 

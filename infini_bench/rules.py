@@ -185,6 +185,8 @@ def check_memory(memory: MemoryConfig) -> None:
                 f"memory.{name}={getattr(memory, name)} is about write strengths, which only a memory "
                 "trained with memory.write_gate=true has; leave it out, or train one."
             )
+    if memory.floor_trained and not memory.write_floor:
+        raise UserError("memory.floor_trained=true needs a floor; add memory.write_floor=0.05, for example.")
     if memory.stride < 1:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
 

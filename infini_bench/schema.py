@@ -75,6 +75,7 @@ class MemoryConfig:
     write_cost: float = _of("compressive", default=0.0)
     # outside training, keys with less strength are not written at all
     write_floor: float = _of("compressive", default=0.0)
+    floor_trained: bool = _of("compressive", default=False)  # nor in training
     # beta at the start, before the sigmoid of Eq. 10
     gate_start: float = _of("compressive", "knn", default=0.0)
     # added to beta of every second head, subtracted from the others

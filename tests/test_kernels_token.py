@@ -175,17 +175,20 @@ def test_what_writing_costs_is_the_same_beside_the_kernels():
         assert distance(a, b.double()) < (2e-2 if GPU else 2e-6)
 
 
-def test_keys_below_the_floor_write_nothing_beside_the_kernels_either():
+@pytest.mark.parametrize("trained", [False, True])
+def test_keys_below_the_floor_write_nothing_beside_the_kernels_either(trained):
     found = []
     for form in ("triton", "eager"):
-        more = {"normaliser": "none", "features": "relu2", "write_gate": True, "write_floor": 0.6}
+        more = {"normaliser": "none", "features": "relu2", "write_gate": True}
+        more |= {"write_floor": 0.6, "floor_trained": trained}
         mem, (q, k, v), rope = document(form, "delta_token", 3 * N + 7, **more)
         with torch.no_grad():
             mem.memory_write.copy_(torch.linspace(-1, 1, mem.memory_write.numel()).view_as(mem.memory_write))
         soft = mem(q, k, v, rope)[1]["M"]
         out, state = mem.eval()(q, k, v, rope)
-        assert distance(state["M"], soft.double()) > 0.1
-        found.append([out, state["M"]])
+        assert (distance(state["M"], soft.double()) > 0.1) != trained
+        slopes = torch.autograd.grad(state["M"].square().sum(), [k, v, mem.memory_write])
+        found.append([out, state["M"], *slopes])
     for a, b in zip(*found, strict=True):
         assert distance(a, b.double()) < (2e-2 if GPU else 2e-6)
 

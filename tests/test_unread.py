@@ -89,7 +89,7 @@ def test_an_evaluation_is_judged_by_the_checkpoints_memory():
 
 OTHER = MemoryConfig(
     update="delta", features="relu", normaliser="mean", decay=0.5, write_gate=True, write_start=1.0,
-    write_split=1.0, write_cost=0.5, write_floor=0.5, gate_start=1.0,
+    write_split=1.0, write_cost=0.5, write_floor=0.5, floor_trained=True, gate_start=1.0,
     gate_split=1.0, gate_input=True, gate_frozen=0.5, local="xl", window=3, sinks=2, stride=2, compressed=2,
     rate=2, compression="max", entries=5, neighbours=2, index="torch", layer=0, tokens=3, key_size=4,
     gradient_depth=1,

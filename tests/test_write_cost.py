@@ -176,6 +176,22 @@ def test_outside_training_keys_below_the_floor_are_not_written():
     assert (again - out[:, -2:]).abs().max() < 1e-5
 
 
+def test_a_floor_in_training_leaves_the_same_keys_out_and_gives_them_no_gradient():
+    settings = {"kind": "compressive", **PAID, "features": "relu2", "write_floor": 0.6, "floor_trained": True}
+    mem, (q, k, v), rope = make(**settings), qkv(TOKENS), rope_table(N)
+    k.requires_grad_()
+    out, state = mem(q, k, v, rope)
+    low = price(mem, k)[1] < 0.6
+    (slope,) = torch.autograd.grad(state["M"].square().sum(), k)
+    written = len(k[0]) // N * N
+    assert (slope[:, :written][low[:, :written]] == 0).all()
+    assert (slope[:, :written][~low[:, :written]].abs().amax(-1) > 0).float().mean() > 0.9
+    asked = mem.eval()(q, k, v, rope)
+    assert torch.equal(asked[0], out) and torch.equal(asked[1]["M"], state["M"])
+    with pytest.raises(UserError, match=r"floor_trained=true needs a floor"):
+        compose_run(["model=infini_delta_token", "memory.write_gate=true", "memory.floor_trained=true"])
+
+
 def test_a_price_of_nothing_is_refused():
     for name in ("write_cost", "write_floor"):
         sentence = rf"^memory\.{name}=0\.1 is .* with memory\.write_gate=true has; leave it out, or .*\.$"
@@ -189,7 +205,8 @@ def test_a_price_of_nothing_is_refused():
 
 def test_runs_that_were_recorded_before_are_still_known():
     config = asdict(RunConfig())
-    for section, name in (("memory", "write_cost"), ("memory", "write_floor"), ("trainer", "write_lr")):
+    younger = [("memory", name) for name in ("write_cost", "write_floor", "floor_trained")]
+    for section, name in (*younger, ("trainer", "write_lr")):
         others = {key: value for key, value in config[section].items() if key != name}
         assert config_hash({**config, section: others}) == config_hash(config)
         assert config_hash({**config, section: {**others, name: 0.1}}) != config_hash(config)

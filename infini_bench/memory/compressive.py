@@ -25,7 +25,9 @@ Beyond the paper:
     write_cost       training adds write_cost w_t (mean over KV heads and tokens, summed over layers) to the
                      loss, so that keys that nobody asks for are best left out: they fill M all the same.
     write_floor      outside training w_t below it is 0. Many keys of the least strength fill M, too: what the
-                     delta rules come to does not depend on w, only when.
+                     delta rules come to does not depend on w, only when. With floor_trained in training as
+                     well, where a key below it then has no gradient, so that nothing is learned from writes
+                     that are not made when the model is asked.
     gate_input       beta becomes beta + u q_t, u of its head.
 
 M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
@@ -153,7 +155,7 @@ class CompressiveMemory(Memory):
         assert isinstance(b.full, int) and isinstance(b.done, int)
         how = self.cfg.update, self.cfg.features, self.memory_write.float() if self.cfg.write_gate else None
         z, k = carry["z"] if self.normalised else carry["M"][..., :0, 0], b.k_BSKGD
-        if self.cfg.write_floor and not self.training:
+        if self.floored:
             k = k * (self.strength(k.float()) > 0)  # a key of zeros has no ReLU^2 feature: nothing is written
         M, z = ops.write(k, b.v_BSKGD, carry["M"], z, b.full, *how)
         if self.enabled and b.done + b.q_BSQHD.shape[1] > 1:
@@ -231,7 +233,12 @@ class CompressiveMemory(Memory):
             return k.new_ones(())
         u, c = self.memory_write.float().split([self.head_dim, 1], -1)
         w = torch.sigmoid((k * u).sum(-1, keepdim=True) + c)
-        return w if self.training or not self.cfg.write_floor else w * (w >= self.cfg.write_floor)
+        return w * (w >= self.cfg.write_floor) if self.floored else w
+
+    @property
+    def floored(self) -> bool:
+        """Whether keys below ``write_floor`` are left out of this call."""
+        return self.cfg.write_floor > 0 and (self.cfg.floor_trained or not self.training)
 
     def kept(self, x: Tensor, axes: int) -> Tensor:
         """What decay leaves of M or z at a boundary; ``axes`` of x stand behind G."""

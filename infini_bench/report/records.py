@@ -41,7 +41,7 @@ UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
 # Settings younger than records, at their default: a run without them is the one that was recorded.
 # By section; a task's by its name.
 YOUNGER: dict[str, dict[str, Any]] = {
-    "memory": {"write_cost": 0.0, "write_floor": 0.0},
+    "memory": {"write_cost": 0.0, "write_floor": 0.0, "floor_trained": False},
     "trainer": {"write_lr": None},
     **{task: {"memory": {}} for task in ("passkey", "needles", "recall", "mqar", "booksum")},
 }

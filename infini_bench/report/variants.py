@@ -41,6 +41,7 @@ DEFINING = (
         "memory.write_split",
         "memory.write_cost",
         "memory.write_floor",
+        "memory.floor_trained",
         "memory.gradient_depth",
     ),
     *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),

@@ -156,7 +156,7 @@ def chunks_kernel(
             e = p * product(high, low, solved, solved_low, SPLIT, SPLIT, WORK)
         else:
             row = j * ROWS + m
-            e += tl.load(v + row * vn, mask=ours & (row < N), other=0.0).to(tl.float32)
+            e += tl.load(v + row * vn, mask=tl.where(ours, row, N) < N, other=0.0).to(tl.float32)
             high, low = halves(p * e, WORK)
             e = product(high, low, tl.trans(solved), tl.trans(solved_low), SPLIT, SPLIT, WORK)
         high, low = halves(e, WORK)

@@ -73,7 +73,7 @@ def walk_kernel(
         high = tl.load(step + tile)
         low = tl.load(step + plane + tile) if SPLIT else high
         slot = (b * (S + 1) + (S - 1 - i if BACK else i + 1)) * jump + g * D * D
-        add = tl.load(x + slot + inner, mask=ours & (c < D), other=0.0)
+        add = tl.load(x + slot + inner, mask=tl.where(ours, c, D) < D, other=0.0)
         s_high, s_low = halves(state, WORK)
         if BACK:
             high, low = tl.trans(high), tl.trans(low)

@@ -11,8 +11,8 @@ CONFIGURATION = (*LINE, "protocol")
 def constant_time(models: tuple[str, ...] = INFINI, within: float = 1.1) -> Rule:
     """Time a token and peak memory at the longest length measured are those of a hundredth of it.
 
-    Of each model, in the one configuration of a whole model that was measured over the widest range. Only
-    documents of one full call or more count: a shorter one is read in a smaller call, which takes less memory.
+    Of each model, in the one configuration of a whole model that was measured over the widest range, and of
+    documents of one full call or more: a shorter one is read in a smaller call, which takes less memory.
     """
 
     def rule(evidence: Evidence) -> Finding | None:

@@ -28,8 +28,8 @@ SHARED = (96 << 10, 192 << 10)  # bytes of shared memory that a program takes, u
 # Settings that the kernels heed, or that do not touch what they compute; any other must be at its default.
 HEEDED = {
     "kind", "segment", "update", "features", "local", "write_start", "write_split", "write_cost",
-    "write_floor", "floor_trained", "gate_start", "gate_split", "gate_frozen", "window", "sinks", "stride", "compressed",
-    "rate", "compression", "entries", "neighbours", "index", "layer", "layers", "backend",
+    "write_floor", "floor_trained", "gate_start", "gate_split", "gate_frozen", "window", "sinks", "stride",
+    "compressed", "rate", "compression", "entries", "neighbours", "index", "layer", "layers", "backend",
 }  # fmt: skip
 
 

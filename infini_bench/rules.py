@@ -83,6 +83,7 @@ _RULES: dict[str, Rule] = {
     "task.own_segment": _SHARE,
     "task.text_share": _SHARE,
     "task.crossing": _SHARE,
+    "task.straddling": _SHARE,
     "task.symbols": (lambda value: value >= 2, "2 or more"),
     "task.fillers": _some_of(schema.FILLERS),
     "task.train_fillers": _some_of(schema.FILLERS),
@@ -211,11 +212,10 @@ def check_pairs(task: MQARConfig) -> None:
 
 
 def check_passkey(task: PasskeyConfig) -> None:
-    if task.own_segment + task.crossing > 1:
-        raise UserError(
-            f"task.own_segment={task.own_segment} and task.crossing={task.crossing} are shares of the same "
-            "rows; together they must be at most 1."
-        )
+    shares = {name: getattr(task, name) for name in ("own_segment", "crossing", "straddling")}
+    if sum(shares.values()) > 1:
+        named = " and ".join(f"task.{name}={share}" for name, share in shares.items() if share)
+        raise UserError(f"{named} are shares of the same rows; together they must be at most 1.")
 
 
 def check_needles(task: NeedlesConfig) -> None:

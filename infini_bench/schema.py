@@ -196,6 +196,7 @@ class PasskeyConfig(TrainedConfig):
     text_share: float = 0.0  # training: share of rows with documents' text as filler
     train_any_alignment: bool = False  # training: questions start at any place of a segment, evenly
     crossing: float = 0.0  # training: share of rows whose question and answer lie in two segments
+    straddling: float = 0.0  # training: share of rows whose needle lies in two segments
     lm_weight: float = 0.1  # of the haystack's own loss beside the answer's
     lengths: list[str] = field(default_factory=lambda: ["4K"])
     depths: list[str] = field(default_factory=lambda: ["start", "middle", "end_outside"])

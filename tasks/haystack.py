@@ -146,8 +146,11 @@ class Haystack:
 
     def filler_tokens(self, sentences: int) -> int:
         """Tokens of the first ``sentences`` filler sentences."""
-        cycles, rest = divmod(sentences, len(FILLER))
-        return int(cycles * len(self.cycle) + self.ends[rest])
+        return int(self.filler_places(np.array(sentences)))
+
+    def filler_places(self, sentences: np.ndarray) -> np.ndarray:
+        """`filler_tokens` of several numbers of sentences."""
+        return sentences // len(FILLER) * len(self.cycle) + self.ends[sentences % len(FILLER)]
 
     @cached_property
     def bare(self) -> int:
@@ -186,6 +189,12 @@ class Haystack:
         cycles, rest = divmod(needed, len(self.cycle))
         found = cycles * len(FILLER) + int(np.searchsorted(self.ends, rest))
         return found if needed <= filler else max(found, sentences + 1)
+
+    def straddling(self, filler: int, segment: int, places: np.ndarray) -> np.ndarray:
+        """Of places, each so many tokens of ``filler`` in front of the needle, which split it by a border."""
+        start = len(self.head) + np.minimum(places, filler)
+        last = start + len(self._piece(NEEDLE.format(key="1" * self.digits))) - 1
+        return np.flatnonzero(start // segment != last // segment)
 
     def place(self, depth: str, sentences: int, segment: int, shorter: int = 0) -> int:
         """Filler sentences in front of the needle at a depth, as tasks/passkey.py defines it."""

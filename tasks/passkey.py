@@ -25,12 +25,16 @@ share one row in S of S segments shows this, and a model may never learn to look
 put the question at few places of a segment (27 of 128, which ones depends on the length); with
 ``train_any_alignment`` the filler is cut to any number of tokens, and all places are equally frequent. In a
 share ``crossing`` question and answer lie in two segments (rows of one have no border), in the others as
-often as chance has it. In documents' text all places are equally frequent at all times.
+often as chance has it. In documents' text all places are equally frequent at all times. In a share
+``straddling`` a border of segments falls within the needle, in text, too: by chance that is so in one row of
+40 at segments of 1,024, but at depth ``middle`` of every length that is a power of two, where half of the
+prompt ends at a border.
 
 * ``write_strength`` (memories with a write gate): mean strength of the keys of one prompt's needle
   (``position``) and of its ``filler``, at the shortest length; ``extra["heads"]``: by layer and KV head.
 
-Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end.
+Wilson intervals. ``extra["segments"]``: segment of the question's start minus that of the needle's end;
+``extra["straddling"]``: trials whose needle lies in two segments.
 ``extra["memory_norm"]`` (associative memories): of what is held at the prompt's end (tasks/writing.py).
 Condition ``constant``: the needle's kind. ``memory_off``: nothing from before the segment is used, so only
 the prompt's last segment is read; left out for models without a memory that could be switched off.
@@ -155,23 +159,41 @@ class Passkey(Task):
         sentences, shorter = forms[rng.integers(len(forms))]
         earliest = self.haystack.earliest(sentences, segment, shorter) if kind == "own_segment" else 0
         key = self.haystack.key(rng)
-        prompt = self.haystack.prompt(key, int(rng.integers(earliest, sentences + 1)), sentences, shorter)
+        if kind == "straddling":
+            filler = self.haystack.filler_tokens(sentences) - shorter
+            places = self.haystack.filler_places(np.arange(sentences + 1))
+            before = int(rng.choice(self._split(filler, segment, places)))
+        else:
+            before = int(rng.integers(earliest, sentences + 1))
+        prompt = self.haystack.prompt(key, before, sentences, shorter)
         return training_row(prompt, length, self.tokenizer.eos_id)
 
+    def _split(self, filler: int, segment: int, places: np.ndarray) -> np.ndarray:
+        """Which places lay the needle in two segments."""
+        found = self.haystack.straddling(filler, segment, places)
+        if not len(found):
+            raise self._impossible("straddling", segment)
+        return found
+
     def _kind(self, rng: np.random.Generator, borders: bool) -> str:
-        """``own_segment``, ``crossing`` or ``any``. borders: whether rows have any to cross."""
-        own, crossing = self.task.own_segment, self.task.crossing
-        if not own + crossing:  # draws nothing: its rows are those of old runs
-            return "any"
-        drawn = rng.random()
-        return "own_segment" if drawn < own else "crossing" if borders and drawn < own + crossing else "any"
+        """``own_segment``, ``crossing``, ``straddling`` or ``any``; borders: whether rows have any."""
+        shares = {"own_segment": self.task.own_segment}
+        shares |= {"crossing": self.task.crossing, "straddling": self.task.straddling} if borders else {}
+        if not self.task.own_segment + self.task.crossing + self.task.straddling:
+            return "any"  # draws nothing: its rows are those of old runs
+        drawn, below = rng.random(), np.cumsum(list(shares.values()))
+        return next((kind for kind, most in zip(shares, below, strict=True) if drawn < most), "any")
 
     def _in_text(self, rng: np.random.Generator, length: int, segment: int, split: str) -> Prompt:
         """A prompt in documents' text, which ends with its answer anywhere in the last segment."""
         text, shortest = self.text(split), self.haystack.shortest
         filler = int(rng.integers(max(length - segment + 1, shortest), length + 1)) - shortest
         key, place = self.haystack.key(rng), int(rng.integers(len(text)))
-        return self.haystack.hidden(key, text, place, int(rng.integers(filler + 1)), filler)
+        if length > segment + 1 and self.task.straddling and rng.random() < self.task.straddling:
+            first = int(rng.choice(self._split(filler, segment, np.arange(filler + 1))))
+        else:
+            first = int(rng.integers(filler + 1))
+        return self.haystack.hidden(key, text, place, first, filler)
 
     def _forms(self, kind: str, length: int, segment: int) -> list[tuple[int, int]]:
         """(Filler sentences, tokens they break off early) of the rows of a kind."""
@@ -196,6 +218,10 @@ class Passkey(Task):
             return UserError(
                 "Set task.crossing=0, or task.train_any_alignment=true: whole filler sentences never put the "
                 f"question over a border of segments of {segment} tokens."
+            )
+        if kind == "straddling":
+            return UserError(
+                f"Set task.straddling=0: no border of segments of {segment} tokens falls within the needle."
             )
         needed = self.haystack.bare - len(self.haystack.head)
         return UserError(
@@ -276,6 +302,7 @@ class Passkey(Task):
             "segments": median_low(each.question // n - (each.needle[1] - 1) // n for each in prompts),
             "tokens": max(len(each) + len(each.answer) for each in prompts),
             "digits": self.task.digits,
+            "straddling": sum(each.needle[0] // n < (each.needle[1] - 1) // n for each in prompts),
         }
         groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
         crossing = np.array([each.crosses(n) for each in prompts])

@@ -59,7 +59,8 @@ DERIVED = ("trained.steps", "data_fingerprint", "tokenizer_fingerprint")
 # Settings of a training, which name no row of a pretrained model that was asked as it is.
 OF_TRAINING = (
     *("trainer.", "trained.", "base.freeze", "base.lora", "base.save", "decoder.init_std", "task.train_"),
-    *("task.segments", "task.own_segment", "task.crossing", "task.text_share", "task.lm_weight"),
+    *("task.segments", "task.own_segment", "task.crossing", "task.straddling", "task.text_share"),
+    "task.lm_weight",
 )
 # Of the stages before a training their own settings; those of the model are the training's, too.
 OF_STAGES = ("task.", "data.", "trainer.")

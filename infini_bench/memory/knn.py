@@ -217,21 +217,21 @@ def by_torch(q_YXD: Tensor, k_YCD: Tensor, dead_Y: Tensor | None, n: int) -> tup
     return top, place
 
 
-def largest(scores_YXC: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """``topk`` in any order, in two rounds where entries are many: (Y, X, n).
+def largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """``topk`` in any order, in two rounds where entries are many: (..., C) -> (..., n).
 
     Of C/F columns with F scores each, the n with the largest maxima hold the n largest scores: one outside
     would have n larger ones. CUDA's ``topk`` reads a long row five times (four digits of a radix select, and
     to collect), a maximum reads it once; both rounds then search less than a quarter of it.
     """
-    fold = math.gcd(scores_YXC.shape[-1], FOLD)
-    folded = scores_YXC.unflatten(-1, (fold, -1))
+    fold = math.gcd(scores.shape[-1], FOLD)
+    folded = scores.unflatten(-1, (fold, -1))
     size = folded.shape[-1]
     if fold == 1 or size < 8 * n:
-        top, place = scores_YXC.topk(n, sorted=False)
+        top, place = scores.topk(n, sorted=False)
         return top, place
     columns = folded.amax(-2).topk(n, sorted=False).indices
-    among = folded.gather(-1, columns.unsqueeze(-2).expand(-1, -1, fold, -1)).flatten(-2)
+    among = folded.gather(-1, columns.unsqueeze(-2).expand(*columns.shape[:-1], fold, -1)).flatten(-2)
     top, at = among.topk(n, sorted=False)
     return top, at // n * size + columns.gather(-1, at % n)
 

@@ -101,7 +101,8 @@ class MemoryConfig:
     # of a query or key before its features, which are 6 times as many
     key_size: int = _of("armt", default=16)
     layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
-    # segments that a gradient may cross; unset = all
+    # the document is cut into blocks of so many segments, and no gradient leaves its block: 1 = none crosses
+    # a border; unset = one block
     gradient_depth: int | None = _of("compressive", "rmt", "armt", "autocompressor")
     # of a memory outside this package, which may read every other field too
     options: dict[str, Any] = field(default_factory=dict, metadata={"kinds": ()})

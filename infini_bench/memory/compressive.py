@@ -30,7 +30,7 @@ Beyond the paper:
 
 M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
 is a prefix sum; the delta rules are affine recurrences M_s = (I - A_s) M_{s-1} + U_s whose A_s and U_s need
-no earlier M. Gradients flow through all segments, or through ``gradient_depth`` of them. All memory
+no earlier M. Gradients flow through all segments, or inside blocks of ``gradient_depth`` of them. All memory
 arithmetic is float32, outside autocast.
 
 Shapes: B batch, S segments, N segment length, Q queries, H heads, G KV heads, R = H / G, D head size,

@@ -7,6 +7,7 @@ from memory_references import D, G, N, compare, feed, make, qkv, rope_table, slo
 
 from infini_bench.errors import UserError
 from infini_bench.memory import build_memory, knn
+from infini_bench.memory.base import forms
 from infini_bench.memory.blocks import cut
 from infini_bench.schema import MemoryConfig
 
@@ -73,6 +74,7 @@ def test_faiss_finds_the_entries_that_torch_finds(padded):
         mem = make(N, kind="knn", entries=17, neighbours=6, index=index)
         out, state = mem(q, k, v, rope_table(2 * N), None, mask)
         more, _ = mem(q[:, :9], k[:, :9], v[:, :9], rope_table(2 * N), state)
+        assert forms(mem) == [f"neighbours by {index}"]
         grads = torch.autograd.grad(out.sum() + more.sum(), [q, k, v, *mem.parameters()])
         found.append([out if mask is None else out[mask], more, *grads])
     for a, b in zip(*found, strict=True):

@@ -1,11 +1,12 @@
 """What a run prints when it is over."""
 
+import logging
 import re
 
 from report_fakes import passkey, row
 from rich.console import Console
 
-from infini_bench.show import show_metrics
+from infini_bench.show import show_metrics, tell_choices
 
 
 def test_a_picture_says_k_of_n_by_depth_and_length(capsys):
@@ -86,3 +87,10 @@ def test_of_language_modelling_it_says_how_much_was_scored(capsys):
     shown = capsys.readouterr().out
     assert "5,000 tokens scored in 2 documents, at most 4,096 read of each" in shown
     assert "length" not in shown
+
+
+def test_what_the_package_decides_is_shown_once(capsys):
+    tell_choices()
+    tell_choices()
+    logging.getLogger("infini_bench.memory.knn").info("neighbours on %s are found by %s", "cpu", "faiss")
+    assert capsys.readouterr().err == "neighbours on cpu are found by faiss\n"

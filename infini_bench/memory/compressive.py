@@ -130,9 +130,11 @@ class CompressiveMemory(Memory):
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
-        if b.tokens > 1 and choose(self.cfg, b):  # for one token, launches cost more than what they compute
-            out, own = self.fused(b, dot, carry)
-            return out, {**past, **own}
+        if b.tokens > 1:  # for one, launches cost more than what they compute
+            self.form = form = choose(self.cfg, b)
+            if form == "triton":
+                out, own = self.fused(b, dot, carry)
+                return out, {**past, **own}
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:

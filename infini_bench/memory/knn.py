@@ -50,11 +50,16 @@ def searcher(index: str, device: str) -> str:
         raise UserError("memory.index=faiss needs faiss: install faiss-cpu, or set memory.index=torch.")
     if index == "faiss" and device != "cpu":
         raise UserError(f"memory.index=faiss searches on the CPU, not on {device}; set memory.index=torch.")
-    chosen = "faiss" if index != "torch" and FAISS and device == "cpu" else "torch"
+    chosen = finder(index, device)
     if chosen not in told:
         told.add(chosen)
         log.info("neighbours on %s are found by %s", device, chosen)
     return chosen
+
+
+def finder(index: str, device: str) -> str:
+    """As `searcher`, of what can be."""
+    return "faiss" if index != "torch" and FAISS and device == "cpu" else "torch"
 
 
 class KnnMemory(WindowMemory):
@@ -103,6 +108,7 @@ class KnnMemory(WindowMemory):
 
         (B, S, Q, H, D) float32, and bool (B or 1, S).
         """
+        self.form = f"neighbours by {finder(self.cfg.index, k_BPGD.device.type)}"
         before, stored = carry["mem_k"].shape[1], carry["stored"]
         steps = torch.arange(b.q_BSQHD.shape[1], device=k_BPGD.device) * self.segment
         known = torch.as_tensor(stored, device=k_BPGD.device).view(-1, 1) + steps > 0

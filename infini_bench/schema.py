@@ -182,7 +182,7 @@ class LMConfig(TrainedConfig):
     max_documents: int | None = None  # of the evaluated split
     max_tokens: int | None = None  # of each evaluated document, from its start
     joined: bool = False  # read all documents as one stream; max_tokens is then its length
-    chunk: int = 8192  # tokens fed a call when streaming
+    chunk: int = 8192  # tokens fed a call when streaming; a CPU goes through them in pieces of about 2,048
     batch: int = 16  # documents whose memories are exchanged side by side
     controls: bool = True  # memory off, and another document's memory
 

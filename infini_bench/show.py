@@ -137,6 +137,9 @@ def _table(keys: list[str], conditions: list[str], lines: Lines) -> Table:
 
 
 def _value(row: dict[str, Any]) -> str:
+    """The value with its interval; of one that there is not, why."""
+    if row["value"] is None:
+        return str(row["extra"].get("failed") or row["extra"].get("not_finite", ""))
     low, high = row.get("ci_low"), row.get("ci_high")
     return _cell(row["value"]) + ("" if low is None else f" ({_cell(low)} to {_cell(high)})")
 

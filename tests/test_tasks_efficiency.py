@@ -64,6 +64,8 @@ def test_a_model_has_times_memory_and_ratios_at_every_length():
     for metric in ("ratio_to_local_forward", "ratio_to_local_train", "ratio_to_full_forward"):
         assert pick(rows, metric) == [1.0, 1.0]
     assert pick(rows, "ratio_to_full_train") == [], "not asked"
+    kernels = {row["extra"].get("attention") for row in rows if row["metric"].startswith("ratio_to_")}
+    assert kernels == {"flash"}, "of a CPU"
     assert pick(rows, "state_bytes") == [4 * 3 * 2 * 8 * 9] * 2
     assert {row["extra"]["variant"] for row in rows} == {SHAPE} and {row["protocol"] for row in rows} == {
         "model"

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, V vocabulary, L layers, H heads, G KV heads, D head s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import MethodType
@@ -44,6 +44,7 @@ from infini_bench.schema import MemoryConfig
 
 IMPLEMENTATION = "infini_bench"
 LOSS_CHUNK = 8192  # tokens whose logits exist at once in ``losses``
+CPU_TOKENS = 2048  # of all rows, that a CPU reads at once: more leave its caches, and take time and memory
 
 
 def padding_only(*_: Any, q_length: int, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
@@ -333,13 +334,30 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
     ) -> tuple[Tensor, MemoryCache]:
         """Last hidden states (B, T, dim) and the state after; the given state is left as it was.
 
-        mask: (B, T) bool, False = padding, at the left; None = no padding.
+        mask: (B, T) bool, False = padding, at the left; None = no padding. Without gradients a CPU goes
+        through a long call in ``pieces``.
         """
         cache = MemoryCache.empty(len(self.model.layers)) if state is None else state.copy()
         if mask is not None:  # Hugging Face's covers what was read before, too
             mask = F.pad(mask, (cache.get_seq_length(), 0), value=True)
-        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state, cache
+        looped = ids.device.type == "cpu" and mask is None and not torch.is_grad_enabled()
+        found = [
+            self.model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+            for part in (self.pieces(ids, cache) if looped else [ids])
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, 1), cache
+
+    def pieces(self, ids: Tensor, cache: MemoryCache) -> Sequence[Tensor]:
+        """``ids`` (B, T) cut at segment borders, in about ``CPU_TOKENS`` each.
+
+        Whole where there are no segments: by ``full`` attention, whose first call alone needs no mask, or
+        where the model goes through them by itself.
+        """
+        if self.segmentwise or any(memory.span is None for memory in self.memories):
+            return [ids]
+        size = max(CPU_TOKENS // len(ids) // self.segment, 1) * self.segment
+        first = size - cache.get_seq_length() % self.segment
+        return ids.tensor_split(tuple(range(first, ids.shape[1], size)), 1)
 
     def step(
         self,

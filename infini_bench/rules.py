@@ -72,7 +72,10 @@ _RULES: dict[str, Rule] = {
     "memory.write_split": _ANY,
     "memory.write_cost": _NOT_NEGATIVE,
     "memory.write_floor": _SHARE,
-    "memory.gradient_depth": _NOT_NEGATIVE,
+    "memory.gradient_depth": (
+        lambda value: value >= 1,
+        "1 or more segments (1: no gradient crosses a border), or null for all",
+    ),
     "data.source": _one_of(schema.SOURCES),
     "data.vocab_size": (lambda value: value >= 256, "at least 256, the number of bytes"),
     "task.split": _one_of(schema.SPLITS),

@@ -38,7 +38,7 @@ from infini_bench.progress import Handle, NullProgress, Progress
 from infini_bench.report import records
 from infini_bench.report.records import Record
 from infini_bench.schema import RunConfig
-from infini_bench.show import quiet, say, show_metrics, show_training
+from infini_bench.show import quiet, say, show_metrics, show_training, tell_choices
 
 Given = Collection[str] | None
 
@@ -76,6 +76,8 @@ def run_train(
     if progress is None and leads() and (shared := told_shares(cfg, *SPLITS)):
         say(shared)
     quiet()
+    if progress is None and leads():
+        tell_choices()
     with recorded(record, cfg, progress or (Progress() if leads() else NullProgress())) as shown:
         result = train(cfg, folder, shown)
         record.status = "interrupted" if result.interrupted else "done"
@@ -83,7 +85,7 @@ def run_train(
         record.data_fingerprint = result.data_fingerprint
         record.tokenizer_fingerprint = result.tokenizer_fingerprint
         record.tokens, record.params = result.tokens, result.parameters
-        record.state_floats = result.state_floats
+        record.state_floats, record.forms = result.state_floats, result.forms
         losses = ["final_loss", "best_loss", "grad_norm_mean", "grad_norm_max"]
         sizes = ["non_embedding_parameters", "trained_parameters", "memory_parameters"]
         keys = ["steps", "seconds", "tokens_before", *losses, *sizes, "segmentwise", "gates"]
@@ -134,6 +136,8 @@ def run_eval(
         record = done
     else:
         quiet()
+        if progress is None:
+            tell_choices()
         with recorded(record, cfg, progress or Progress()) as shown:
             evaluate(record, cfg, path, shown)
             record.status = "done"
@@ -163,6 +167,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     path None: about what the task builds with random weights, ``cfg.base`` with a new memory, or what has no
     weights.
     """
+    from infini_bench.memory.base import forms
     from infini_bench.models import with_memory
     from infini_bench.pretrained import adapted_model, merge_lora
     from infini_bench.tasks import build_task
@@ -192,6 +197,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
         record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     with computing(device, cfg.precision):
         record.metrics = task.evaluate(model, progress)
+    record.forms = forms(model) if model is not None else []
     record.data_fingerprint = task.fingerprint
 
 

@@ -102,7 +102,8 @@ class MemoryConfig:
     # of a query or key before its features, which are 6 times as many
     key_size: int = _of("armt", default=16)
     layers: list[int] | None = None  # attention layers with this memory, from 0; others: block. Unset = all
-    # segments that a gradient may cross; unset = all
+    # the document is cut into blocks of so many segments, and no gradient leaves its block: 1 = none crosses
+    # a border; unset = one block
     gradient_depth: int | None = _of("compressive", "rmt", "armt", "autocompressor")
     # of a memory outside this package, which may read every other field too
     options: dict[str, Any] = field(default_factory=dict, metadata={"kinds": ()})
@@ -182,7 +183,7 @@ class LMConfig(TrainedConfig):
     max_documents: int | None = None  # of the evaluated split
     max_tokens: int | None = None  # of each evaluated document, from its start
     joined: bool = False  # read all documents as one stream; max_tokens is then its length
-    chunk: int = 8192  # tokens fed a call when streaming
+    chunk: int = 8192  # tokens fed a call when streaming; a CPU goes through them in pieces of about 2,048
     batch: int = 16  # documents whose memories are exchanged side by side
     controls: bool = True  # memory off, and another document's memory
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,6 @@ def out() -> Console:
 
 def quiet() -> None:
     """Libraries speak up for errors only, and our progress is the only one."""
-    import logging
-
     from datasets.utils import logging as of_datasets
     from transformers.utils import logging as of_transformers
 
@@ -46,6 +46,21 @@ def quiet() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries when there is no network
+
+
+class _Choices(logging.Handler):
+    """What the program decides by itself, on stderr: above the bars, where there are any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+def tell_choices() -> None:
+    """From here on what the package logs, such as which form computes a memory, is shown."""
+    log = logging.getLogger("infini_bench")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Choices) for handler in log.handlers):
+        log.addHandler(_Choices())
 
 
 def show_training(record: Record, folder: Path) -> None:
@@ -122,6 +137,9 @@ def _table(keys: list[str], conditions: list[str], lines: Lines) -> Table:
 
 
 def _value(row: dict[str, Any]) -> str:
+    """The value with its interval; of one that there is not, why."""
+    if row["value"] is None:
+        return str(row["extra"].get("failed") or row["extra"].get("not_finite", ""))
     low, high = row.get("ci_low"), row.get("ci_high")
     return _cell(row["value"]) + ("" if low is None else f" ({_cell(low)} to {_cell(high)})")
 

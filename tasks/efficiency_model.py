@@ -7,11 +7,14 @@
 * ``decode``: ``task.decode`` steps of one token after the document was read; tokens of a call: 1.
 
 With ``task.against`` the same model with ``local`` attention only, or ``full`` attention, takes turns with it
-in the same run; with ``task.vs`` installed peers do (`efficiency_peers`). ``trainer.compile`` is heeded.
+in the same run, by the kernel of torch's attention that torch picks, named in ``extra["attention"]``; with
+``task.vs`` installed peers do (`efficiency_peers`). ``trainer.compile`` is heeded. On a CPU the model goes
+through a call in pieces of its own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_bench.decoding import decoding
 from infini_bench.models import build_model
@@ -42,9 +46,11 @@ def measure(task: Any, model: Any, bar: Handle) -> list[Row]:
             memory = replace(task.cfg.memory, kind=kind)
             other = build_model(task.cfg.decoder, memory, task.cfg.data.vocab_size).to(task.device)
             modes = [mode for mode in own.modes if mode != "decode" and (name, mode) != ("full", "train")]
-            for mode, tokens, pair in in_turns(own, Subject(task, other), modes):
+            rival = Subject(task, other)
+            extra = {"attention": rival.kernels()}
+            for mode, tokens, pair in in_turns(own, rival, modes):
                 found = pair if name == "local" or isinstance(pair, str) else pair[::-1]
-                rows += task.ratio(f"ratio_to_{name}_{mode}", found, length=tokens)
+                rows += task.ratio(f"ratio_to_{name}_{mode}", found, length=tokens, extra=extra)
     if task.task.vs:
         from .efficiency_peers import measure_peers
 
@@ -61,6 +67,19 @@ def in_turns(own: Subject, other: Subject, modes: list[str]) -> Iterator[tuple[s
         for tokens in own.task.lengths:
             pairs = [own.calls(mode, tokens), other.calls(mode, tokens)]
             yield mode, tokens, ladder.climb(tokens, *(p[0] for p in pairs), warm=[p[1] for p in pairs])
+
+
+class Kernels(TorchDispatchMode):
+    """Inside, which of torch's attention kernels run: ``flash``, ``efficient``, ``cudnn``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = re.fullmatch(r"aten::_scaled_dot_product_(\w+?)_attention(_for_cpu)?", func.name())
+        self.names |= {found[1]} if found else set()
+        return func(*args, **(kwargs or {}))
 
 
 class Subject:
@@ -132,6 +151,14 @@ class Subject:
         for number, size in enumerate(parts):
             keep = "all" if self.every else "last" if number == len(parts) - 1 else "none"
             self.state = self.model.step(self.ids(size), self.state, keep=keep)[1]
+
+    def kernels(self) -> str:
+        """By which of its kernels torch computes attention where a document begins; ``math``: by none."""
+        self.prepare("forward")
+        with torch.compiler.set_stance("force_eager"), Kernels() as seen:
+            self.read(self.parts(self.task.lengths[0])[:2])
+        self.state = None
+        return " and ".join(sorted(seen.names)) or "math"
 
     def decode(self) -> Times | str:
         """Steps of one token from the state on, which goes on with them."""

@@ -40,20 +40,19 @@ def write_strengths(model, prompt: Prompt, size: int) -> dict[str, Tensor]:
     if not gated:
         return {}
     sums, place = torch.zeros(2, len(gated), gated[0].kv_heads), torch.arange(len(prompt))
-    needle, read = (place >= prompt.needle[0]) & (place < prompt.needle[1]), 0
+    needle = (place >= prompt.needle[0]) & (place < prompt.needle[1])
+    read = [0] * len(gated)  # tokens by each layer
 
     def note(layer: int, memory, args: tuple) -> None:
         w_BTG = memory.strength(args[1].float())[..., 0].float().cpu()
-        here = needle[read : read + w_BTG.shape[1]]
+        here = needle[read[layer] : read[layer] + w_BTG.shape[1]]
+        read[layer] += w_BTG.shape[1]
         sums[0, layer] += w_BTG[0, here].sum(0)
         sums[1, layer] += w_BTG[0, ~here].sum(0)
 
     hooks = [memory.register_forward_pre_hook(partial(note, i)) for i, memory in enumerate(gated)]
     try:
-        state = None
-        for ids in side_by_side([prompt], 0, len(prompt), size):
-            state = feed(model, [ids], state)
-            read += ids.shape[1]
+        feed(model, side_by_side([prompt], 0, len(prompt), size))
     finally:
         for hook in hooks:
             hook.remove()

@@ -102,6 +102,7 @@ def test_python_dash_m():
         ("train trainer.steps=abc", 'trainer.steps must be a whole number, not "abc"'),
         ("train trainer.steps=[1", '"trainer.steps=[1" is no setting; write key=value'),
         ("train trainer.steps", '"trainer.steps" is no setting; write key=value'),
+        ("train memory.gradient_depth=0", "memory.gradient_depth must be 1 or more segments"),
         ("train trainer=5", "trainer must be a group of settings"),
         ("train model=full,local_block", '"model=full,local_block" has several values; add -m'),
         ("train task.trials=3", "task.trials belongs to task=passkey, needles, recall, mqar"),

@@ -109,6 +109,7 @@ def test_training_leaves_a_full_record(there, trained):
         record.train["folder"] == f"runs/{record.id}"
         and (there / "runs" / record.id / "config.json").exists()
     )
+    assert record.forms == ["eager, as the tensors are on cpu, not on a CUDA device"]
     assert "done: infini_delta on lm, 4 steps, 1K tokens" in trained[1]
 
 
@@ -130,6 +131,7 @@ def test_evaluation_takes_the_checkpoints_settings(there):
     assert record.train["id"] == train.id and record.train["config_hash"] == train.config_hash
     assert (record.train["tokens"], record.train["steps"]) == (train.tokens, 4)
     assert record.params == train.params and record.state_floats == train.state_floats
+    assert record.forms == train.forms
     again = invoke("eval", "lm", "task.controls=false", "--checkpoint", f"runs/{train.id}")
     assert f"already done: {record.id}" in again.stdout and "token_ppl" in again.stdout
 

@@ -8,8 +8,11 @@ from memory_references import D, G, H, N, compressive, qkv, rope_table, slow
 
 from infini_bench import schema
 from infini_bench.errors import UserError
+from infini_bench.layer import MemoryDecoderLayer
 from infini_bench.memory import KINDS, TOKENS, build_memory, reference
+from infini_bench.memory.base import forms
 from infini_bench.memory.features import FEATURES
+from infini_bench.memory.kernels import backend
 from infini_bench.models import build_model
 from infini_bench.schema import DecoderConfig, MemoryConfig, TrainerConfig
 from infini_bench.train.optim import parameter_groups
@@ -249,3 +252,22 @@ def test_one_pair_written_six_times_reads_back_halved_under_plain_delta(update, 
     k, v = torch.randn(2, 1, 1, 1, D, dtype=torch.float64)
     out, _ = mem(*(x.expand(-1, 7, -1, -1) for x in (k, k, v)), rope_table(1))
     assert (out[:, 6] - share * v[:, 0]).abs().max() < 1e-5
+
+
+def test_the_form_is_told_once_by_layers_that_are_compiled_too(caplog):
+    """On a CPU, where ``auto`` takes the eager form; that of the last call is kept."""
+    why = "eager, as the tensors are on cpu, not on a CUDA device"
+    backend._told.cache_clear()
+    memory = MemoryConfig(segment=N)
+    model = build_model(DecoderConfig(layers=2, dim=H * D, heads=H, ffn=8), memory, 50)
+    assert forms(model) == []
+    x = torch.randn(1, 3 * N, H * D)
+    rope = model.model.rotary_emb(x, torch.arange(N)[None])
+    compiled = torch.compile(MemoryDecoderLayer.body, fullgraph=True, dynamic=False, backend="aot_eager")
+    with caplog.at_level("INFO"):
+        for layer in model.model.layers:
+            compiled(layer, x, rope, None, None)
+        assert forms(model) == [why]
+        for layer in model.model.layers:
+            layer.body(x, rope, None, None)
+    assert [record.getMessage() for record in caplog.records] == [f"form of the memory: {why}"]

@@ -7,6 +7,7 @@ from memory_references import D, G, N, compare, feed, make, qkv, rope_table, slo
 
 from infini_bench.errors import UserError
 from infini_bench.memory import build_memory, knn
+from infini_bench.memory.base import forms
 from infini_bench.memory.blocks import cut
 from infini_bench.schema import MemoryConfig
 
@@ -25,6 +26,18 @@ def test_few_or_all_older_keys_are_retrieved_however_few_scores_fit_at_once(neig
         )  # a step of one token sums chosen values alone
         assert (out - slow(mem, q, k, v)).abs().max() < 1e-12
     assert torch.equal(state["mem_k"], k[:, :30]) and torch.equal(state["mem_v"], v[:, :30])
+
+
+def test_the_best_of_many_older_keys_are_those_of_one_sort(monkeypatch):
+    """Enough of them that the search goes two rounds."""
+    mem = make(64, kind="retrieval", neighbours=2)
+    q, k, v = (x.detach() for x in qkv(64 * 7))
+    found = []
+    with torch.no_grad():
+        found.append(mem(q, k, v, rope_table(mem.span))[0])
+        monkeypatch.setattr("infini_bench.memory.retrieval.largest", torch.topk)
+        found.append(mem(q, k, v, rope_table(mem.span))[0])
+    assert (found[0] - found[1]).abs().max() < 1e-12
 
 
 def test_what_is_read_without_searching_sees_the_window_and_is_found_later():
@@ -61,6 +74,7 @@ def test_faiss_finds_the_entries_that_torch_finds(padded):
         mem = make(N, kind="knn", entries=17, neighbours=6, index=index)
         out, state = mem(q, k, v, rope_table(2 * N), None, mask)
         more, _ = mem(q[:, :9], k[:, :9], v[:, :9], rope_table(2 * N), state)
+        assert forms(mem) == [f"neighbours by {index}"]
         grads = torch.autograd.grad(out.sum() + more.sum(), [q, k, v, *mem.parameters()])
         found.append([out if mask is None else out[mask], more, *grads])
     for a, b in zip(*found, strict=True):
@@ -93,6 +107,8 @@ def test_the_largest_scores_are_found_in_two_rounds_as_in_one(entries, n):
     assert torch.equal(top, scores.gather(-1, place))
     assert torch.equal(top.sort(-1, descending=True).values, scores.topk(n).values)
     assert all(len(set(row)) == n for row in place.flatten(0, 1).tolist())
+    by_head = scores.view(2, 3, 3, 1, entries)  # as retrieval has them: heads by themselves
+    assert torch.equal(knn.largest(by_head, n)[0], top.view(2, 3, 3, 1, n))
 
 
 @pytest.mark.parametrize("scores", [1, 200, 2**27])

@@ -1,11 +1,12 @@
 """What a run prints when it is over."""
 
+import logging
 import re
 
 from report_fakes import passkey, row
 from rich.console import Console
 
-from infini_bench.show import show_metrics
+from infini_bench.show import show_metrics, tell_choices
 
 
 def test_a_picture_says_k_of_n_by_depth_and_length(capsys):
@@ -86,3 +87,23 @@ def test_of_language_modelling_it_says_how_much_was_scored(capsys):
     shown = capsys.readouterr().out
     assert "5,000 tokens scored in 2 documents, at most 4,096 read of each" in shown
     assert "length" not in shown
+
+
+def test_what_the_package_decides_is_shown_once(capsys):
+    tell_choices()
+    tell_choices()
+    logging.getLogger("infini_bench.memory.knn").info("neighbours on %s are found by %s", "cpu", "faiss")
+    assert capsys.readouterr().err == "neighbours on cpu are found by faiss\n"
+
+
+def test_a_number_that_there_is_not_says_why(capsys):
+    record = passkey(on=100.0, off=0.0)
+    why = {"not_finite": "nan", "failed": "8192 tokens take at least 9 s, more than 5 s"}
+    record.metrics = [
+        row("forward_ms", 2.0, length=4096),
+        row("forward_ms", None, length=8192, extra=why),
+        row("token_ppl", None, extra={"not_finite": "inf"}),
+    ]
+    show_metrics(record)
+    lines = [re.split(" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["8192", "forward_ms", why["failed"]] in lines and ["token_ppl", "inf"] in lines

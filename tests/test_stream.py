@@ -48,6 +48,24 @@ def test_losses_do_not_depend_on_the_chunks(model):
     assert all(torch.equal(x, kept[name]) for name, x in state.tensors().items())
 
 
+def test_a_cpu_reads_a_long_call_in_pieces_that_end_with_segments(model, monkeypatch):
+    tokens, n, sizes = ids(2, 45), model.segment, []
+    whole, _ = stream_losses(model, tokens, 64)
+    monkeypatch.setattr("infini_bench.decoder.CPU_TOKENS", 2 * 2 * n + 1)  # of two rows
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: sizes.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    _, state = stream_losses(model, tokens[:, :4], 64)
+    sizes.clear()
+    cut, _ = stream_losses(model, tokens[:, 3:], 64, state)
+    assert np.allclose(cut, whole[:, 3:], atol=1e-4)
+    looped = not model.segmentwise and None not in [memory.span for memory in model.memories]
+    assert sizes == ([2 * n - 3, 2 * n, 44 - 4 * n] if looped else [41])
+    sizes.clear()
+    model.hidden(torch.from_numpy(tokens[:, :-1].astype(np.int64)))  # with gradients
+    assert sizes == [44]
+
+
 def test_prefill_and_feed_end_in_the_same_place(model):
     tokens = ids(2, 41)
     logits, _ = prefill(model, chunked(tokens, 9))

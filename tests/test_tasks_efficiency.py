@@ -64,6 +64,8 @@ def test_a_model_has_times_memory_and_ratios_at_every_length():
     for metric in ("ratio_to_local_forward", "ratio_to_local_train", "ratio_to_full_forward"):
         assert pick(rows, metric) == [1.0, 1.0]
     assert pick(rows, "ratio_to_full_train") == [], "not asked"
+    kernels = {row["extra"].get("attention") for row in rows if row["metric"].startswith("ratio_to_")}
+    assert kernels == {"flash"}, "of a CPU"
     assert pick(rows, "state_bytes") == [4 * 3 * 2 * 8 * 9] * 2
     assert {row["extra"]["variant"] for row in rows} == {SHAPE} and {row["protocol"] for row in rows} == {
         "model"
@@ -248,6 +250,13 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     assert len(dotted) == 3 + 2 * 3, "a bound beside each time of ours, and of each operator"
     assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes if ax.lines)
     assert svg("efficiency", rows).startswith("<?xml")
+    ours = [
+        row for row in rows if row["length"] == 16 and row["protocol"] == "model" and not row["condition"]
+    ]
+    lines = [line for ax in efficiency_figure(ours).axes for line in ax.lines]
+    points = [line for line in lines if str(line.get_label()).startswith("bound")]
+    bounds = [row["extra"]["bound_ms"] for row in ours if row["metric"].endswith("_ms")]
+    assert sorted(line.get_xdata()[0] for line in points) == sorted(bounds) and len(bounds) == 3
 
 
 def test_documents_beyond_1m_tokens_are_compared_with_1m():

@@ -68,6 +68,11 @@ def attend(q_BSQHD: Tensor, k_BSKGD: Tensor, v_BSKGD: Tensor, mask: Tensor | Non
     return (ContiguousGradient.apply(out) if out.requires_grad else out).unflatten(0, (-1, n_seg))
 
 
+def forms(model: nn.Module) -> list[str]:
+    """The forms in which the memories of ``model`` were computed, see `Memory.form`."""
+    return sorted({layer.form for layer in model.modules() if isinstance(layer, Memory) and layer.form})
+
+
 class Memory(nn.Module):
     """Base of the memories of one attention layer.
 
@@ -77,6 +82,7 @@ class Memory(nn.Module):
 
     previous = 0
     has_memory = True  # False: nothing crosses a segment boundary, or nothing is ever left behind
+    form: str | None = None  # that computed the last call, where there are several, and why
     auxiliary: Tensor | None = None  # what the last training call adds to the loss, summed over its tokens
     differentiable = True  # False: what crosses a boundary is not differentiated, by design
     steady = False  # True: ``segments`` heeds `cut_one`, whose slots beyond the last token are unused

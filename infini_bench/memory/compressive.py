@@ -32,7 +32,7 @@ Beyond the paper:
 
 M and z of a layer depend on that layer's keys and values only, so all segments of a call run at once: Linear
 is a prefix sum; the delta rules are affine recurrences M_s = (I - A_s) M_{s-1} + U_s whose A_s and U_s need
-no earlier M. Gradients flow through all segments, or through ``gradient_depth`` of them. All memory
+no earlier M. Gradients flow through all segments, or inside blocks of ``gradient_depth`` of them. All memory
 arithmetic is float32, outside autocast.
 
 Shapes: B batch, S segments, N segment length, Q queries, H heads, G KV heads, R = H / G, D head size,
@@ -132,9 +132,11 @@ class CompressiveMemory(Memory):
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
-        if b.tokens > 1 and choose(self.cfg, b):  # for one token, launches cost more than what they compute
-            out, own = self.fused(b, dot, carry)
-            return out, {**past, **own}
+        if b.tokens > 1:  # for one, launches cost more than what they compute
+            self.form = form = choose(self.cfg, b)
+            if form == "triton":
+                out, own = self.fused(b, dot, carry)
+                return out, {**past, **own}
         with torch.autocast(b.q_BSQHD.device.type, enabled=False):
             prefixes = self.write(b, carry)
             if (isinstance(b.done, int) and b.done == 0 and b.q_BSQHD.shape[1] == 1) or not self.enabled:

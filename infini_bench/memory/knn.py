@@ -50,11 +50,16 @@ def searcher(index: str, device: str) -> str:
         raise UserError("memory.index=faiss needs faiss: install faiss-cpu, or set memory.index=torch.")
     if index == "faiss" and device != "cpu":
         raise UserError(f"memory.index=faiss searches on the CPU, not on {device}; set memory.index=torch.")
-    chosen = "faiss" if index != "torch" and FAISS and device == "cpu" else "torch"
+    chosen = finder(index, device)
     if chosen not in told:
         told.add(chosen)
         log.info("neighbours on %s are found by %s", device, chosen)
     return chosen
+
+
+def finder(index: str, device: str) -> str:
+    """As `searcher`, of what can be."""
+    return "faiss" if index != "torch" and FAISS and device == "cpu" else "torch"
 
 
 class KnnMemory(WindowMemory):
@@ -103,6 +108,7 @@ class KnnMemory(WindowMemory):
 
         (B, S, Q, H, D) float32, and bool (B or 1, S).
         """
+        self.form = f"neighbours by {finder(self.cfg.index, k_BPGD.device.type)}"
         before, stored = carry["mem_k"].shape[1], carry["stored"]
         steps = torch.arange(b.q_BSQHD.shape[1], device=k_BPGD.device) * self.segment
         known = torch.as_tensor(stored, device=k_BPGD.device).view(-1, 1) + steps > 0
@@ -217,21 +223,21 @@ def by_torch(q_YXD: Tensor, k_YCD: Tensor, dead_Y: Tensor | None, n: int) -> tup
     return top, place
 
 
-def largest(scores_YXC: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """``topk`` in any order, in two rounds where entries are many: (Y, X, n).
+def largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """``topk`` in any order, in two rounds where entries are many: (..., C) -> (..., n).
 
     Of C/F columns with F scores each, the n with the largest maxima hold the n largest scores: one outside
     would have n larger ones. CUDA's ``topk`` reads a long row five times (four digits of a radix select, and
     to collect), a maximum reads it once; both rounds then search less than a quarter of it.
     """
-    fold = math.gcd(scores_YXC.shape[-1], FOLD)
-    folded = scores_YXC.unflatten(-1, (fold, -1))
+    fold = math.gcd(scores.shape[-1], FOLD)
+    folded = scores.unflatten(-1, (fold, -1))
     size = folded.shape[-1]
     if fold == 1 or size < 8 * n:
-        top, place = scores_YXC.topk(n, sorted=False)
+        top, place = scores.topk(n, sorted=False)
         return top, place
     columns = folded.amax(-2).topk(n, sorted=False).indices
-    among = folded.gather(-1, columns.unsqueeze(-2).expand(-1, -1, fold, -1)).flatten(-2)
+    among = folded.gather(-1, columns.unsqueeze(-2).expand(*columns.shape[:-1], fold, -1)).flatten(-2)
     top, at = among.topk(n, sorted=False)
     return top, at // n * size + columns.gather(-1, at % n)
 

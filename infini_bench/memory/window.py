@@ -39,7 +39,6 @@ class WindowMemory(Memory):
         self.front = self.previous * cfg.segment  # key slots before the own segment's
         self.settled: int = self.previous  # age from which all segments share one mask
         self.has_memory = self.previous > 0
-        self.differentiable = cfg.kind in ("sliding", "sink")
 
     def state_floats(self) -> int:
         return 2 * self.head_dim * self.kv_heads * self.segment * self.previous

@@ -24,6 +24,7 @@ PANELS = {  # (metric, position) -> what the axis says, and its unit
     ("peak_bytes", "forward"): ("peak memory, forward, GiB", 1 << 30),
     ("state_bytes", None): ("carried state, MiB", 1 << 20),
 }
+TIMES = ("ms", "token")  # as panels end that have a bound
 
 
 def shape(row: Row) -> str:
@@ -76,13 +77,16 @@ def _points(ax: Axes, group: list[Row], rows: list[Row], title: str, unit: float
             (row[key] if row[key] is not None else row["value"]) / unit for key in ("ci_low", "ci_high")
         )
         ax.errorbar([value], [place], xerr=[[value - low], [high - value]], capsize=2, **look(0))
+        if "bound_ms" in row["extra"] and title.endswith(TIMES):
+            bar = ax.plot([row["extra"]["bound_ms"]], [place], "|", color="0.3", markersize=9)
+            bar[0].set_label("bound of the point in that row")
         words = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         ax.annotate(words, (high, place), (5, 0), textcoords="offset points", va="center", fontsize=7)
     short = [fill(" ".join(word for word in line.split() if word not in common), 30) for line in lines]
     ax.set_yticks(range(len(lines)), short if named else [""] * len(lines), fontsize=7)
     ax.set(xscale="log", xlabel=title, ylim=(len(lines) - 0.5, -0.5))
-    _ticks(ax.xaxis)
     ax.margins(x=0.3)
+    _ticks(ax.xaxis)
 
 
 def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float) -> None:
@@ -96,8 +100,9 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
         low, high = ([row[key] / unit for row in band] for key in ("ci_low", "ci_high"))
         ax.fill_between([row["length"] for row in band], low, high, color=color, alpha=0.2, linewidth=0)
         bound = [(row["length"], row["extra"]["bound_ms"]) for row in line if "bound_ms" in row["extra"]]
-        if bound and title.endswith(("ms", "token")):
-            ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":")
+        if bound and title.endswith(TIMES):
+            alone = "_" if len(bound) == 1 else None  # a line of one point is none
+            ax.plot(*zip(*bound, strict=True), color=color, linewidth=0.9, linestyle=":", marker=alone)
             ax.plot(
                 [], [], color="0.3", linewidth=0.9, linestyle=":", label="bound of the line of that colour"
             )
@@ -113,8 +118,9 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
 
 
 def _ticks(axis: Axis) -> None:
-    """Round numbers, also where a logarithm spans less than a decade."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    """Round numbers, also where a logarithm spans less than a decade; over many, powers of ten alone."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,), numticks=6))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 

@@ -73,6 +73,7 @@ class Record:
     params: int | None = None
     state_floats: int | None = None  # carried over a segment boundary, one sequence
     peak_bytes: int | None = None
+    forms: list[str] = field(default_factory=list)  # that computed the memory, and why: eager | triton | ...
     metrics: list[dict[str, Any]] = field(default_factory=list)
     train: dict[str, Any] = field(
         default_factory=dict

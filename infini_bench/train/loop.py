@@ -16,6 +16,7 @@ from infini_bench.config import to_dict
 from infini_bench.device import peak_bytes
 from infini_bench.errors import UserError
 from infini_bench.files import write_json
+from infini_bench.memory.base import forms
 from infini_bench.models import MemoryLlamaForCausalLM, build_model, save_model
 from infini_bench.origin import trained_config
 from infini_bench.outside import is_outside
@@ -71,6 +72,7 @@ class TrainResult:
     interrupted: bool
     # of logged steps: {"step", "gates": sigmoid(beta) (layers, H)}; empty without gates
     gates: list[dict[str, Any]] = field(default_factory=list)
+    forms: list[str] = field(default_factory=list)  # that computed the memory, see `memory.base.forms`
 
 
 def train(cfg: RunConfig, folder: Path, progress: Progress | NullProgress | None = None) -> TrainResult:
@@ -311,6 +313,7 @@ class Trainer:
             tokenizer_fingerprint=self.task.tokenizer.fingerprint,
             interrupted=interrupted,
             gates=gate_history(self.folder / "metrics.jsonl") if self.log else [],
+            forms=forms(self.model),
         )
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels compute a call of the compressive memory: one explicit rule, logged once.
+"""Which form computes a call of the compressive memory, eager or Triton: one explicit rule, logged once.
 
 ``memory.backend=auto`` runs them on a CUDA device unless ``refusal`` finds something against it; ``eager``
 never; ``triton`` always, and raises UserError where they cannot run. A call of one token is never theirs:
@@ -83,18 +83,28 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
     return _of_device(b.q_BSQHD.device, SHARED[int(size > 64)])  # torch 2.11 traces no bool as an index
 
 
+@torch.compiler.assume_constant_result  # a compiled layer tells it while it is traced
+def _tell(form: str) -> None:
+    _told(form)
+
+
 @cache
-def _tell(chosen: str, why: str | None) -> None:
-    log.info("memory.backend=auto: %s%s", chosen, f", because {why}" if why else "")
+def _told(form: str) -> None:
+    log.info("form of the memory: %s", form)
 
 
-def choose(cfg: MemoryConfig, b: Blocks) -> bool:
-    """Whether the kernels compute this call. UserError where ``memory.backend=triton`` asks too much."""
-    if cfg.backend == "eager" or (cfg.backend == "auto" and b.q_BSQHD.device.type != "cuda"):
-        return False
-    why = refusal(cfg, b)
+def choose(cfg: MemoryConfig, b: Blocks) -> str:
+    """``triton``, or ``eager`` and why. UserError where ``memory.backend=triton`` asks too much."""
+    device = b.q_BSQHD.device.type
+    if cfg.backend == "eager":
+        return "eager, as memory.backend=eager"
+    if cfg.backend == "auto" and device != "cuda":  # not even in Triton's interpreter
+        why: str | None = f"the tensors are on {device}, not on a CUDA device"
+    else:
+        why = refusal(cfg, b)
     if cfg.backend == "triton" and why:
         raise UserError(f"memory.backend=triton cannot run: {why}; write memory.backend=auto.")
-    if cfg.backend == "auto" and not torch.compiler.is_compiling():
-        _tell("eager" if why else "triton", why)
-    return why is None
+    form = f"eager, as {why}" if why else "triton"
+    if cfg.backend == "auto":
+        _tell(form)
+    return form

@@ -32,6 +32,10 @@ if wanted vs; then
   $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
     --lengths 8K,32K,128K decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
     memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20
+  # The package keeps activations of two segments, ours of all: once more with as many.
+  $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
+    --lengths 8K,32K,128K 'task.modes=[train]' decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
+    memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20 trainer.checkpoint_segments=2
 fi
 
 # The packages of the other two rivals at the same sizes. One searches on the CPU: short documents.

@@ -32,6 +32,7 @@ shares are lower bounds.
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class Efficiency(Untrained):
     def evaluate(self, model, progress=None) -> list[Row]:
         from . import efficiency_model, efficiency_operator
 
+        gc.collect()  # else what an earlier job of this process left counts as this one's memory
         measure = {"model": efficiency_model.measure, "operator": efficiency_operator.measure}
         work = (progress or NullProgress()).task(f"profile {self.cfg.model}", len(self.lengths))
         with work as bar, warnings.catch_warnings(), products(self.dtype != torch.float32):

@@ -47,7 +47,9 @@ def efficiency_figure(rows: list[Row]) -> Figure:
     groups = grouped(rows, ("scale", "device", "protocol", "shape"))
     curves = [row for group in groups if len(_lengths(group)) > 1 for row in group]
     names = list(dict.fromkeys(row["name"] for row in curves))
-    figure, axes = grid(max(len(groups), 1), len(PANELS), (3.4, 3.0))
+    tall = [3.0 if len(_lengths(group)) > 1 else max(3.0, 0.3 * len(_lines(group))) for group in groups]
+    size = (3.4, sum(tall) / max(len(tall), 1) or 3.0)
+    figure, axes = grid(max(len(groups), 1), len(PANELS), size, height_ratios=tall or [1.0])
     for line, group in zip(axes, groups, strict=False):
         for ax, (metric, position) in zip(line, PANELS, strict=True):
             shown = [row for row in group if (row["metric"], row["position"]) == (metric, position)]
@@ -67,9 +69,13 @@ def _lengths(rows: list[Row]) -> list[int]:
     return sorted({row["length"] for row in rows})
 
 
+def _lines(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["name"] for row in rows))
+
+
 def _points(ax: Axes, group: list[Row], rows: list[Row], title: str, unit: float, named: bool) -> None:
     """A point with its interval for each of the group's lines, named without the words that all share."""
-    lines = list(dict.fromkeys(row["name"] for row in group))
+    lines = _lines(group)
     common = set.intersection(*({*line.split()[1:]} for line in lines)) if len(lines) > 1 else set()
     for row in rows:
         value, place = row["value"] / unit, lines.index(row["name"])
@@ -82,7 +88,7 @@ def _points(ax: Axes, group: list[Row], rows: list[Row], title: str, unit: float
             bar[0].set_label("bound of the point in that row")
         words = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         ax.annotate(words, (high, place), (5, 0), textcoords="offset points", va="center", fontsize=7)
-    short = [fill(" ".join(word for word in line.split() if word not in common), 30) for line in lines]
+    short = [fill(" ".join(word for word in line.split() if word not in common), 32) for line in lines]
     ax.set_yticks(range(len(lines)), short if named else [""] * len(lines), fontsize=7)
     ax.set(xscale="log", xlabel=title, ylim=(len(lines) - 0.5, -0.5))
     ax.margins(x=0.3)

@@ -79,7 +79,7 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
     for r, table in shown:
         task = r.config["task"]
         place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
-        place += (task.get("split"), task.get("joined", False))  # sheets and lines of their own
+        place += (task.get("split"), task.get("joined", False), task.get("level"))  # lines of their own
         place += (r.config["model"],) if weightless(r.config) else ()
         place += (pretrained(r.config),) if table in BY_BASE else ()
         groups[place].append(((r.id, table), setup_of(r, "task.protocol" if _has_column(r, table) else None)))

@@ -1,6 +1,7 @@
 """Plans: files of conf/plan/ become jobs."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from infini_bench.plans import Plan, Setting, plan_names, read_plan
 from infini_bench.report.records import config_hash
 from infini_bench.report.tidy import NAMES, TABLES
 from infini_bench.report.variants import VIEWS
+from infini_bench.standing import standing
 from infini_bench.tasks import build_task
 
 LONG = ("diag_features",)  # 98 jobs, all composed in one way
@@ -303,3 +305,15 @@ def test_table4_pretrains_models_with_and_without_a_memory_alike(tmp_path):
         ("local_block", "block", 5248),
         ("local_block", "block", 2176),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "only", "runs"),
+    [("diag_recall", "armt", 3), ("diag_features", "recall norm memory.features=exp", 1)],
+)
+def test_what_was_trained_by_hand_before_the_plan_was_is_done(name, only, runs, tmp_path):
+    """Records that lack younger settings, lay elsewhere, and were asked over other distances."""
+    jobs = plan(name, "gpu", Path("results"), None, None, data=tmp_path, only=only)
+    assert [each.state for each in standing(jobs)] == ["done"] * runs
+    jobs = plan(name, "gpu", Path("results"), None, None, ["trainer.warmup=51"], data=tmp_path, only=only)
+    assert [each.state for each in standing(jobs)] == ["missing"] * runs

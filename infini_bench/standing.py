@@ -17,12 +17,7 @@ from infini_bench.report.variants import COVERAGE
 from infini_bench.schema import RunConfig
 
 # What only an evaluation reads, and who computes the same.
-EVALUATED = (
-    *(key for key in COVERAGE if key.startswith("task.")),
-    "task.split",
-    "precision",
-    "memory.backend",
-)
+EVALUATED = (*COVERAGE, "task.split", "precision", "memory.backend")
 SAVED = "checkpoints/index.json"  # of a run folder that can be gone on with
 
 

@@ -11,6 +11,7 @@ from contract_toys import FAULTS, Layer, Reshaped, Toy
 from infini_bench.contract.adapters import Recognised, subject_of
 from infini_bench.contract.check import check
 from infini_bench.contract.probes_memory import PRECISIONS, opened
+from infini_bench.contract.probes_use import ignored
 from infini_bench.errors import UserError
 from infini_bench.schema import MemoryConfig
 
@@ -116,6 +117,9 @@ def test_the_faults_of_infini_transformer_pytorch_are_found():
     }  # fmt: skip
     assert found["memory is read"].measured < 1e-4 and found["gates can learn"].measured < 1e-3
     assert found["generation"].measured < 0.5 and "IndexError" in found["empty prompt"].detail
+    assert "IndexError" in found["ignored labels"].detail, "its own index of ignored labels, -1, is no token"
+    marked = subject_of("infini-transformer-pytorch", {"ignore_index": 63}, {}, {})
+    assert ignored(marked).detail == "loss nan where only the last of 3 segments' labels count"
 
 
 def test_its_learned_write_strength_and_its_float16_are_found():

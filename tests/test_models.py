@@ -276,8 +276,8 @@ def test_damaged_or_foreign_models_are_named(decoder, tmp_path):
         load_model(folder)
 
 
-# Share of the float32 logits, in norm, that bfloat16 may change. Memory tokens and a state with a write gate feed
-# what they say back into what they write, segment after segment.
+# Share of the float32 logits, in norm, that bfloat16 may change. Memory tokens and a write gate feed what
+# they say back into what is written, segment after segment.
 BF16, FED_BACK = 0.04, 0.2
 
 

@@ -90,6 +90,11 @@ class Toy(Subject):
             z = state["z"]
             for one in k.unbind(2):
                 z = (z + one).to(v.dtype)
+        if self.fault == "stalls unseen":
+            M, z = state["M"], state["z"]
+            for key, value in zip(k.unbind(2), v.unbind(2), strict=True):
+                M = (M + key[..., None] * value[..., None, :]).to(v.dtype)
+                z = (z + key).to(v.dtype)
         if self.fault in ("cut off", "declared"):
             M, z = M.detach(), z.detach()
         if self.fault == "grows":
@@ -177,6 +182,7 @@ FAULTS = {
     "empty prompt": {"empty prompt"},
     "overflows": {"float16"},
     "stalls": {"bfloat16"},
+    "stalls unseen": {"bfloat16"},
 }
 
 

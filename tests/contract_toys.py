@@ -157,7 +157,13 @@ class Toy(Subject):
             v[at + (1 if self.fault == "wraps wrongly" and written > entries else 0) - entries] = values
             written += len(keys)
 
-        return Store(D, write, lambda q: v[(q @ k.T).argmax(-1)])
+        def read(queries: Tensor) -> Tensor:
+            if self.fault == "approximate":  # as an index of cells that searches the query's own one first
+                cell = (queries[:, None, 0] > 0) == (k[None, :, 0] > 0)
+                return v[(queries @ k.T).where(cell, -torch.inf).argmax(-1)]
+            return v[(queries @ k.T).argmax(-1)]
+
+        return Store(D, write, read)
 
 
 # Each fault, and the properties that it breaks: its own, and what follows from it.
@@ -176,6 +182,7 @@ FAULTS = {
     "grows": {"state growth", "state size"},
     "lies": {"state size"},
     "wraps wrongly": {"look-ups"},
+    "approximate": {"look-ups"},
     "mean of nothing": {"ignored labels"},
     "reads a prompt's end": {"generation"},
     "takes the least likely": {"generation"},

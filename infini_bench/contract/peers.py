@@ -116,7 +116,7 @@ class MemorizingTransformersPytorch(Subject):
     def store(self, entries: int) -> Store:
         from memorizing_transformers_pytorch.knn_memory import KNNMemory
 
-        size, path = 16, Path(self.folders.new()) / "memory"
+        size, path = 64, Path(self.folders.new()) / "memory"
         memory = KNNMemory(size, max_memories=entries, memmap_filename=str(path), multiprocessing=False)
 
         def write(keys: Tensor, values: Tensor) -> None:

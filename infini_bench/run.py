@@ -184,6 +184,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
             model = with_memory(model, asked.memory)
         model.to(device)
         record.tokenizer_fingerprint = tokenizer.fingerprint
+        record.train["segmentwise"] = model.segmentwise
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)

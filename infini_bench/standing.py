@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
+from infini_bench.config import TASKS
 from infini_bench.planned import Job
 from infini_bench.report.adapted import run_before, run_name
 from infini_bench.report.records import KILLED, Record, config_hash, current, read_records
+from infini_bench.report.variants import COVERAGE
 from infini_bench.schema import RunConfig
 
+# What only an evaluation reads, and who computes the same.
+EVALUATED = (*COVERAGE, "task.split", "precision", "memory.backend")
 SAVED = "checkpoints/index.json"  # of a run folder that can be gone on with
 
 
@@ -113,19 +119,35 @@ def _digest(record: Record, cfg: RunConfig, later: bool) -> str:
     """The hash that ``cfg`` has if this is its training.
 
     No job knows before it is run which architecture a pretrained model has; of a later stage in which folder
-    the run is that it goes on from, with the tokenizer there; and where the data of a recorded run lay.
+    the run is that it goes on from, with the tokenizer there; where the data of a recorded run lay; and what
+    was asked of the model afterwards.
     """
     config, data = record.config, {}
-    if _moved(config["data"].get("path"), cfg.data.path) and config_hash(config) == record.config_hash:
+    alike = all(config[key] == getattr(cfg, key) for key in ("model", "scale", "seed"))
+    if not alike or record.task != cfg.task.name or config_hash(config) != record.config_hash:
+        return record.config_hash  # which may count more than the settings: other lengths of a longer run
+    if _moved(config["data"].get("path"), cfg.data.path):
         data["path"] = cfg.data.path
     if cfg.base.model is not None and (config.get("base") or {}).get("model") is not None:
         config = {**config, "decoder": asdict(cfg.decoder)}
         if later:
             config["base"] = {**config["base"], "model": cfg.base.model}
             data["tokenizer"] = cfg.data.tokenizer
-    elif not data:
-        return record.config_hash  # which may count more than the settings: other lengths of a longer run
-    return config_hash({**config, "data": {**config["data"], **data}})
+    return config_hash(_as_asked({**config, "data": {**config["data"], **data}}, asdict(cfg)))
+
+
+def _as_asked(recorded: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """A training's settings: those younger than its record at their defaults, which is how it behaved, and
+    those that no training reads as ``asked``.
+    """
+    config = asdict(RunConfig(task=TASKS[asked["task"]["name"]]()))
+    for key, value in recorded.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    for key in EVALUATED:
+        *section, name = key.split(".")
+        values, own = (reduce(dict.__getitem__, section, each) for each in (asked, config))
+        own.update({name: values[name]} if name in values else {})
+    return config
 
 
 def _moved(recorded: str | None, asked: str | None) -> bool:

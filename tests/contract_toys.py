@@ -90,6 +90,11 @@ class Toy(Subject):
             z = state["z"]
             for one in k.unbind(2):
                 z = (z + one).to(v.dtype)
+        if self.fault == "stalls unseen":
+            M, z = state["M"], state["z"]
+            for key, value in zip(k.unbind(2), v.unbind(2), strict=True):
+                M = (M + key[..., None] * value[..., None, :]).to(v.dtype)
+                z = (z + key).to(v.dtype)
         if self.fault in ("cut off", "declared"):
             M, z = M.detach(), z.detach()
         if self.fault == "grows":
@@ -152,7 +157,13 @@ class Toy(Subject):
             v[at + (1 if self.fault == "wraps wrongly" and written > entries else 0) - entries] = values
             written += len(keys)
 
-        return Store(D, write, lambda q: v[(q @ k.T).argmax(-1)])
+        def read(queries: Tensor) -> Tensor:
+            if self.fault == "approximate":  # as an index of cells that searches the query's own one first
+                cell = (queries[:, None, 0] > 0) == (k[None, :, 0] > 0)
+                return v[(queries @ k.T).where(cell, -torch.inf).argmax(-1)]
+            return v[(queries @ k.T).argmax(-1)]
+
+        return Store(D, write, read)
 
 
 # Each fault, and the properties that it breaks: its own, and what follows from it.
@@ -171,12 +182,14 @@ FAULTS = {
     "grows": {"state growth", "state size"},
     "lies": {"state size"},
     "wraps wrongly": {"look-ups"},
+    "approximate": {"look-ups"},
     "mean of nothing": {"ignored labels"},
     "reads a prompt's end": {"generation"},
     "takes the least likely": {"generation"},
     "empty prompt": {"empty prompt"},
     "overflows": {"float16"},
     "stalls": {"bfloat16"},
+    "stalls unseen": {"bfloat16"},
 }
 
 

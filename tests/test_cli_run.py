@@ -130,6 +130,7 @@ def test_evaluation_takes_the_checkpoints_settings(there):
     assert (record.seed, record.config["data"], record.config["scale"]) == (3, train.config["data"], "smoke")
     assert record.train["id"] == train.id and record.train["config_hash"] == train.config_hash
     assert (record.train["tokens"], record.train["steps"]) == (train.tokens, 4)
+    assert record.train["segmentwise"] is train.train["segmentwise"] is False
     assert record.params == train.params and record.state_floats == train.state_floats
     assert record.forms == train.forms
     again = invoke("eval", "lm", "task.controls=false", "--checkpoint", f"runs/{train.id}")

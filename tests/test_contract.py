@@ -10,7 +10,8 @@ from contract_toys import FAULTS, Layer, Reshaped, Toy
 
 from infini_bench.contract.adapters import Recognised, subject_of
 from infini_bench.contract.check import check
-from infini_bench.contract.probes_memory import PRECISIONS, opened
+from infini_bench.contract.probes_memory import PRECISIONS, opened, tails
+from infini_bench.contract.probes_use import ignored
 from infini_bench.errors import UserError
 from infini_bench.schema import MemoryConfig
 
@@ -31,8 +32,10 @@ def test_a_sound_module_passes_every_probe_and_none_is_left_out():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_fails_its_probe_and_what_follows_from_it_only(fault):
-    found = verdicts(Toy(fault), 2048 if fault in ("overflows", "stalls") else 64)
+    found = verdicts(Toy(fault), {"overflows": 2048, "stalls": 2048, "stalls unseen": 768}.get(fault, 64))
     assert failed(found) == FAULTS[fault]
+    if fault == "stalls unseen":
+        assert "6.78% by 768 tokens, of the state 0.53% and 30.42%" in found["bfloat16"].detail
 
 
 def test_nothing_is_said_about_a_module_that_is_not_repeatable():
@@ -116,6 +119,9 @@ def test_the_faults_of_infini_transformer_pytorch_are_found():
     }  # fmt: skip
     assert found["memory is read"].measured < 1e-4 and found["gates can learn"].measured < 1e-3
     assert found["generation"].measured < 0.5 and "IndexError" in found["empty prompt"].detail
+    assert "IndexError" in found["ignored labels"].detail, "its own index of ignored labels, -1, is no token"
+    marked = subject_of("infini-transformer-pytorch", {"ignore_index": 63}, {}, {})
+    assert ignored(marked).detail == "loss nan where only the last of 3 segments' labels count"
 
 
 def test_its_learned_write_strength_and_its_float16_are_found():
@@ -127,6 +133,14 @@ def test_its_learned_write_strength_and_its_float16_are_found():
     with opened(subject):
         overflow = PRECISIONS[0](subject, 32768, dict)
     assert overflow.verdict == "FAIL" and "not finite" in overflow.detail
+
+
+def test_its_state_in_bfloat16_is_found_although_its_outputs_hide_it():
+    subject = subject_of("infini-transformer-pytorch", {}, {}, {}).eval()
+    with opened(subject):
+        exact = tails(subject, 16384, torch.float32)
+        stalled = PRECISIONS[1](subject, 16384, lambda: exact)
+    assert stalled.verdict == "FAIL" and 0.3 < stalled.measured < 0.8 and "of the state" in stalled.detail
 
 
 def test_the_faults_of_memorizing_transformers_pytorch_are_found():

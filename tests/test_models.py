@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
 from infini_bench.models import attach_memory, build_model, load_model, save_model, with_memory
-from infini_bench.schema import DecoderConfig, MemoryConfig
+from infini_bench.schema import MemoryConfig
 
 V, N = 50, 8
 T = 4 * N + 5
@@ -276,19 +276,27 @@ def test_damaged_or_foreign_models_are_named(decoder, tmp_path):
         load_model(folder)
 
 
-def test_bfloat16_follows_float32(decoder, ids):
-    model = build_model(
-        DecoderConfig(layers=2, dim=32, heads=4, kv_heads=2, ffn=48), MemoryConfig(segment=N), V
-    )
-    low = build_model(
-        DecoderConfig(layers=2, dim=32, heads=4, kv_heads=2, ffn=48), MemoryConfig(segment=N), V
-    )
-    low.load_state_dict(model.state_dict())
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, state = low.step(ids)
-    with torch.no_grad():
-        exact = model.step(ids)[0]
-    assert (logits - exact).norm() / exact.norm() < 0.03
+# Share of the float32 logits, in norm, that bfloat16 may change. Memory tokens and a write gate feed what
+# they say back into what is written, segment after segment.
+BF16, FED_BACK = 0.04, 0.2
+
+
+@torch.no_grad()
+def test_bfloat16_follows_float32(model, ids):
+    """Causality is exact, any cut within 1 %, and the error to float32 within BF16 or FED_BACK."""
+    exact = model.step(ids)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, state = model.step(ids)
+        other = torch.cat([ids[:, :20], (ids[:, 20:] + 1) % V], 1)
+        assert torch.equal(model.step(other)[0][:, :20], logits[:, :20])
+        parts, cut = [], None
+        for part in ids.split([3, 13, 1, T - 17], 1):
+            out, cut = model.step(part, cut)
+            parts.append(out)
+    memory = model.config.memory
+    fed_back = memory["kind"] in ("rmt", "armt", "autocompressor") or memory["write_gate"]
+    assert (torch.cat(parts, 1) - logits).norm() / logits.norm() < 0.01
+    assert (logits - exact).norm() / exact.norm() < (FED_BACK if fed_back else BF16)
     assert all(x.dtype == torch.float32 for name, x in state.tensors().items() if name.endswith((".M", ".z")))
 
 

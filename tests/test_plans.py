@@ -1,6 +1,8 @@
 """Plans: files of conf/plan/ become jobs."""
 
+import inspect
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.planned import plan
 from infini_bench.plans import Plan, Setting, plan_names, read_plan
+from infini_bench.report.claims import CLAIMS, FIGURE3
 from infini_bench.report.records import config_hash
 from infini_bench.report.tidy import NAMES, TABLES
 from infini_bench.report.variants import VIEWS
+from infini_bench.standing import standing
 from infini_bench.tasks import build_task
 
 LONG = ("diag_features",)  # 98 jobs, all composed in one way
@@ -105,7 +109,7 @@ def test_table2_is_one_budget_for_every_row(tmp_path):
 def test_language_models_of_the_views_are_those_of_figure_3(tmp_path):
     """What two plans have in common is trained once, and nothing but the memory differs."""
     names, own = ("figure3", "diag_gates", "diag_local"), {}
-    made = {name: plan(name, "gpu", tmp_path, None, ["infini_delta"], data=tmp_path) for name in names}
+    made = {name: plan(name, "gpu", tmp_path, (0,), ["infini_delta"], data=tmp_path) for name in names}
     for name, jobs in made.items():
         own[name] = {config_hash(asdict(job.cfg)) for job in jobs if job.cfg.task.name == "lm"}
     assert [len(hashes) for hashes in own.values()] == [6, 7, 5]
@@ -303,3 +307,21 @@ def test_table4_pretrains_models_with_and_without_a_memory_alike(tmp_path):
         ("local_block", "block", 5248),
         ("local_block", "block", 2176),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "only", "runs"),
+    [("diag_recall", "armt", 3), ("diag_features", "recall norm memory.features=exp", 1)],
+)
+def test_what_was_trained_by_hand_before_the_plan_was_is_done(name, only, runs, tmp_path):
+    """Records that lack younger settings, lay elsewhere, and were asked over other distances."""
+    jobs = plan(name, "gpu", Path("results"), None, None, data=tmp_path, only=only)
+    assert [each.state for each in standing(jobs)] == ["done"] * runs
+    jobs = plan(name, "gpu", Path("results"), None, None, ["trainer.warmup=51"], data=tmp_path, only=only)
+    assert [each.state for each in standing(jobs)] == ["missing"] * runs
+
+
+def test_figure3_has_the_seeds_that_its_claims_need():
+    rules = [claim.rule for claim in CLAIMS if claim.remark == FIGURE3]
+    needed = {inspect.getclosurevars(rule).nonlocals["seeds"] for rule in rules}
+    assert needed == {len(read_plan("figure3").at("gpu").seeds)} == {2}

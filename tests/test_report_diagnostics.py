@@ -97,6 +97,19 @@ def test_a_view_puts_recall_language_and_training_in_one_line():
     assert named(features(), "lm_position") == []
 
 
+def test_one_gate_is_one_row_although_only_recall_or_only_language_varied_another():
+    def of(run, **memory):
+        return run(config={f"memory.{key}": value for key, value in memory.items()}, plans=["diag_gates"])
+
+    runs = [of(recall), of(recall, gate_split=2.0), of(recall, gate_frozen=0.5)]
+    runs += [of(lm, gate_frozen=0.5), of(lm, gate_frozen=0.5, write_gate=True)]
+    titles, sheet = sheet_text(runs, "diag_gates")
+    lines = [dict(zip(titles, row, strict=True)) for row in sheet.rows]
+    both = [line["model"] for line in lines if ABSENT not in (line["constant 1"], line["bits/byte"])]
+    settings = "memory.gate_frozen=0.5 memory.gate_split=0.0 memory.write_gate=false"
+    assert len(lines) == 4 and len(both) == 1 and both[0].split("\n")[1] == settings
+
+
 def test_a_training_that_fails_is_a_row_with_its_reason():
     broken = training("recall", None, config={"memory.features": "exp"}, **FEATURES)
     rows = named([*features(features="relu2"), broken], "diag_features")

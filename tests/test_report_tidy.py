@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from report_fakes import lm, passkey, pick, record, row, sheet_text
 
-from infini_bench.report.compare import mean_interval, paired_delta
+from infini_bench.report.compare import paired_delta
 from infini_bench.report.layouts import sheets
 from infini_bench.report.records import config_hash
+from infini_bench.report.seeds import mean_interval, over_seeds
 from infini_bench.report.tables import to_csv
 from infini_bench.report.tidy import COLUMNS, rank, tidy
 from infini_bench.report.variants import variants_of
@@ -42,10 +43,25 @@ def test_one_seed_keeps_its_own_interval():
 
 
 def test_seeds_are_averaged_with_a_student_interval():
-    ppl = pick(tidy([lm(seed=seed, ppl=value) for seed, value in enumerate((18.0, 20.0, 22.0))]), "token_ppl")
-    half = 4.303 * 2 / math.sqrt(3)
-    assert ppl["value"] == 20.0 and ppl["seeds"] == 3 and len(ppl["records"]) == 3
-    assert (ppl["ci_low"], ppl["ci_high"]) == pytest.approx((20 - half, 20 + half))
+    rows = tidy(
+        [lm(seed=seed, nats=(value * 100 * math.log(2),) * 2) for seed, value in enumerate((1.8, 2.0, 2.2))]
+    )
+    bits = pick(rows, "bits_per_byte")
+    half = 4.303 * 0.2 / math.sqrt(3)
+    assert bits["value"] == pytest.approx(2.0) and bits["seeds"] == 3 and len(bits["records"]) == 3
+    assert (bits["ci_low"], bits["ci_high"]) == pytest.approx((2 - half, 2 + half))
+
+
+def test_seeds_far_apart_have_a_geometric_mean_and_no_impossible_interval():
+    ppl = pick(tidy([lm(seed=seed, ppl=value) for seed, value in enumerate((10.0, 40.0))]), "token_ppl")
+    half = 12.706 * math.log(2)  # of logarithms, which are log 2 from their mean
+    assert ppl["value"] == pytest.approx(20.0)
+    assert (ppl["ci_low"], ppl["ci_high"]) == pytest.approx((20 * math.exp(-half), 20 * math.exp(half)))
+    assert over_seeds("gradient_norm", [1e12, 1e14])[:2] == pytest.approx((1e13, 1e13 * 10**-12.706))
+    assert over_seeds("gradient_norm", [0.0, 2.0])[:2] == (1.0, 0.0)
+    assert over_seeds("loss", [1.0, 2.0]) == pytest.approx((1.5, 0.0, 1.5 + 12.706 / 2))
+    assert over_seeds("gate", [0.8, 0.9])[1:] == pytest.approx((0.85 - 12.706 / 20, 1.0))
+    assert over_seeds("local_layers", [0.0, 100.0]) == (50.0, 0.0, 100.0)
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (11, 2.228), (12, 2.201), (31, 2.042)])

@@ -130,6 +130,12 @@ def test_two_processes_train_as_one_that_accumulates(children, two, tmp_path, se
 def test_sharing_needs_a_launcher_and_is_a_setting(monkeypatch):
     with pytest.raises(UserError, match="torchrun"):
         check_launcher(TrainerConfig(parallel="fsdp"))
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_CPU", "True")  # by `accelerate launch --cpu --num_processes 2`
+        with pytest.raises(UserError, match="one process only"):
+            check_launcher(TrainerConfig())
+        launched.setenv("RANK", "0")
+        check_launcher(TrainerConfig())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"trainer\.parallel=fsdp"):
         check_launcher(TrainerConfig())

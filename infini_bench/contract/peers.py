@@ -23,15 +23,18 @@ SMALL = {"num_tokens": 64, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
 
 
 class InfiniTransformerPytorch(Subject):
-    """infini-transformer-pytorch: a whole segment returns memories, a part of one its keys and values."""
+    """infini-transformer-pytorch: a whole segment returns memories, a part of one its keys and values.
 
-    def __init__(self, segment: int = 16, **settings: Any):
+    ignore_index: of labels that do not count, as its wrapper takes it; -1 is the package's own.
+    """
+
+    def __init__(self, segment: int = 16, ignore_index: int = -1, **settings: Any):
         super().__init__()
         from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 
         settings = {**SMALL, **settings}
         self.model = InfiniTransformer(**settings)
-        self.wrapper = InfiniTransformerWrapper(self.model, segment_length=segment)
+        self.wrapper = InfiniTransformerWrapper(self.model, segment_length=segment, ignore_index=ignore_index)
         self.vocab, self.segment = settings["num_tokens"], segment
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -61,11 +64,8 @@ class InfiniTransformerPytorch(Subject):
             return self.wrapper.generate(prompt=prompt, seq_len=prompt.shape[1] + tokens, temperature=0.0)
 
     def loss(self, ids: Tensor, kept: Tensor) -> Tensor:
-        # labels are the inputs, so a label can only be ignored as a token of its own
-        self.wrapper.ignore_index = self.model.token_emb.num_embeddings - 1
-        return self.wrapper(
-            ids.clamp(max=self.wrapper.ignore_index - 1).where(kept, self.wrapper.ignore_index)
-        )
+        mark = self.wrapper.ignore_index  # labels are the inputs, so that it stands among the tokens, too
+        return self.wrapper(ids.masked_fill(ids == mark, 0).masked_fill(~kept, mark))
 
 
 class MemorizingTransformersPytorch(Subject):
@@ -116,7 +116,7 @@ class MemorizingTransformersPytorch(Subject):
     def store(self, entries: int) -> Store:
         from memorizing_transformers_pytorch.knn_memory import KNNMemory
 
-        size, path = 16, Path(self.folders.new()) / "memory"
+        size, path = 64, Path(self.folders.new()) / "memory"
         memory = KNNMemory(size, max_memories=entries, memmap_filename=str(path), multiprocessing=False)
 
         def write(keys: Tensor, values: Tensor) -> None:

@@ -46,7 +46,7 @@ class Claim:
 
 TABLE2 = "Needs the test rows of `reproduce table2 --scale gpu`, two seeds at least."
 TABLE4 = "Needs test rows of `reproduce table4 --scale gpu`: an adapted model's, its controls' and lead's."
-FIGURE3 = "Needs trainings at scale gpu; `reproduce figure3 --scale gpu` does them."
+FIGURE3 = "Needs trainings of both at scale gpu, two seeds; `reproduce figure3 --scale gpu` does them."
 CLAIMS = [
     Claim(
         "bounded_state",

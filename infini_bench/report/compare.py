@@ -1,4 +1,4 @@
-"""Means over seeds, and models compared in pairs on the same documents, each with a 95 % interval."""
+"""Models compared in pairs on the same documents, each difference with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from statistics import NormalDist, mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,6 @@ from infini_bench.metrics.rouge import overall
 Row = dict[str, Any]
 Seed = tuple[int, int, int]  # of the training, how often that was run before, of the evaluation
 Estimate = tuple[float, float | None, float | None]  # value, ci_low, ci_high
-
-# Student's t at 97.5 % for 1, 2 ... 10 degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 # The last one is set beside other Infini memories only.
 REFERENCES = ("local_block", "transformer_xl", "memorizing", "infini_linear")
@@ -33,17 +30,6 @@ RESAMPLES = 2000
 SHEET = ("scale", "device", "dataset", "split", "protocol")
 # Two models are compared when all of this is the same: one budget, one corpus, one machine.
 BUDGET = ("scale", "device", "dataset", "split", "length", "protocol", "train_tokens", "budget")
-
-
-def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean of at least two seeds' values and its Student interval."""
-    degrees = len(values) - 1
-    z = NormalDist().inv_cdf(0.975)
-    # beyond the table: the Cornish-Fisher expansion, right to 0.003 there
-    beyond = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-    t = STUDENT[degrees - 1] if degrees <= len(STUDENT) else beyond
-    middle, spread = mean(values), t * stdev(values) / math.sqrt(len(values))
-    return middle, middle - spread, middle + spread
 
 
 def rate(row: Row) -> float:

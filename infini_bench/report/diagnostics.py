@@ -20,6 +20,7 @@ from infini_bench.report.cells import (
     measured,
     number,
 )
+from infini_bench.report.seeds import LOGARITHMS
 
 FILLERS = ("constant", "text")
 WILSON = "in brackets 95 % Wilson intervals over all trials, wider where seeds disagree"
@@ -222,12 +223,14 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "diag_recall": _caption_recall,
     "diag_mqar": _caption_mqar,
     "diag_features": _caption_view(
-        "Gradient norms: over all training steps, before clipping. Ended by NaN: trainings whose loss or "
+        "Gradient norms: over all training steps, before clipping; "
+        f"{LOGARITHMS.format('norms')}. Ended by NaN: trainings whose loss or "
         "gradient was not finite, at which they stop, of those that were begun. "
     ),
     "diag_gates": _caption_view("Gate: mean sigmoid over tokens of filler and of the question's segment. "),
     "diag_local": _caption_view(
-        "Tokens a second: of the whole training, on the machine as busy as it was. Memory floats: what the "
+        "Tokens a second: of the whole training, on the machine as busy as it was; "
+        f"{LOGARITHMS.format('speeds')}. Memory floats: what the "
         "memory and its local attention carry over a segment's end. "
     ),
 }

@@ -45,7 +45,7 @@ def gates(metric: str, least: float, words: str, models: tuple[str, ...] = INFIN
             for row, at in sorted(stale, key=lambda pair: pair[1][1]):
                 first.setdefault(row["model"], at)
             told = (f"{model} {number(share, 0)} % at step {n}" for model, (n, share) in first.items())
-            needs = "Needs gates that start elsewhere (`reproduce figure3`)."
+            needs = f"Needs gates that start elsewhere, {seeds} seeds (`reproduce figure3 --scale gpu`)."
             text = f"{words}: {', '.join(told)} already. {needs}"
             return finding(None, text, found)
         shares = ", ".join(f"{row['model']} {number(row['value'], 0)} %" for row in known)

@@ -21,13 +21,14 @@ from infini_bench.report.cells import (
     setting,
 )
 from infini_bench.report.compare import FLOOR, LESS, REFERENCES, SHORTER
+from infini_bench.report.seeds import LOGARITHMS
 
 TITLES = {
     "table2_lm": "Table 2: language modelling",
     "lm_position": "Table 2 by position: loss along the document",
 }
 LINES = {"table2_lm": ("protocol",), "lm_position": ("condition", "protocol")}
-INTERVALS = "In brackets 95 % intervals: over documents with one seed, over seeds (Student) with several."
+INTERVALS = "In brackets 95 % intervals: over documents with one seed, over seeds (Student) with several"
 DELTA = "delta_bits_per_byte"
 # What such a memory holds of earlier segments is not differentiated, or it holds nothing of them.
 UNDIFFERENTIATED = ("block", "sparse", "kernel", "xl", "knn", "compressed")
@@ -91,7 +92,8 @@ def _caption2(rows: list[Row]) -> str:
     size = f" with {data['vocab_size']} tokens" if data["tokenizer"] == "bpe" else ""
     return (
         "Whole documents, state carried from the first token to the last; tokenizer "
-        f"{data['tokenizer']}{size}. {INTERVALS} "
+        f"{data['tokenizer']}{size}. {INTERVALS}; "
+        f"{LOGARITHMS.format('perplexities, speeds and seconds')}. "
         f"A unigram model needs {_unigram(rows)} bits a token. Memory off and other memory (another "
         "document's state): bits per byte. Δ: bits per byte against that model on the same documents, seeds "
         "and budget, paired bootstrap; below zero is better; each at its own best learning rate on the "
@@ -132,7 +134,8 @@ CAPTIONS: dict[str, Callable[[list[Row]], str]] = {
     "lm_position": lambda rows: (
         "Nats per token; column p: tokens p to 2p - 1 of every document, or of the one stream of documents "
         "joined; before these, all columns that end within the first segment, in which no memory holds "
-        f"anything yet, pooled over tokens, and all others. {INTERVALS} Less {FLOOR}: on the same documents, "
-        "seeds and budget, below zero is better; paired bootstrap where all runs kept each document's sums."
+        f"anything yet, pooled over tokens, and all others. {INTERVALS}. Less {FLOOR}: on the same "
+        "documents, seeds and budget, below zero is better; paired bootstrap where all runs kept each "
+        "document's sums."
     ),
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from infini_bench.report import paper
 from infini_bench.report.cells import ABSENT, MODEL, SEEDS, Column, Line, Row, find, number
+from infini_bench.report.seeds import LOGARITHMS
 
 TITLES = {
     "table1_memory": "Table 1: what crosses a segment boundary",
@@ -139,7 +140,7 @@ def _caption_reach(rows: list[Row]) -> str:
         f"many segments later. {body['layers']} layers, width {body['dim']}, segments of {n} tokens, random "
         "weights. Between: one segment repeated, or random tokens. 0 is exact: no path leads there, or "
         "only one through weights that start at 0. In brackets 95 % intervals: over texts with one seed, "
-        "over seeds (Student) with several."
+        f"over seeds (Student) with several; {LOGARITHMS.format('norms')}."
     )
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from infini_bench.report.cells import MODEL, SEEDS, Column, Line, find, measured, number
-from infini_bench.report.compare import RATE, Seed, mean_interval, memory, rate
+from infini_bench.report.compare import RATE, Seed, memory, rate
+from infini_bench.report.seeds import over_seeds
 
 Row = dict[str, Any]
 Seeds = dict[Seed, Row]
@@ -81,7 +82,7 @@ def _estimate(group: list[Row]) -> tuple:
     first = group[0]
     if len(group) == 1:
         return first["value"], first["ci_low"], first["ci_high"], first["n"]
-    return (*mean_interval([row["value"] for row in group]), first["n"])
+    return (*over_seeds(first["metric"], [row["value"] for row in group]), first["n"])
 
 
 # --- layout ---------------------------------------------------------------------------------------------

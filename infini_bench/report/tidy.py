@@ -9,7 +9,6 @@ A run has a place in its task's own table, unless it is part of plans whose runs
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -26,7 +25,6 @@ from infini_bench.report.compare import (
     compressions,
     deltas,
     longer,
-    mean_interval,
     position_deltas,
 )
 from infini_bench.report.familiar import halves
@@ -36,6 +34,7 @@ from infini_bench.report.pooled import pooled
 from infini_bench.report.reached import curves, reached, together
 from infini_bench.report.records import Record, current
 from infini_bench.report.repeated import numbered, planned
+from infini_bench.report.seeds import over_seeds
 from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
 
 Row = dict[str, Any]
@@ -79,10 +78,6 @@ TABLE2 = (
 POSITIONS = ("start", "middle", "end_outside", "end")
 PROPORTIONS = ("exact_match", "token_accuracy", POOLED)
 COUNTS = ("non_finite",)
-BOUNDS = {  # which an interval over seeds cannot leave
-    **dict.fromkeys((*gates.KINDS, "local_layers"), (0.0, 100.0)),
-    **{"gate": (0.0, 1.0), "tokens_per_s": (0.0, math.inf)},
-}
 FACTS = ("table", "model", "variant", "device", "scale")
 CELL = (*FACTS, "protocol", "condition", "dataset", "split", "length", "position", "metric")
 
@@ -245,9 +240,7 @@ def _aggregate(rows: list[Row]) -> Row:
         return _summed_up(rows, (100 * hits / n, 100 * low, 100 * high, n))
     if len(rows) == 1:
         return _summed_up(rows, (first["value"], first["ci_low"], first["ci_high"], first["n"]))
-    middle, low, high = mean_interval(values)
-    least, most = BOUNDS.get(first["metric"], (-math.inf, math.inf))
-    return _summed_up(rows, (middle, max(low, least), min(high, most), first["n"]))
+    return _summed_up(rows, (*over_seeds(first["metric"], values), first["n"]))
 
 
 def _overdispersion(shares: list[float], trials: list[int], pooled: float) -> float:

@@ -72,17 +72,21 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
 
     A memory's own settings are compared among runs of its model, all others among all runs. DEFINING settings
     that are not at their default, those of the paper, are always named, DERIVED ones only where they have to.
+    In VIEWS a model's memory is compared among the runs of all tasks, which then stand in one line.
     What some evaluations of a model change in its memory (``task.memory``), others have as it was trained.
     """
     default = {f"memory.{key}": _text(value) for key, value in asdict(MemoryConfig()).items()}
     groups: dict[tuple, list[tuple[tuple[str, str], dict[str, str]]]] = defaultdict(list)
+    views: dict[tuple, list[dict[str, str]]] = defaultdict(list)  # a model's setups in a table of VIEWS
     for r, table in shown:
         task = r.config["task"]
         place: tuple = (table, r.kind, r.task, r.config["scale"], r.device, r.config["data"]["name"])
         place += (task.get("split"), task.get("joined", False), task.get("level"))  # lines of their own
         place += (r.config["model"],) if weightless(r.config) else ()
         place += (pretrained(r.config),) if table in BY_BASE else ()
-        groups[place].append(((r.id, table), setup_of(r, "task.protocol" if _has_column(r, table) else None)))
+        setup = setup_of(r, "task.protocol" if _has_column(r, table) else None)
+        groups[place].append(((r.id, table), setup))
+        views[table, r.config["scale"], setup["model"]].append(setup)
     names: dict[tuple[str, str], str | None] = {}
     for place, group in groups.items():
         group = [(run, _as_asked(setup, [other for _, other in group])) for run, setup in group]
@@ -90,6 +94,9 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
         for run, setup in group:
             same = [other for _, other in group if other["model"] == setup["model"]]
             rivals = {key: same if of_memory(key) else [other for _, other in group] for key in keys}
+            if place[0] in VIEWS:
+                beside = views[place[0], setup["scale"], setup["model"]]
+                rivals |= {key: beside for key in keys if key.startswith("memory.") and of_memory(key)}
             # among those that have the setting: where one does not, another setting says so
             differing = [key for key in keys if len({o[key] for o in rivals[key] if key in o}) > 1]
             differing = [key for key in differing if key not in DERIVED]

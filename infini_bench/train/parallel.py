@@ -19,7 +19,11 @@ from infini_bench.schema import TrainerConfig
 
 
 def check_launcher(trainer: TrainerConfig) -> None:
-    """Raises UserError if the launcher was told to shard, which is a setting of the run here."""
+    """Raises UserError if the launcher was told to shard, which is a setting of the run here, or if it is
+    ``accelerate launch --cpu``: that starts one process, whatever its ``--num_processes`` says.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" and "RANK" not in os.environ:
+        raise UserError("accelerate launch --cpu starts one process only; start several with torchrun.")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("Launch without --use_fsdp and set trainer.parallel=fsdp: the record then says so.")
     if trainer.parallel == "fsdp" and "RANK" not in os.environ:

@@ -143,6 +143,31 @@ def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path,
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_changes_find_the_run_below_them_from_any_directory(base, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    small = ["data=embedded", "memory.segment=32", "trainer.steps=1", "trainer.batch=1", "device=cpu"]
+    small += ["data.max_documents=2", "trainer.validate_rows=1", "trainer.warmup=0", "task.sequence=64"]
+    changed = [*small, "base.freeze=true", "base.save=changes", "trainer.save_every=null"]
+    first = adapt.adapt("../base", ["pretrain"], changed)[0].train["folder"]
+    second = adapt.adapt(first, ["pretrain"], [*changed, "seed=1"])[0].train["folder"]
+    assert first.startswith("runs/") and not Path(second).is_absolute()
+    ids = torch.randint(0, 280, (1, 40))
+    with torch.no_grad():
+        expected = load_checkpoint_model(Path(second))[0].eval().step(ids)[0]
+        monkeypatch.chdir(tmp_path)
+        assert torch.equal(load_checkpoint_model(Path("work", second))[0].eval().step(ids)[0], expected)
+        Path("work").rename("moved")
+        assert torch.equal(load_checkpoint_model(Path("moved", second))[0].eval().step(ids)[0], expected)
+    Path("moved", first).rename("moved/elsewhere")
+    with pytest.raises(UserError, match=rf"on top of moved/{first}, which is missing"):
+        load_checkpoint_model(Path("moved", second))
+    monkeypatch.chdir(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"{first} is no folder or file"):
+        adapt.adapt(first, ["pretrain"], changed)  # OWNER/NAME, were there no folder runs
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
 def test_overrides_for_one_stage_and_tokens_of_all_stages(base, tmp_path):
     places = [f"{name}={tmp_path / name}" for name in ("runs", "records", "data.cache_dir")]
     small = ["data=embedded", "data.max_documents=2", "memory.segment=32", "trainer.steps=2", "device=cpu"]

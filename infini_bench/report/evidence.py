@@ -225,18 +225,21 @@ def smaller(model: str, rival: str, times: float, scale: str = "paper") -> Rule:
 
 
 def key_at_a_million(
-    protocol: str, positions: tuple[str, ...], models: tuple[str, ...] = (), pretrained: bool = False
+    protocols: tuple[str, ...],
+    positions: tuple[str, ...],
+    models: tuple[str, ...] = (),
+    pretrained: bool = False,
 ) -> Rule:
     """At each position of a 1M-token haystack the key is found, and with the memory off it is not.
 
     models: all of these do it; none given: some Infini memory does. Of a model's trainings the best counts,
     of equals the one asked most often, and only those asked for TRIALS keys or more at each position.
-    pretrained: only what a pretrained model was given counts.
+    pretrained: only what a pretrained model was given counts. protocols: of training; any of them.
     The paper's score is token accuracy; exact match is asked for here, which is harder.
     """
 
     def rule(evidence: Evidence) -> Finding | None:
-        place = {"protocol": protocol, "length": MILLION, "position": positions}
+        place = {"protocol": protocols, "length": MILLION, "position": positions}
         cells = evidence.find("table3_passkey", "exact_match", condition="constant", **place)
         cells = [row for row in cells if row["model"].startswith("infini")]
         cells = [row for row in cells if row["n"] >= TRIALS and (row["base"] or not pretrained)]
@@ -251,6 +254,7 @@ def key_at_a_million(
         off = [row for row in off if any(same_line(row, other) for other in on)]
         least, most = min(row["value"] for row in on), max((row["value"] for row in off), default=None)
         where = f" in {on[0]['base']}" if pretrained else ""
+        where += f" ({on[0]['protocol']})" if len(protocols) > 1 else ""
         text = f"{' and '.join(wanted)}{where} at 1M tokens: at least {number(least, 0)} % of "
         text += f"{min(row['n'] for row in on)} keys at each of {', '.join(positions)}"
         text += "." if most is None else f", at most {number(most, 0)} % with the memory off."

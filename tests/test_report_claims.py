@@ -198,11 +198,9 @@ def test_a_key_or_three_found_at_a_million_prove_nothing():
 def test_keys_after_the_papers_protocol_scaled_down():
     def asked(name, on, protocol="paper, scaled down"):
         made = passkey(name, on=on, off=0.0, lengths=(MILLION,), config={"base": {"model": "smollm2"}})
-        places = {"end_outside": "end"}
-        made.metrics = [
-            {**m, "protocol": protocol, "position": places.get(m["position"], m["position"])}
-            for m in made.metrics
-        ]
+        made.metrics = [{**metric, "protocol": protocol} for metric in made.metrics]
+        for metric in (metric for metric in made.metrics if metric["position"] == "end_outside"):
+            metric |= {"position": "end", "value": 100.0, "extra": {"segments": 0}}  # with and without memory
         return made
 
     delta = asked("infini_delta", 95.0)

@@ -30,6 +30,7 @@ except ImportError as error:
     raise UserError("lm-eval is not installed: pip install 'infini-bench[lmeval]'.") from error
 
 NEW_TOKENS = 256  # of an answer, where a task does not say
+READABLE = ("bpe", "pretrained")  # tokenizers that Hugging Face's classes can read, too
 
 
 class MemoryLM(LM):
@@ -113,37 +114,42 @@ def run_harness(
     """The harness's own results of ``name`` (see `open_model`): task -> metric -> value.
 
     lengths: of RULER's tasks, in tokens. limit: documents a task. include: a folder with tasks of one's own.
-    Raises UserError for a task that is not there, or whose data is not.
+    Raises UserError for a task that is not there, or whose data is not, and for RULER's of a model of bytes.
     """
     model, tokenizer = open_model(name, device)
-    manager = _manager(tasks, include)
     with TemporaryDirectory() as folder:  # RULER measures its prompts with the model's tokenizer
         tokenizer.save(Path(folder))
-        metadata = {"tokenizer": folder, **({"max_seq_lengths": [*lengths]} if lengths else {})}
+        metadata: dict[str, Any] = {"max_seq_lengths": [*lengths]} if lengths else {}
+        if tokenizer.kind in READABLE:
+            metadata["tokenizer"] = folder
+        manager = _manager(tasks, include, metadata)
         try:
             found = simple_evaluate(
                 MemoryLM(model, tokenizer),
                 tasks=[*tasks],
                 limit=limit,
                 task_manager=manager,
-                metadata=metadata,
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        except (OSError, LookupError, ImportError) as error:  # data sets, NLTK's own data, optional packages
+        except (OSError, LookupError, ImportError, AssertionError, ValueError) as error:  # what tasks raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{', '.join(tasks)}: data or a package is missing ({reason}).") from error
+            want = "data, a package or the model's tokenizer is missing, or a length too short"
+            raise UserError(f"{', '.join(tasks)}: {want} ({reason.rstrip('.')}).") from error
     assert found is not None
     return found["results"]
 
 
-def _manager(tasks: Sequence[str], include: Path | None) -> TaskManager:
-    """Who knows all ``tasks``; those that come with the harness take a while to list, so only if needed."""
+def _manager(tasks: Sequence[str], include: Path | None, metadata: dict[str, Any]) -> TaskManager:
+    """Who knows all ``tasks`` and hands ``metadata`` to those that make their prompts themselves.
+
+    Tasks that come with the harness take a while to list, so only if needed.
+    """
     if include is not None:
-        own = TaskManager(include_path=str(include), include_defaults=False)
+        own = TaskManager(include_path=str(include), include_defaults=False, metadata=metadata)
         if all(task in own.all_tasks for task in tasks):
             return own
-    manager = TaskManager(include_path=str(include) if include else None)
+    manager = TaskManager(include_path=str(include) if include else None, metadata=metadata)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f'lm-eval has no task "{unknown[0]}"; `lm-eval ls tasks` lists them.')
     return manager

@@ -61,7 +61,8 @@ def plan(
     """The jobs of a plan, checked: first seeds first, then in the order of tasks, settings and models.
 
     models, seeds: unset = the plan's; a setting that names its own has the jobs that both allow. overrides: a
-    setting of a memory is refused if none of the jobs reads it, one of a stage if none of them has it.
+    setting of a memory is refused if none of the jobs reads it, one of a stage if none of them has it; so is
+    ``data`` if no override of the plan at this scale names it.
     """
     from infini_bench.adapt import of_stage
     from infini_bench.cli.bridge import compose_run
@@ -69,6 +70,8 @@ def plan(
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is no folder.")
     plan = read_plan(what).at(scale)
+    if data is not None and not any(DATA in word for word in [*plan.words(), *overrides]):
+        raise UserError(f"{what} at scale={scale} reads no sets of yours; leave --data out.")
     places = (f"scale={scale}", f"records={out / 'records'}", f"runs={out / 'runs'}")
     jobs: list[tuple[int, Job]] = []
     named: set[str] = set()

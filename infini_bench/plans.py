@@ -80,6 +80,11 @@ class Plan:
                 known = {key: value for key, value in variant.items() if key != "overrides"}
                 yield Setting(" ".join([name, *point]).strip(), words, **known)
 
+    def words(self) -> Iterator[str]:
+        """All overrides of its jobs."""
+        for part in (*self.tasks.values(), *self.each.values(), *(one.overrides for one in self.settings())):
+            yield from part
+
 
 def plan_names() -> list[str]:
     return sorted(path.stem for path in (CONF / "plan").glob("*.yaml"))

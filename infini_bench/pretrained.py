@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,8 +114,13 @@ def is_own(name: str) -> bool:
 
 
 def looks_local(name: str) -> bool:
-    """Whether ``name`` can only be a place on this machine; a hub id has the form OWNER/NAME."""
-    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    """Whether ``name`` can only be a place on this machine; a hub id is OWNER/NAME, and OWNER no folder."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith(".gguf")
+        or name.count("/") > 1
+        or ("/" in name and Path(name).parent.is_dir())
+    )
 
 
 def decoder_of(name: str, start: DecoderConfig) -> DecoderConfig:
@@ -188,9 +194,17 @@ def save_changes(model: MemoryLlamaForCausalLM, base: BaseConfig, folder: Path) 
         filename_pattern=PATTERN,
         max_shard_size=SHARD,
     )
-    write_json(
-        folder / BASE_FILE, {"model": base.model, "lora": base.lora, "fingerprint": fingerprint(model)}
-    )
+    about = {"model": _seen_from(folder, str(base.model)), "lora": base.lora}
+    write_json(folder / BASE_FILE, about | {"fingerprint": fingerprint(model)})
+
+
+def _seen_from(folder: Path, name: str) -> str:
+    """A base's name in the changes of ``folder``: of a run, or a place said from the working directory, the
+    way from there, beginning with "..", so that it is found from any directory and after both were moved.
+    """
+    if Path(name).exists() and (is_own(name) or not Path(name).is_absolute()):
+        return os.path.relpath(os.path.abspath(name), folder.resolve())
+    return name
 
 
 def load_changes(folder: Path) -> MemoryLlamaForCausalLM:
@@ -198,10 +212,17 @@ def load_changes(folder: Path) -> MemoryLlamaForCausalLM:
     about = read_json(folder / BASE_FILE)
     settings = json.loads((folder / "config.json").read_text())
     check_same(settings["memory"]["kind"], settings.get("memory_code"))
-    base = BaseConfig(model=about["model"], freeze=True, lora=about["lora"])
+    name = str(folder / about["model"]) if about["model"].startswith("..") else about["model"]
+    if looks_local(name) and not Path(name).exists():
+        raise UserError(
+            f"{folder} holds changes on top of {os.path.normpath(name)}, which is missing; put it back there."
+        )
+    base = BaseConfig(model=name, freeze=True, lora=about["lora"])
     model = adapted_model(base, MemoryConfig(**settings["memory"]))
     if fingerprint(model) != about["fingerprint"]:
-        raise UserError(f'{folder} was trained on another "{base.model}" than the one that is there now.')
+        raise UserError(
+            f'{folder} was trained on another "{os.path.normpath(name)}" than the one that is there now.'
+        )
     saved: dict[str, Tensor] = {}
     for path in sorted(folder.glob("changes*.safetensors")):
         saved |= load_file(path)

@@ -106,6 +106,71 @@ def test_changes_alone_restore_the_model_and_lora_merges(base, rank, tmp_path):
         load_model(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_changes_are_cut_into_small_shards(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr("infini_bench.pretrained.SHARD", "10KB")
+    settings = only(base, freeze=True, lora=8, save="changes")
+    model = adapted_model(settings, MemoryConfig(segment=8)).eval()
+    for p in changes(model).values():
+        p.normal_(std=0.1)
+    save_changes(model, settings, tmp_path / "saved")
+    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"changes-{n:05}-of-00004.safetensors" for n in range(1, 5)]
+    assert all(path.stat().st_size < 12_000 for path in shards)  # header included
+    loaded = changes(load_model(tmp_path / "saved"))
+    assert all(torch.equal(loaded[name], p) for name, p in changes(model).items())
+    shards[2].unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(tmp_path / "saved")
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "lm_head": "output",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_quantized_gguf_file_is_the_model_of_its_dequantized_weights(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "intermediate_size": 64})).eval()
+    c, path = model.config, tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(c.vocab_size)
+    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    for name, p in model.named_parameters():
+        short = name
+        for long, new in NAMES.items():
+            short = short.replace(long, new)
+        rows = torch.arange(len(p))
+        for part, count in heads.items():
+            if part in name:  # llama.cpp rotates neighbours, Hugging Face halves
+                rows = rows.view(count, 2, -1).transpose(1, 2).flatten()
+        kind = gguf.GGMLQuantizationType.Q4_1 if p.dim() == 2 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(p[rows].numpy(), kind)
+        writer.add_tensor(short, packed, raw_dtype=kind)
+        p[rows] = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids = torch.randint(0, 300, (2, 8))
+    ours = adapted_model(only(path), MemoryConfig(segment=8)).eval().step(ids)[0]
+    assert (ours - model(ids).logits).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("how", [[], ["base.lora=2", "base.save=changes"], ["base.freeze=true"]], ids=len)
 def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path, how):
     if how:
@@ -140,6 +205,31 @@ def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path,
         adapt.export(Path(second.train["folder"]), tmp_path / "out")
     with pytest.raises(UserError, match="another memory"):
         adapt.adapt(first.train["folder"], ["pretrain"], [*small, *places, "memory.update=delta"])
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_changes_find_the_run_below_them_from_any_directory(base, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    small = ["data=embedded", "memory.segment=32", "trainer.steps=1", "trainer.batch=1", "device=cpu"]
+    small += ["data.max_documents=2", "trainer.validate_rows=1", "trainer.warmup=0", "task.sequence=64"]
+    changed = [*small, "base.freeze=true", "base.save=changes", "trainer.save_every=null"]
+    first = adapt.adapt("../base", ["pretrain"], changed)[0].train["folder"]
+    second = adapt.adapt(first, ["pretrain"], [*changed, "seed=1"])[0].train["folder"]
+    assert first.startswith("runs/") and not Path(second).is_absolute()
+    ids = torch.randint(0, 280, (1, 40))
+    with torch.no_grad():
+        expected = load_checkpoint_model(Path(second))[0].eval().step(ids)[0]
+        monkeypatch.chdir(tmp_path)
+        assert torch.equal(load_checkpoint_model(Path("work", second))[0].eval().step(ids)[0], expected)
+        Path("work").rename("moved")
+        assert torch.equal(load_checkpoint_model(Path("moved", second))[0].eval().step(ids)[0], expected)
+    Path("moved", first).rename("moved/elsewhere")
+    with pytest.raises(UserError, match=rf"on top of moved/{first}, which is missing"):
+        load_checkpoint_model(Path("moved", second))
+    monkeypatch.chdir(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"{first} is no folder or file"):
+        adapt.adapt(first, ["pretrain"], changed)  # OWNER/NAME, were there no folder runs
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)

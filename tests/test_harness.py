@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'infini-bench[lmeval]'")
 
 from infini_bench.data import build_tokenizer
+from infini_bench.errors import UserError
 from infini_bench.harness import MemoryLM, run_harness
 from infini_bench.models import build_model, save_model
 from infini_bench.schema import DataConfig, DecoderConfig, MemoryConfig
@@ -100,3 +101,39 @@ def test_a_local_task_runs_by_name(folder, tmp_path):
     )
     found = run_harness(str(folder), ["local_keys"], limit=2, include=tmp_path, device="cpu")
     assert found["local_keys"]["acc,none"] in (0.0, 1.0) and np.isfinite(found["local_keys"]["acc,none"])
+
+
+MADE = """
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+def prompts(max_seq_lengths=(), tokenizer=None, **kwargs):
+    assert tokenizer, "No tokenizer or pretrained provided."
+    text = AutoTokenizer.from_pretrained(tokenizer)
+    rows = [{"input": "The key is 7. " * 40, "size": size} for size in max_seq_lengths]
+    for row in rows:
+        row["input"] = text.decode(text(row["input"])["input_ids"][: row["size"]])
+    return {"test": Dataset.from_list(rows)}
+
+def score(doc, results):
+    return {"tokens": len(doc["input"])}
+"""
+
+
+def test_a_task_that_makes_its_prompts_is_told_tokenizer_and_lengths(folder, tmp_path):
+    (tmp_path / "made.py").write_text(MADE)
+    (tmp_path / "made.yaml").write_text(
+        "task: made\ndataset_path: ''\ndataset_name: ''\ncustom_dataset: !function made.prompts\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{input}}'\ndoc_to_target: ''\n"
+        "process_results: !function made.score\nmetric_list: [{metric: tokens, aggregation: mean}]\n"
+        "generation_kwargs: {until: [], max_gen_toks: 2, do_sample: false}\n"
+    )
+    data = DataConfig(tokenizer="bpe", vocab_size=257, cache_dir=str(tmp_path / "cache"))
+    tokenizer = build_tokenizer(data, lambda: [STORY])  # as many ids as bytes and eos have: nothing is merged
+    model = tmp_path / "bpe"
+    save_model(build_model(DecoderConfig(dim=32), MemoryConfig(segment=16), tokenizer.vocab_size), model)
+    tokenizer.save(model)
+    found = run_harness(str(model), ["made"], [40, 80], include=tmp_path, device="cpu")
+    assert found["made"]["tokens,none"] == 60.0
+    with pytest.raises(UserError, match="tokenizer is missing"):
+        run_harness(str(folder), ["made"], [40], include=tmp_path, device="cpu")

@@ -13,7 +13,7 @@ from infini_bench.config import evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.models import build_model
 from infini_bench.planned import plan
-from infini_bench.plans import Plan, Setting, plan_names, read_plan
+from infini_bench.plans import DATA, Plan, Setting, plan_names, read_plan
 from infini_bench.report.claims import CLAIMS, FIGURE3
 from infini_bench.report.records import config_hash
 from infini_bench.report.tidy import NAMES, TABLES
@@ -36,11 +36,16 @@ def test_views_are_plans():
     assert set(VIEWS) <= set(plan_names())
 
 
+def needed(name, scale, folder):
+    """``folder`` as --data, if the plan reads any."""
+    return folder if any(DATA in word for word in read_plan(name).at(scale).words()) else None
+
+
 @pytest.mark.parametrize("name", [name for name in plan_names() if name not in LONG])
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
 def test_every_job_composes(name, scale, tmp_path):
     made = read_plan(name).at(scale)
-    jobs = plan(name, scale, tmp_path, (0,), ["infini_linear"], data=tmp_path)
+    jobs = plan(name, scale, tmp_path, (0,), ["infini_linear"], data=needed(name, scale, tmp_path))
     settings = [x for x in made.settings() if x.models is None or "infini_linear" in x.models]
     assert len(jobs) == len(made.tasks) * len(settings) > 0
 
@@ -164,7 +169,7 @@ def test_a_sweep_of_rates_has_the_models_of_table2_on_validation(tmp_path):
 @pytest.mark.parametrize("name", ["table3_hard", "diag_mqar"])
 def test_rivals_have_equal_parameters_outside_table_2_too(name, scale, tmp_path):
     sizes = {}
-    for job in plan(name, scale, tmp_path, None, None, data=tmp_path):
+    for job in plan(name, scale, tmp_path, None, None, data=needed(name, scale, tmp_path)):
         words = build_task(job.cfg).tokenizer.vocab_size if name == "diag_mqar" else job.cfg.data.vocab_size
         with torch.device("meta"):
             model = build_model(job.cfg.decoder, job.cfg.memory, words)
@@ -189,6 +194,10 @@ def test_settings_of_some_models_seeds_and_scales(tmp_path, monkeypatch):
         plan("x", "smoke", tmp_path, None, None)
     with pytest.raises(UserError, match=r"gone is no folder\."):
         plan("x", "smoke", tmp_path, None, None, data=tmp_path / "gone")
+    monkeypatch.setattr("infini_bench.planned.read_plan", lambda name: replace(made, variants={}))
+    with pytest.raises(UserError, match=r"x at scale=smoke reads no sets of yours; leave --data out\."):
+        plan("x", "smoke", tmp_path, None, None, data=tmp_path)
+    monkeypatch.setattr("infini_bench.planned.read_plan", lambda name: made)
     jobs = plan("x", "smoke", tmp_path, None, None, data=tmp_path)
     assert [job.name for job in jobs] == [
         *("lm full a seed 0", "lm rmt a seed 0", "lm rmt b seed 0"),

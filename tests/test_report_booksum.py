@@ -31,10 +31,22 @@ def test_table4_has_a_line_for_each_input_and_kind_of_reference_and_for_what_has
         ("lead", "whole", "all", "12.0"),
     ]
     assert "scale laptop, CPU model X" in sheet.title and len(sheet.records) == 2
-    printed = {line["model"].removesuffix("\n(not run)"): line[titles[-1]] for line in lines[5:]}
+    printed = {line["model"].partition("\n")[0]: line[titles[-1]] for line in lines[5:]}
     assert printed["primera_unlimiformer"] == "37.9 / 8.2 / 16.3 / 17.2" and "infini_delta" in printed
     assert all(line["overall"] == "—" for line in lines[5:]) and "infini_linear" not in printed
     assert "were not run here" in sheet.caption
+
+
+def test_late_names_are_shown_of_controls_and_gates_too():
+    made, values = booksum(), {"pairwise": 1.5, "memory_off": 0.25, "gate_0.5": 0.75}
+    for condition, value in values.items():
+        made.metrics.append(
+            {**made.metrics[0], "metric": "late_names", "value": value, "condition": condition}
+        )
+    titles, sheet = sheet_text([made], "table4_booksum")
+    line = dict(zip(titles, sheet.rows[0], strict=True))
+    assert [line[f"late names{of}"] for of in ("", ", memory off", ", gate 0.5")] == ["1.50", "0.25", "0.75"]
+    assert "late names, shuffled" not in line
 
 
 def test_summaries_are_compared_in_pairs_of_books():
@@ -156,8 +168,7 @@ def test_what_has_no_weights_has_a_sheet_of_its_own_only_where_no_model_is():
     assert sheet.rows[0][0] == "lead" and "scale smoke, CPU model Y" in sheet.title
     records = [booksum_lengths(), booksum_lengths("infini_delta", device="GPU"), lead(), lead("embedded")]
     made = sheets(tidy(records), records, ["table4_booksum"])
-    printed = {*paper.TABLE4, *(f"{name}\n(not run)" for name in paper.TABLE4)}
-    models = [{row[0] for row in sheet.rows} - printed for sheet in made]
+    models = [{row[0].partition("\n")[0] for row in sheet.rows} - {*paper.TABLE4} for sheet in made]
     assert models == [{"lead"}, {"lead"}, {"lead"}]
     assert tidy([booksum_lengths(), lead()])[-1]["variant"] is None  # no setting of a model names it
 
@@ -178,9 +189,10 @@ def test_table4_has_the_papers_baselines_whether_they_were_run_or_not():
             row["dataset"] = "booksum_local"
     titles, sheet = sheet_text([own, ran], "table4_booksum")
     lines = {row[0]: dict(zip(titles, row, strict=True)) for row in sheet.rows}
-    rest = [f"{name}\n(not run)" for name in ("bart_unlimiformer", "primera", "primera_unlimiformer")]
-    assert set(rest) < set(lines) and "bart\n(not run)" not in lines
+    why = "weights could not be had"
+    rest = [f"{name}\n({why})" for name in ("bart_unlimiformer", "primera", "primera_unlimiformer")]
+    assert {*rest, "infini_delta\n(not run)"} < set(lines) and f"bart\n({why})" not in lines
     assert lines["bart"]["overall"] == "16.9" and lines["bart"][titles[-1]] == "36.4 / 7.6 / 15.3 / 16.2"
-    primera = lines["primera\n(not run)"]
+    primera = lines[f"primera\n({why})"]
     assert primera["overall"] == "—" and primera[titles[-1]] == "38.6 / 7.2 / 15.6 / 16.3"
     assert "not run here" in sheet.caption and len(sheet_text([booksum()], "table4_booksum")[1].rows) == 1

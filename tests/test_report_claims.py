@@ -197,6 +197,23 @@ def test_a_key_or_three_found_at_a_million_prove_nothing():
         assert verdict == YES and sentence.startswith("infini_linear at 1M tokens: at least 95 % of 60 keys")
 
 
+def test_keys_after_the_papers_protocol_scaled_down():
+    def asked(name, on, protocol="paper, scaled down"):
+        made = passkey(name, on=on, off=0.0, lengths=(MILLION,), config={"base": {"model": "smollm2"}})
+        made.metrics = [{**metric, "protocol": protocol} for metric in made.metrics]
+        for metric in (metric for metric in made.metrics if metric["position"] == "end_outside"):
+            metric |= {"position": "end", "value": 100.0, "extra": {"segments": 0}}  # with and without memory
+        return made
+
+    delta = asked("infini_delta", 95.0)
+    verdict, sentence = verdicts([asked("infini_linear", 95.0), delta])["passkey_1m_paper"]
+    assert verdict == YES and "infini_delta (paper, scaled down) at 1M tokens: at least 95 %" in sentence
+    assert verdicts([asked("infini_linear", 5.0), delta])["passkey_1m_paper"][0] == NO
+    assert verdicts([delta])["passkey_1m_paper"][0] == OPEN, "both of the paper's memories"
+    zero = asked("infini_linear", 95.0, "zero_shot")
+    assert verdicts([zero, delta])["passkey_1m_paper"][0] == OPEN
+
+
 def gated(name, values, seed=0, start=((0.3, 0.7), (0.2, 0.8)), **changes):
     history = [{"step": 1, "gates": start}, {"step": 5, "gates": values}]
     train = {"folder": "x", "gates": history, "final_loss": 1.0}
@@ -291,6 +308,9 @@ def test_summaries_grow_where_each_input_adds_to_the_books_cut_before():
     assert verdicts([summaries("infini_linear", {1: 10.0, 4: 13.0}, (3.0,))])["rouge_grows"][0] == OPEN
     both = [summaries("infini_linear", lengths, (2.0, 1.5)), summaries("infini_delta", lengths, (-2.0, 1.5))]
     assert verdicts(both)["rouge_grows"][0] == NO, "each model that was measured"
+    ours = verdicts([summaries("infini_delta_token", lengths, (2.0, 1.5))])["rouge_grows"]
+    assert ours[0] == YES and "infini_delta_token +2.0" in ours[1]
+    assert verdicts([summaries("smollm2_4k", lengths, (2.0, 1.5))])["rouge_grows"][0] == OPEN
 
 
 def test_summaries_of_different_kinds_protocols_models_and_settings_are_no_curve():

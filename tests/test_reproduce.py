@@ -305,6 +305,9 @@ def test_what_is_recorded_as_done_stays_done(tmp_path, monkeypatch):
     jobs = plan("table2", "gpu", results, [0], models, data=Path("data"), only="books")
     found = {each.job.name: each.state for each in standing(jobs)}
     assert found == {f"lm {model} books seed 0": "done" for model in models}
+    models = ["rmt", "armt", "infini_delta_token"]
+    needles = standing(plan("table3_hard", "gpu", results, [0], models, data=Path("data")))
+    assert [each.state for each in needles] == ["done"] * 3
     options = {"overrides": ["base.model=SmolLM2-135M-Instruct.Q4_1.gguf"], "data": Path("data")}
     for name in ("adapted at once", "smollm2_1k"):
         jobs = plan("table4", "gpu", results, [0], None, only=name, **options)

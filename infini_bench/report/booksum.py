@@ -1,7 +1,7 @@
 """Table 4: book summaries, a line for each model, input length and kind of reference.
 
 What has no weights stands in every sheet of its books, whatever machine and scale the models there have.
-Baselines of the paper that were not run have a line with the paper's numbers only.
+Models of the paper that were not run have a line with the paper's numbers only, which says why.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ TITLES = {NAME: "Table 4: book summaries"}
 LINES = {NAME: ("protocol", "length", "position")}
 ROUGE = {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum", "overall": "overall"}
 CONTROLS = {"memory_off": "memory off", "other_memory": "other memory", "shuffled": "shuffled"}
+NAMES = {"names_in_book": ("names in book %", 0), "late_names": ("late names", 2)}
+NAMES |= {"late_name_recall": ("late name recall %", 1)}
+NO_WEIGHTS, NOT_RUN = "weights could not be had", "not run"
 PLACE = ("scale", "device")
 
 
@@ -55,10 +58,15 @@ def printed_only(rows: list[Row], width: int) -> list[list[str]]:
         return []
     there = {row["model"] for row in rows}
     return [
-        [f"{model}\n(not run)", *[ABSENT] * (width - 2), _printed(model)]
+        [f"{model}\n({_why(model)})", *[ABSENT] * (width - 2), _printed(model)]
         for model in paper.TABLE4
         if model not in there
     ]
+
+
+def _why(model: str) -> str:
+    """Why a model has the paper's numbers only."""
+    return NO_WEIGHTS if model in paper.BASELINES4 else NOT_RUN
 
 
 def _printed(model: str) -> str:
@@ -107,12 +115,14 @@ def _table(rows: list[Row]) -> list[Column]:
         Column("copied %", here("copied", 1), wide=True),
         Column("repeated %", here("repeated", 1), wide=True),
         Column("empty %", here("empty", 0), wide=True),
-        Column("names in book %", here("names_in_book", 0), wide=True),
-        Column("late names", here("late_names", 2), wide=True),
-        Column("late name recall %", here("late_name_recall", 1), wide=True),
+        *(Column(title, here(name, digits), wide=True) for name, (title, digits) in NAMES.items()),
         *(Column(f"overall, {title}", here("overall", 1, name)) for name, title in titles.items()),
         *(Column(f"overall, {half} books", here("overall", 1, half), wide=True) for half in HALVES),
-        *(Column(f"names in book %, {titles[c]}", here("names_in_book", 0, c), wide=True) for c in CONTROLS),
+        *(
+            Column(f"{title}, {control}", here(name, digits, condition), wide=True)
+            for name, (title, digits) in NAMES.items()
+            for condition, control in titles.items()
+        ),
         *(
             Column(f"Δ vs {name}", here("delta_overall", 2, name, "+"))
             for name in (*CONTROLS, *SUMMARIES, *controls(rows))
@@ -139,12 +149,12 @@ def _caption(rows: list[Row]) -> str:
         "summary had before; names in book: of the summary's names; late names: those that the book first "
         "has in its second half, in a summary, and of those in the references (recall). Memory off, other "
         "memory (another book's state), shuffled (the book's segments in random order), gate (all gates at "
-        "one value): overall. Δ: overall less that of a control or of other summaries, paired over books; "
-        "above zero is better. Extractive lines have no weights; their length was chosen on validation. "
-        "In brackets 95 % intervals: over books with one seed, over seeds (Student) with several."
+        "one value): overall and names. Δ: overall less that of a control or of other summaries, paired over "
+        "books; above zero is better. Extractive lines have no weights; their length was chosen on "
+        "validation. In brackets 95 % intervals: over books with one seed, over seeds (Student) with several."
         + (_CONTROLLED if controls(rows) else "")
         + (_HALVES if any(row["condition"] in HALVES for row in rows) else "")
-        + (" Models with the paper's numbers alone were not run here." if printed_only(rows, 2) else "")
+        + (_PRINTED if printed_only(rows, 2) else "")
         + adapted.caption(rows)
     )
 
@@ -153,6 +163,10 @@ _CONTROLLED = (
     " Δ vs smollm2_*: less the same pretrained model without a memory, fine-tuned on the same pairs for as "
     "many steps and rows, its summaries drawn alike; input (a control's own stands in its line) and learning "
     "rate may differ, and what the adapted model was trained on before; of several such runs the best."
+)
+_PRINTED = (
+    " Models with the paper's numbers alone were not run here; of BART and PRIMERA the pretrained weights, "
+    "on a hub, could not be had."
 )
 _HALVES = (
     " Known, obscure: the half of the split's books whose openings cost the pretrained model itself the "

@@ -185,29 +185,31 @@ CLAIMS = [
         "passkey_1m_paper",
         PAPER,
         "Fine-tuned on 5K inputs only, a 1B model finds a passkey at 1M tokens (94 to 100 %).",
-        "Needs passkey rows of protocol paper at 1M tokens, 20 trials a depth.",
-        on.key_at_a_million("paper", ("start", "middle", "end"), INFINI),
+        "Needs passkey rows at 1M tokens of both memories after the paper's protocol, scaled down or not: "
+        "start, middle and end, 20 trials each.",
+        on.key_at_a_million(("paper", "paper, scaled down"), ("start", "middle", "end"), INFINI),
     ),
     Claim(
         "passkey_1m",
         SUMMARY,
         "A passkey is found at 1M tokens by a model trained on far shorter inputs (any training).",
         "Needs passkey rows of protocol curriculum at 1M tokens, 20 trials a depth.",
-        on.key_at_a_million("curriculum", ("start", "middle", "end_outside")),
+        on.key_at_a_million(("curriculum",), ("start", "middle", "end_outside")),
     ),
     Claim(
         "plug_and_play",
         PAPER,
         "A pretrained model takes the memory up by continued training and then handles 1M tokens.",
         "Needs `adapt` and its passkey rows at 1M tokens, 20 trials a depth.",
-        on.key_at_a_million("curriculum", ("start", "middle", "end_outside"), pretrained=True),
+        on.key_at_a_million(("curriculum",), ("start", "middle", "end_outside"), pretrained=True),
     ),
     Claim(
         "rouge_grows",
         PAPER,
         "Summaries improve with more of the book as input (Figure 4).",
-        "Needs table4_booksum at scale gpu, one model at three input lengths or more, on the test split.",
-        evidence_summaries.grows_with_input(INFINI),
+        "Needs table4_booksum at scale gpu, one Infini memory at three input lengths or more, on the test "
+        "split.",
+        evidence_summaries.grows_with_input(),
     ),
     Claim(
         "summaries_better",

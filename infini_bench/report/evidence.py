@@ -13,6 +13,7 @@ from typing import Any
 from infini_bench.report.cells import grouped, number
 from infini_bench.report.compare import memory, paired_delta
 from infini_bench.report.records import Record
+from infini_bench.report.retrieval import far
 
 Row = dict[str, Any]
 SCALES = ("gpu", "paper")
@@ -225,18 +226,22 @@ def smaller(model: str, rival: str, times: float, scale: str = "paper") -> Rule:
 
 
 def key_at_a_million(
-    protocol: str, positions: tuple[str, ...], models: tuple[str, ...] = (), pretrained: bool = False
+    protocols: tuple[str, ...],
+    positions: tuple[str, ...],
+    models: tuple[str, ...] = (),
+    pretrained: bool = False,
 ) -> Rule:
-    """At each position of a 1M-token haystack the key is found, and with the memory off it is not.
+    """At each position of a 1M-token haystack the key is found, and with the memory off it is not, unless it
+    lies in the question's own segment.
 
     models: all of these do it; none given: some Infini memory does. Of a model's trainings the best counts,
     of equals the one asked most often, and only those asked for TRIALS keys or more at each position.
-    pretrained: only what a pretrained model was given counts.
+    pretrained: only what a pretrained model was given counts. protocols: of training; any of them.
     The paper's score is token accuracy; exact match is asked for here, which is harder.
     """
 
     def rule(evidence: Evidence) -> Finding | None:
-        place = {"protocol": protocol, "length": MILLION, "position": positions}
+        place = {"protocol": protocols, "length": MILLION, "position": positions}
         cells = evidence.find("table3_passkey", "exact_match", condition="constant", **place)
         cells = [row for row in cells if row["model"].startswith("infini")]
         cells = [row for row in cells if row["n"] >= TRIALS and (row["base"] or not pretrained)]
@@ -248,9 +253,10 @@ def key_at_a_million(
         if not on or None in best:
             return None
         off = evidence.find("table3_passkey", "exact_match", condition="memory_off", **place)
-        off = [row for row in off if any(same_line(row, other) for other in on)]
+        off = [row for row in off if far(row) and any(same_line(row, other) for other in on)]
         least, most = min(row["value"] for row in on), max((row["value"] for row in off), default=None)
         where = f" in {on[0]['base']}" if pretrained else ""
+        where += f" ({on[0]['protocol']})" if len(protocols) > 1 else ""
         text = f"{' and '.join(wanted)}{where} at 1M tokens: at least {number(least, 0)} % of "
         text += f"{min(row['n'] for row in on)} keys at each of {', '.join(positions)}"
         text += "." if most is None else f", at most {number(most, 0)} % with the memory off."

@@ -89,7 +89,7 @@ fi
 # The same package at its own sizes (feed-forward: 682 hidden units) on a CPU: as both are by default, then in
 # bf16 with ours compiled. Seven repetitions in turns.
 if wanted cpu; then
-  for form in float32,false bf16,true; do
+  for form in float32,false float32,true bf16,true; do
     $bench profile --scale laptop --models infini_linear --vs infini-transformer-pytorch --lengths 8K \
       'task.modes=[forward]' decoder.layers=4 decoder.dim=256 decoder.heads=8 decoder.head_dim=128 decoder.ffn=680 \
       memory.segment=2048 data.vocab_size=256 'task.against=[]' task.repeats=7 task.seconds=45 \

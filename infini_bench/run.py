@@ -268,7 +268,8 @@ def already_done(record: Record, cfg: RunConfig, progress: Progress | None) -> R
     Records travel with the repository, run folders do not: a training counts if its folder is here, an
     evaluation if it is of this very run.
     """
-    done = None if cfg.force else records.find_done(cfg.records, record.kind, record.config_hash)
+    same = cfg.records, record.kind, record.config_hash, records.machine_of(record)
+    done = None if cfg.force else records.find_done(*same)
     if done is None:
         return None
     here = (

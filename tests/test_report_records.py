@@ -182,6 +182,21 @@ def test_find_done_gives_the_newest_finished_run(tmp_path):
     assert [r.id for r in current(runs)] == ["b", "d"]
 
 
+def test_a_timing_on_another_machine_is_another_run(tmp_path):
+    for task, runs in (("efficiency", ["a", "b"]), ("lm", ["b"])):
+        made = [
+            record(id=name, device=f"{name} GPU", started=name, config={"task": {"name": task}})
+            for name in "ab"
+        ]
+        assert [r.id for r in current(made)] == runs
+    write_record(tmp_path, made[0])
+    assert find_done(tmp_path, "eval", made[0].config_hash) == made[0]
+    timed = record(id="t", device="a GPU", config={"task": {"name": "efficiency"}})
+    write_record(tmp_path, timed)
+    found = [find_done(tmp_path, "eval", timed.config_hash, device) for device in ("a GPU", "b GPU")]
+    assert found == [timed, None]
+
+
 def test_a_failure_counts_until_the_run_is_done():
     failed = record(id="a", status="failed", started="2026-01-02")
     assert current([failed]) == [failed]

@@ -214,12 +214,17 @@ def current(records: Iterable[Record]) -> list[Record]:
     """
     best: dict[tuple, Record] = {}
     for record in sorted(records, key=lambda r: (r.status == "done", r.started, r.id)):
-        same: tuple = (record.kind, record.config_hash)
+        same: tuple = (record.kind, record.config_hash, machine_of(record))
         if record.status == "done":
             best.pop(same, None)
             same += (training_of(record)[1],)
         best[same] = record
     return sorted(best.values(), key=lambda r: (r.started, r.id))
+
+
+def machine_of(record: Record) -> str | None:
+    """The machine, where it is what was measured: on another one it is another run."""
+    return record.device if record.task == "efficiency" else None
 
 
 def training_of(record: Record) -> tuple[str | None, str | None]:
@@ -230,10 +235,13 @@ def training_of(record: Record) -> tuple[str | None, str | None]:
     return record.train.get("config_hash", name), name
 
 
-def find_done(folder: Path | str, kind: str, config_hash: str) -> Record | None:
-    """The newest finished record of the same run, if there is one."""
+def find_done(folder: Path | str, kind: str, config_hash: str, machine: str | None = None) -> Record | None:
+    """The newest finished record of the same run, if there is one; machine: see `machine_of`."""
+    wanted = (kind, config_hash, "done", machine)
     same = [
-        r for r in read_records(folder) if (r.kind, r.config_hash, r.status) == (kind, config_hash, "done")
+        r
+        for r in read_records(folder)
+        if (r.kind, r.config_hash, r.status, machine and machine_of(r)) == wanted
     ]
     return max(same, key=lambda r: (r.started, r.id), default=None)
 

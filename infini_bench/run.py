@@ -193,8 +193,7 @@ def evaluate(record: Record, cfg: RunConfig, path: Path | None, progress: Progre
     if not cfg.task.weightless:
         if model is None:
             based, separator = cfg.base.model is not None, getattr(task, "separator", None)
-            model = adapted_model(cfg.base, cfg.memory, separator) if based else task.build(device)
-            model.to(device)
+            model = adapted_model(cfg.base, cfg.memory, separator).to(device) if based else task.build(device)
         record.params, record.state_floats = sum(p.numel() for p in model.parameters()), model.state_floats()
     with computing(device, cfg.precision):
         record.metrics = task.evaluate(model, progress)

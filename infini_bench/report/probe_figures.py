@@ -157,9 +157,11 @@ def _label(row: Row) -> str:
 def _end_labels(ax: Axes, rows: list[Row]) -> None:
     """Names at the right end of a logarithmic panel's lines, moved apart; equal ends share a line of text."""
     low, high = (math.log(limit) for limit in ax.get_ylim())
-    place = -1.0
+    top, line = -1.0, 0.045
     for same in sorted(grouped(rows, ("value",)), key=lambda same: same[0]["value"]):
-        place = max((math.log(same[0]["value"]) - low) / (high - low), place + 0.055)
+        half = line * len(same) / 2
+        place = max((math.log(same[0]["value"]) - low) / (high - low), top + 0.01 + half)
+        top = place + half
         spot: dict[str, Any] = {
             "xycoords": "axes fraction",
             "va": "center",
@@ -167,4 +169,3 @@ def _end_labels(ax: Axes, rows: list[Row]) -> None:
             "annotation_clip": False,
         }
         ax.annotate(",\n".join(_label(row) for row in same), (1.02, place), **spot)
-        place += 0.045 * (len(same) - 1)

@@ -84,8 +84,11 @@ class Task(ABC):
     def evaluate(self, model, progress: Progress | NullProgress | None = None) -> list[Row]:
         """Metric rows (see `row`) of a model that `infini_bench.models` made; the model is left as it was."""
 
-    def check_training(self) -> None:  # noqa: B027  most tasks can be trained on any data
-        """Raises UserError, before any work, for data on which this cannot be trained."""
+    def check_training(self) -> None:
+        """Raises UserError, before any work, for what could not be trained to the curriculum's end."""
+        levels: list[int | None] = [*self.cfg.trainer.curriculum] or [None]
+        for segments in levels:
+            self.batch(0, 1, segments)
 
     def documents(self, split: str, pairs: bool = False) -> list[Document]:
         """Documents of a split, read once. pairs: they must have summaries."""

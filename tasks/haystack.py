@@ -158,6 +158,11 @@ class Haystack:
         return len(self.prompt("1" * self.digits, 0, 0))
 
     @cached_property
+    def needle_tokens(self) -> int:
+        """Of the sentence with the key."""
+        return len(self._piece(NEEDLE.format(key="1" * self.digits)))
+
+    @cached_property
     def shortest(self) -> int:
         """Tokens of a prompt without filler, and its answer."""
         return self.bare + len(self.prompt("1" * self.digits, 0, 0).answer)
@@ -193,8 +198,11 @@ class Haystack:
     def straddling(self, filler: int, segment: int, places: np.ndarray) -> np.ndarray:
         """Of places, each so many tokens of ``filler`` in front of the needle, which split it by a border."""
         start = len(self.head) + np.minimum(places, filler)
-        last = start + len(self._piece(NEEDLE.format(key="1" * self.digits))) - 1
-        return np.flatnonzero(start // segment != last // segment)
+        return np.flatnonzero(start // segment != (start + self.needle_tokens - 1) // segment)
+
+    def reaching(self, segment: int) -> int:
+        """The fewest tokens of filler that, all in front, put the needle's last token behind a border."""
+        return max(segment - len(self.head) - self.needle_tokens + 1, 0)
 
     def place(self, depth: str, sentences: int, segment: int, shorter: int = 0) -> int:
         """Filler sentences in front of the needle at a depth, as tasks/passkey.py defines it."""

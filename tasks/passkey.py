@@ -80,6 +80,7 @@ from .haystack import (
 )
 from .writing import memory_norms, write_strengths
 
+KINDS = ("own_segment", "crossing", "straddling")  # of rows, by the settings that give their shares
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
 
 
@@ -162,38 +163,46 @@ class Passkey(Task):
         if kind == "straddling":
             filler = self.haystack.filler_tokens(sentences) - shorter
             places = self.haystack.filler_places(np.arange(sentences + 1))
-            before = int(rng.choice(self._split(filler, segment, places)))
+            before = int(rng.choice(self.haystack.straddling(filler, segment, places)))
         else:
             before = int(rng.integers(earliest, sentences + 1))
         prompt = self.haystack.prompt(key, before, sentences, shorter)
         return training_row(prompt, length, self.tokenizer.eos_id)
 
-    def _split(self, filler: int, segment: int, places: np.ndarray) -> np.ndarray:
-        """Which places lay the needle in two segments."""
-        found = self.haystack.straddling(filler, segment, places)
-        if not len(found):
-            raise self._impossible("straddling", segment)
-        return found
+    def check_training(self) -> None:
+        """Of rows without text every kind that has a share, at every length of the curriculum."""
+        super().check_training()
+        if self.task.text_share < 1:
+            segment = self.cfg.memory.segment
+            for segments in self.cfg.trainer.curriculum or [self.task.segments]:
+                for kind in (kind for kind, share in self._shares(segments > 1).items() if share):
+                    self.forms(kind, segments * segment + 1, segment)
+
+    def _shares(self, borders: bool) -> dict[str, float]:
+        """Of the rows, of each kind but ``any``; borders: whether rows have any."""
+        return {kind: getattr(self.task, kind) for kind in KINDS if borders or kind == "own_segment"}
 
     def _kind(self, rng: np.random.Generator, borders: bool) -> str:
-        """``own_segment``, ``crossing``, ``straddling`` or ``any``; borders: whether rows have any."""
-        shares = {"own_segment": self.task.own_segment}
-        shares |= {"crossing": self.task.crossing, "straddling": self.task.straddling} if borders else {}
-        if not self.task.own_segment + self.task.crossing + self.task.straddling:
+        if not any(getattr(self.task, kind) for kind in KINDS):
             return "any"  # draws nothing: its rows are those of old runs
+        shares = self._shares(borders)
         drawn, below = rng.random(), np.cumsum(list(shares.values()))
         return next((kind for kind, most in zip(shares, below, strict=True) if drawn < most), "any")
 
     def _in_text(self, rng: np.random.Generator, length: int, segment: int, split: str) -> Prompt:
         """A prompt in documents' text, which ends with its answer anywhere in the last segment."""
-        text, shortest = self.text(split), self.haystack.shortest
-        filler = int(rng.integers(max(length - segment + 1, shortest), length + 1)) - shortest
-        key, place = self.haystack.key(rng), int(rng.integers(len(text)))
-        if length > segment + 1 and self.task.straddling and rng.random() < self.task.straddling:
-            first = int(rng.choice(self._split(filler, segment, np.arange(filler + 1))))
+        text, hay, share = self.text(split), self.haystack, self.task.straddling
+        straddling = length > segment + 1 and bool(share) and rng.random() < share
+        least, most = max(length - segment + 1 - hay.shortest, 0), length - hay.shortest
+        if straddling:  # a prompt that ends soon after its first border may have its question there
+            least = max(least, hay.reaching(segment))
+        filler = int(rng.integers(least, most + 1))
+        key, place = hay.key(rng), int(rng.integers(len(text)))
+        if straddling:
+            first = int(rng.choice(hay.straddling(filler, segment, np.arange(filler + 1))))
         else:
             first = int(rng.integers(filler + 1))
-        return self.haystack.hidden(key, text, place, first, filler)
+        return hay.hidden(key, text, place, first, filler)
 
     def _forms(self, kind: str, length: int, segment: int) -> list[tuple[int, int]]:
         """(Filler sentences, tokens they break off early) of the rows of a kind."""
@@ -209,6 +218,13 @@ class Passkey(Task):
             forms = [form for form in forms if hay.earliest(form[0], segment, form[1]) <= form[0]]
         if kind == "crossing":
             forms = [form for form in forms if hay.prompt("1" * hay.digits, 0, *form).crosses(segment)]
+        if kind == "straddling":
+            places = hay.filler_places(np.arange(max(count for count, _ in forms) + 1))
+            forms = [
+                (count, shorter)
+                for count, shorter in forms
+                if len(hay.straddling(hay.filler_tokens(count) - shorter, segment, places[: count + 1]))
+            ]
         if not forms:
             raise self._impossible(kind, segment)
         return forms
@@ -221,7 +237,7 @@ class Passkey(Task):
             )
         if kind == "straddling":
             return UserError(
-                f"Set task.straddling=0: no border of segments of {segment} tokens falls within the needle."
+                f"Set task.straddling=0: no prompt has a border of segments of {segment} tokens in the key."
             )
         needed = self.haystack.bare - len(self.haystack.head)
         return UserError(

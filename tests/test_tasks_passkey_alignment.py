@@ -94,22 +94,23 @@ def test_shares_of_the_rows_cross_a_border_or_have_the_needle_in_the_questions_s
     assert min(begins - needles) == hay.bare - len(hay.head) - 11  # the needle directly before the question
 
 
+@pytest.mark.parametrize("segments", [2, 4])  # of two, some prompts end too soon after the border
 @pytest.mark.parametrize("settings", [{}, {"train_any_alignment": True}, {"text_share": 1.0}])
-def test_a_border_falls_within_the_needle_of_a_share_of_the_rows(make, settings):
+def test_a_border_falls_within_the_needle_of_a_share_of_the_rows(make, settings, segments):
     task, prompts = make(straddling=0.5, **settings), []
     for name in ("hidden", "prompt"):
         of = getattr(task.haystack, name)
         setattr(task.haystack, name, lambda *given, of=of: prompts.append(of(*given)) or prompts[-1])
     found = []
     for number in range(400):
-        task._example(number, 4 * N + 1, N, "train")
+        task._example(number, segments * N + 1, N, "train")
         found.append(prompts[-1].needle)
     first, last = np.array(found).T - [[0], [1]]
     split = first // N != last // N
     by_chance = (last - first)[0] / N
     assert split.mean() == pytest.approx(0.5 + 0.5 * by_chance, abs=0.07)
-    assert set((last // N)[split]) >= {1, 2, 3}, "any border"
-    assert len(set((first % N)[split])) >= 5
+    assert set((last // N)[split]) == set(range(1, segments)), "any border"
+    assert len(set((first % N)[split])) >= 4
     task._example(0, N + 1, N, "train")  # a row of one segment has none
 
 
@@ -121,8 +122,8 @@ def test_the_middle_of_a_power_of_two_is_at_a_border(make):
 
 
 def test_what_cannot_be_made_is_told(make):
-    with pytest.raises(UserError, match=r"task\.straddling=0: no border of segments of 1024"):
-        make(segment=1024, straddling=1.0)._split(100, 1024, np.arange(101))
+    with pytest.raises(UserError, match=r"task\.straddling=0: no prompt has a border of segments of 400"):
+        make(segment=12, straddling=1.0).forms("straddling", 12 * 14 + 1, 400)
     with pytest.raises(UserError, match=r"task\.crossing=0, or task\.train_any_alignment=true"):
         make(segment=12, crossing=1.0).forms("crossing", 12 * 14 + 1, 400)
     with pytest.raises(UserError, match="together they must be at most 1"):

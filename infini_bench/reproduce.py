@@ -122,8 +122,10 @@ def run_job(job: Job, board: Any) -> Outcome:
     Raises KeyboardInterrupt if the training was asked to stop; the next time it goes on from there.
     """
     from infini_bench.run import run_eval, run_train
+    from infini_bench.show import tell_choices
 
     outcome = Outcome(job)
+    tell_choices()  # in this process, which may be one of several
 
     def timed(phase: str, run: Callable[..., Record], cfg: RunConfig, words: list[str]) -> Record:
         share = 1 / len(job.trainings) if phase == "train" else 1.0

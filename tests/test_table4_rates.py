@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from functools import cache
 
@@ -16,6 +17,7 @@ from infini_bench.cli.bridge import compose_run
 from infini_bench.data import load_documents
 from infini_bench.data.tokenizers import build_tokenizer
 from infini_bench.errors import UserError
+from infini_bench.memory.kernels import backend
 from infini_bench.planned import plan
 from infini_bench.plans import read_plan
 from infini_bench.progress import NullProgress
@@ -76,6 +78,15 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
+@pytest.fixture
+def told_anew(monkeypatch):
+    """As in a new process: nothing is logged yet, nor was any form told."""
+    log = logging.getLogger("infini_bench")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", logging.NOTSET)
+    backend._told.cache_clear()
+
+
 def told(record) -> tuple[str, float] | None:
     """Model and rate of a training on summaries."""
     if (record.kind, record.task) != ("train", "booksum"):
@@ -96,7 +107,7 @@ def test_the_test_split_of_these_files_cannot_be_read(data):
         ("gpu", "infini_delta_token", "adapted prefix", (3e-5, 1e-4, 3e-4)),
     ],
 )
-def test_a_sweep_from_end_to_end(data, base, tmp_path, capsys, scale, model, only, grid):
+def test_a_sweep_from_end_to_end(data, base, tmp_path, capsys, told_anew, scale, model, only, grid):
     words = ["data=booksum_local", f"data.path={data / 'booksum'}", "data.vocab_size=300"]
     words = [f"base.model={base}", *SMALL] if scale == "gpu" else words
     given = {"models": (model,), "overrides": words, "data": data if scale == "gpu" else None}
@@ -113,6 +124,8 @@ def test_a_sweep_from_end_to_end(data, base, tmp_path, capsys, scale, model, onl
     assert states() == ["missing"] * 3
     assert run(only=f"{only} trainer.lr={grid[1]:g}") == 0
     assert states()[1] == "done" != states()[0]
+    form = "eager, as the tensors are on cpu, not on a CUDA device"
+    assert capsys.readouterr().err.count(f"form of the memory: {form}") == 1, "as train and eval tell it"
     assert run(following=1) == 0 and states()[0] == "done" != states()[2]
     capsys.readouterr()
     assert run() == 0 and states() == ["done"] * 3

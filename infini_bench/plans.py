@@ -15,8 +15,9 @@ variants: {name: [memory.gate_split=2]}        # ... with each of these; or, of 
 overrides: []                                  # for every job
 each: {memorizing: [memory.entries=16384]}     # for the jobs of one model
 seeds: [0, 1, 2]                               # unset = 0
-scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above; or the
-                                               # name of a plan: what that one has there
+scales: {gpu: {overrides: [...]}}              # what is otherwise at a scale: any of the above; with
+                                               # like: PLAN what that plan has there, with our `overrides`
+                                               # and `each` behind its own and all else of ours instead
 
 ``{data}`` in an override stands for the folder of ``--data``. A stage has the overrides that name the model
 and its memory, and those that begin with its name, for it alone: ``pretrain.trainer.steps=100``.
@@ -99,11 +100,23 @@ def read_plan(name: str) -> Plan:
     if unknown := [key for key in values if key not in {each.name for each in fields(Plan)}]:
         raise UserError(f'Plan {name} has an entry "{unknown[0]}" that no plan can have.')
     for scale, given in values.get("scales", {}).items():
-        if isinstance(given, str):
-            values["scales"][scale] = read_plan(given).scales[scale]
+        if "like" in given:
+            values["scales"][scale] = _joined(read_plan(given.pop("like")).scales[scale], given)
     if values["models"] == "all":
         values["models"] = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     return Plan(name, **values)
+
+
+def _joined(other: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What another plan has at a scale, with ``own`` added to it or in its place."""
+    made = {**other, **own}
+    if "overrides" in own:
+        made["overrides"] = [*other.get("overrides", []), *own["overrides"]]
+    if "each" in own:
+        both = other.get("each", {}), own["each"]
+        names = {**both[0], **both[1]}
+        made["each"] = {name: [word for part in both for word in part.get(name, [])] for name in names}
+    return made
 
 
 def _text(value: Any) -> str:

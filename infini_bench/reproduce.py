@@ -84,8 +84,10 @@ def reproduce(
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
     board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
-    records = planned_records(planned, read_records(folder / "records"))
-    write_report(folder / "records", folder / "tables")
+    every = read_records(folder / "records")
+    records = planned_records(planned, every)
+    if every:  # else all jobs failed before any work, and the summary says why
+        write_report(folder / "records", folder / "tables")
     console = Console()
     print_tables(records, names=tables)
     for words in first_steps.reading(records) if what == first_steps.NAME else []:
@@ -120,8 +122,10 @@ def run_job(job: Job, board: Any) -> Outcome:
     Raises KeyboardInterrupt if the training was asked to stop; the next time it goes on from there.
     """
     from infini_bench.run import run_eval, run_train
+    from infini_bench.show import tell_choices
 
     outcome = Outcome(job)
+    tell_choices()  # in this process, which may be one of several
 
     def timed(phase: str, run: Callable[..., Record], cfg: RunConfig, words: list[str]) -> Record:
         share = 1 / len(job.trainings) if phase == "train" else 1.0

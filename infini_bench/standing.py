@@ -45,7 +45,7 @@ def standing(jobs: Sequence[Job]) -> list[Standing]:
 def _standing(job: Job, records: list[Record]) -> Standing:
     own = planned_records([job], records)
     *stages, training = chain(job, records)
-    evaluation = [r for r in own if r.kind == "eval"]
+    evaluation = [r for r in own if r.kind == "eval" and r.task == job.cfg.task.name]
     begun = [f"{part.stage} {same[-1].status}" for part, same in zip(job.stages, stages, strict=True) if same]
     state = begun[-1] if begun else "missing"
     if evaluation and evaluation[-1].status == "done":
@@ -89,14 +89,23 @@ def _shown(found: list[Standing], every: bool, following: int | None) -> list[St
 
 
 def planned_records(jobs: Sequence[Job], records: list[Record]) -> list[Record]:
-    """Those of the plan's trainings and of their evaluations; a folder may hold others, of other settings."""
-    trainings, digests = set(), set()
+    """Those of the plan's trainings and of their evaluations, on the plan's task by the split that it asks;
+    a folder may hold others, of other settings.
+    """
+    trainings, asked = set(), set()
     for job in jobs:
         found = chain(job, records)
         trainings |= {r.id for same in found for r in same}
-        digests |= {r.config_hash for r in found[-1]}
-        digests |= set() if job.stages else {config_hash(asdict(job.cfg))}
-    return [r for r in records if r.id in trainings or {r.config_hash, r.train.get("config_hash")} & digests]
+        own = set() if job.stages else {config_hash(asdict(job.cfg))}
+        place = (job.cfg.task.name, getattr(job.cfg.task, "split", None))
+        asked |= {(digest, *place) for digest in own | {r.config_hash for r in found[-1]}}
+    return [r for r in records if r.id in trainings or any(_asks(r, *each) for each in asked)]
+
+
+def _asks(record: Record, digest: str, task: str, split: str | None) -> bool:
+    """Whether a record is of this run, or of another task's question to it."""
+    same = digest in (record.config_hash, record.train.get("config_hash"))
+    return same and (record.task != task or record.config["task"].get("split", split) == split)
 
 
 def chain(job: Job, records: list[Record]) -> list[list[Record]]:

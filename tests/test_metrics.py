@@ -87,12 +87,33 @@ def test_rouge_equals_the_package():
         assert rouge.score_pair((prediction, reference)).tolist() == wanted
 
 
-@settings(max_examples=50)
-@given(*[st.lists(st.sampled_from(["abcdefg", "hij", "the", "The.", "running", "runs"]), max_size=40)] * 2)
-def test_rouge_l_equals_the_package_on_any_text(first, second):
+def by_the_package(prediction, reference) -> list[float]:
+    lines = ["\n".join(rouge.split_sentences(text)) for text in (reference, prediction)]
+    scores = RougeScorer([*rouge.KINDS], use_stemmer=True).score(*lines)
+    return [100 * scores[kind].fmeasure for kind in rouge.KINDS]
+
+
+WORDS = ["abcdefg", "hij", "the", "The.", "running", "runs", "Runs!", "..."]
+
+
+@settings(max_examples=100)
+@given(*[st.lists(st.sampled_from(WORDS), max_size=40)] * 2)
+def test_rouge_equals_the_package_on_any_text(first, second):
+    """Words that come again and again: of many longest common subsequences it has to be the same one."""
     prediction, reference = " ".join(first), " ".join(second)
-    wanted = RougeScorer(["rougeL"], use_stemmer=True).score(reference, prediction)["rougeL"].fmeasure
-    assert rouge.score_pair((prediction, reference))[2] == 100 * wanted
+    assert rouge.score_pair((prediction, reference)).tolist() == by_the_package(prediction, reference)
+
+
+def test_rouge_equals_the_package_on_summaries_of_a_books_length():
+    rng = np.random.default_rng(0)
+    words = np.array(["key", "king", "castle", "castles", "losing", "lost", *map(str, range(60))])
+
+    def text(sentences):
+        return " ".join(f"The {' '.join(rng.choice(words, rng.integers(3, 25)))}." for _ in range(sentences))
+
+    prediction, reference = text(20), text(60)
+    found = rouge.score_pair((prediction, reference)).tolist()
+    assert found == by_the_package(prediction, reference) and min(found) > 1
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ SWEEP = [
 
 def test_the_least_loss_of_each_model_is_chosen():
     lone = run("rmt", 4e-3, nats(0.0), device="GPU Y", config={"data.path": "/elsewhere"})
-    titles, sheet = sheet_text([*SWEEP, lone], rates.NAME)
+    titles, sheet = sheet_text([*SWEEP, lone], rates.LANGUAGE)
     assert titles[2:5] == ["0.001", "0.002", "0.004"] and "CPU model X, 2 cores and GPU Y" in sheet.title
     cells = {
         row[0]: [cell.split("\n")[0] + "*" * ("chosen" in cell) for cell in row[2:5]] for row in sheet.rows
@@ -50,9 +50,9 @@ def test_the_least_loss_of_each_model_is_chosen():
         "local_block": ["3.185*", "3.285", "—"],
         "rmt": ["—", "—", "2.885"],
     }
-    assert not [row for row in tidy([lone]) if row["table"] == rates.NAME], "one rate is no sweep"
+    assert not [row for row in tidy([lone]) if row["table"] == rates.LANGUAGE], "one rate is no sweep"
     tests = [run(r.config["model"], r.config["trainer"]["lr"], split="test") for r in SWEEP]
-    assert not [row for row in tidy(tests) if row["table"] == rates.NAME], (
+    assert not [row for row in tidy(tests) if row["table"] == rates.LANGUAGE], (
         "nothing is chosen on the test split"
     )
 
@@ -101,7 +101,7 @@ def test_seeds_are_averaged_and_another_memory_is_another_line():
     other = run(
         "infini_linear", 4e-3, config={"memory": {"kind": "compressive", "segment": 32, "features": "exp"}}
     )
-    rows = [row for row in tidy([*SWEEP, again, other]) if row["table"] == rates.NAME]
+    rows = [row for row in tidy([*SWEEP, again, other]) if row["table"] == rates.LANGUAGE]
     line = [row for row in rows if row["variant"] == "memory.features=elu1"]
     assert pick(line, "bits_per_byte", condition="0.002")["value"] == pytest.approx(3.1854, abs=1e-3)
     assert pick(line, rates.CHOSEN)["value"] == 1e-3, "two seeds have a worse mean at the other"

@@ -258,6 +258,20 @@ def test_of_repeated_trainings_the_newest_is_gone_on_with(tmp_path, calls):
     assert calls.trained == ["infini_linear"]
 
 
+def test_only_what_is_asked_of_a_training_ends_its_job(tmp_path):
+    (job,) = plan("table4", "smoke", tmp_path, (0,), ("infini_linear",), [])
+    trained = booksum(kind="train", id="t", config_hash=config_hash(asdict(job.cfg)), train={"folder": "t"})
+    write_record(tmp_path / "records", trained)
+    origin = {"config_hash": trained.config_hash}
+    for made, state in (
+        (booksum(config={"task": {"name": "booksum", "split": "validation"}}), "trained"),
+        (lm(config={"task": {"name": "lm", "split": "validation"}}), "trained"),
+        (booksum(config={"task": {"name": "booksum", "split": "test", "samples": 2}}), "done"),
+    ):
+        write_record(tmp_path / "records", replace(made, train=origin))
+        assert [each.state for each in standing([job])] == [state]
+
+
 def test_a_run_on_a_pretrained_model_is_known_by_all_but_its_architecture(tmp_path, calls):
     words = ["base.model=small.gguf", "task.train_kind=wikipedia"]
     jobs = plan("table4", "smoke", tmp_path, (0,), ("infini_linear", "infini_delta"), words)
@@ -273,6 +287,16 @@ def test_a_run_on_a_pretrained_model_is_known_by_all_but_its_architecture(tmp_pa
     write_record(tmp_path / "other", booksum(train={"config_hash": digest}))
     jobs = [replace(job, cfg=replace(job.cfg, records=str(tmp_path / "other"))) for job in jobs]
     assert [each.state for each in standing(jobs)] == ["done", "missing"]
+
+
+def test_what_failed_before_any_work_is_told_where_nothing_is_recorded(tmp_path, calls, monkeypatch, capsys):
+    def refused(cfg, **options):
+        raise UserError("The data set is not there.")
+
+    monkeypatch.setattr(sys.modules["infini_bench.run"], "run_train", refused)
+    options = {"scale": "smoke", "jobs": 1, "models": ("infini_linear",), "progress": NullProgress()}
+    assert reproduce("table4", out=tmp_path, **options) == 1
+    assert "failed: booksum infini_linear seed 0: The data set is not there." in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_all(tmp_path, calls, monkeypatch):

@@ -57,8 +57,8 @@ TABLES = {
     "efficiency": "efficiency",
 }
 NAMES = (
-    *("table1_memory", "table2_lm", rates.NAME, "lm_position", "figure3_gates"),
-    *("table3_passkey", "table3_hard", "table4_booksum"),
+    *("table1_memory", "table2_lm", rates.LANGUAGE, "lm_position", "figure3_gates"),
+    *("table3_passkey", "table3_hard", "table4_booksum", rates.SUMMARIES),
     *("diag_memory", "diag_recall", "diag_mqar", *VIEWS, "diag_gradients", "efficiency"),
 )
 MODELS = (
@@ -86,7 +86,8 @@ def tidy(records: Iterable[Record]) -> list[Row]:
     """All tables' rows in printing order.
 
     Beside COLUMNS a row has, for layouts and the page, ``config`` (of its newest run), ``reached`` (how far
-    trainings came), ``parts`` (the rows, one a run, that it sums up) and ``records`` (ids).
+    trainings came), ``validation_loss`` (`rates.loss`), ``parts`` (the rows, one a run, that it sums up) and
+    ``records`` (ids).
     """
     records = list(records)
     measured = measurements(records)
@@ -143,8 +144,8 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     adapted = [(record, table) for record, table in shown if table in SHOWN]
     rows += [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
     known = curves(records)
-    came = {r.id: reached(r, known) for r, _ in shown}
-    return numbered([{**row, "reached": came[row["records"][0]]} for row in rows], found)
+    of_run = {r.id: {"reached": reached(r, known), rates.LOSS: rates.loss(r, known)} for r, _ in shown}
+    return numbered([row | of_run[row["records"][0]] for row in rows], found)
 
 
 def _language(record: Record, found: list[Record], table: str, variant: str | None) -> list[Row]:
@@ -285,5 +286,5 @@ def _order(row: Row) -> tuple:
     plain = [str(row[key] or "") for key in ("scale", "device", "dataset", "split", "variant", "protocol")]
     condition = _natural(row["condition"] or "")
     place = (row["length"] or 0, rank(POSITIONS, row["position"]), condition, row["metric"])
-    models = (*TABLE2, *MODELS) if row["table"] in ("table2_lm", rates.NAME, "lm_position") else MODELS
+    models = (*TABLE2, *MODELS) if row["table"] in ("table2_lm", rates.LANGUAGE, "lm_position") else MODELS
     return (NAMES.index(row["table"]), plain[:4], rank(models, row["model"]), plain[4:], place)

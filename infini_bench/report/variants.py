@@ -64,6 +64,7 @@ OF_TRAINING = (
 )
 # Of the stages before a training their own settings; those of the model are the training's, too.
 OF_STAGES = ("task.", "data.", "trainer.")
+NOT_OF_STAGES = "task.split"  # what a stage would be asked on
 MEASURED_WITH = ("task_version", "data_fingerprint", "tokenizer_fingerprint")
 
 
@@ -219,6 +220,7 @@ def _settings_before(record: Record | None) -> dict[str, str]:
     """What decided the result of the stages up to a training, as `setup_of`: ``before.task.sequence``, ..."""
     if record is None:
         return {}
-    own = {key: value for key, value in setup_of(record).items() if key.startswith(OF_STAGES)}
+    setup = setup_of(record).items()
+    own = {key: value for key, value in setup if key.startswith(OF_STAGES) and key != NOT_OF_STAGES}
     own |= _settings_before(record.train.get("before"))
     return {f"before.{key}": value for key, value in own.items()}

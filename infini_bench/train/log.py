@@ -40,8 +40,9 @@ class MetricsLog:
 def curve(path: Path, most: int = 100) -> list[dict]:
     """At most ``most`` lines of a log, evenly spread, the last among them: what a record keeps of a training.
 
-    Keys: step, tokens, task_loss (nats), level (segments), gates (mean, min, max by layer; None without), and
-    write, where writing has a cost: mean strength by layer over the last call of this process.
+    Keys: step, tokens, task_loss (nats), level (segments), gates (mean, min, max by layer; None without),
+    validation_loss where it was measured, and write, where writing has a cost: mean strength by layer over
+    the last call of this process.
     """
     lines = read_log(path)
     places = sorted({round(i * (len(lines) - 1) / max(most - 1, 1)) for i in range(most)} if lines else ())
@@ -52,7 +53,7 @@ def _point(line: dict) -> dict:
     gates = line.get("gates")
     short = gates and {name: [round(gate, 4) for gate in gates[name]] for name in ("mean", "min", "max")}
     point = {**{key: line[key] for key in ("step", "tokens", "task_loss", "level")}, "gates": short}
-    return {**point, "write": line["write"]} if "write" in line else point
+    return point | {key: line[key] for key in ("validation_loss", "write") if key in line}
 
 
 def read_log(path: Path) -> list[dict]:

@@ -55,8 +55,6 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     with _loader() as loader:
         parsed = _parse(overrides, loader)
         try:
-            for override in parsed:
-                _check_group(override, loader, overrides)
             config = hydra.compose(CONFIG, [*overrides])
             container: Any = OmegaConf.to_container(config, resolve=True)
         except REFUSALS as err:
@@ -128,14 +126,20 @@ def _loader() -> Iterator[ConfigLoader]:
     if GlobalHydra.instance().is_initialized():
         yield GlobalHydra.instance().config_loader()
         return
+    _store_schema()
+    with hydra.initialize_config_module(MODULE, version_base=VERSION):
+        yield GlobalHydra.instance().config_loader()
+
+
+@functools.cache
+def _store_schema() -> None:
+    """The dataclasses as nodes that ``conf/`` builds on, once a process."""
     store = ConfigStore.instance()
     base = to_dict(RunConfig())
     del base["task"]
     store.store(name="schema", node=base)
     for name, cls in TASKS.items():
         store.store(group="schema", name=name, node=asdict(cls()))
-    with hydra.initialize_config_module(MODULE, version_base=VERSION):
-        yield GlobalHydra.instance().config_loader()
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
@@ -149,20 +153,6 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     return parsed
 
 
-def _check_group(override: Override, loader: ConfigLoader, overrides: Sequence[str]) -> None:
-    """An unknown option of a config group is told with the options there are."""
-    search = [text for text in overrides if text.startswith("hydra.searchpath=")]
-    group, value = override.key_or_group, override.value()
-    options = loader.get_group_options(group, ObjectType.CONFIG, CONFIG, search)
-    if override.is_sweep_override():
-        raise UserError(f'"{override.input_line}" has several values; add -m to run one after the other.')
-    chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]
-    for name in chosen if options else []:
-        if name not in options:
-            there = f"choose one of {', '.join(options)}"
-            raise UserError(f'There is no {group} "{name}"{suggest(str(name), options)}; {there}.')
-
-
 def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
     """One sentence for what Hydra tells in several lines."""
     if missing := re.search(r"Could not find 'recipe/(\w+)_(\w+)'", str(err)):
@@ -170,9 +160,21 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
         recipes = loader.get_group_options("recipe", ObjectType.CONFIG)
         there = [name.removeprefix(f"{task}_") for name in recipes if name.startswith(f"{task}_")]
         return UserError(f"Task {task} has no scale={scale}: choose one of {', '.join(there)}.")
-    groups = [o for o in parsed if loader.get_group_options(o.key_or_group, ObjectType.CONFIG)]
+    search = [str(o.input_line) for o in parsed if o.key_or_group == "hydra.searchpath"]
+    groups = []
+    for override in parsed:
+        line, key, value = override.input_line, override.key_or_group, override.value()
+        if override.is_sweep_override():
+            return UserError(f'"{line}" has several values; add -m to run one after the other.')
+        options = loader.get_group_options(key, ObjectType.CONFIG, CONFIG, search)
+        groups += [str(line)] if options else []
+        chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]
+        for name in chosen if options else []:
+            if name not in options:
+                choice = f"choose one of {', '.join(options)}"
+                return UserError(f'There is no {key} "{name}"{suggest(str(name), options)}; {choice}.')
     try:
-        task = hydra.compose(CONFIG, [str(o.input_line) for o in groups]).task.name
+        task = hydra.compose(CONFIG, groups).task.name
     except REFUSALS:
         return UserError(" ".join(str(err).split("\n")[0].split()))
     known = [*known_keys(task), *loader.list_groups("")]

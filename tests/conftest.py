@@ -62,7 +62,7 @@ def memory(request) -> MemoryConfig:
     return MemoryConfig(segment=8, **MEMORIES[request.param])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def decoder() -> DecoderConfig:
     """Three layers with grouped keys, and weights large enough that logits differ visibly."""
     return DecoderConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48, init_std=0.2)

@@ -1,5 +1,6 @@
 """Fixtures of all tests: fixed seeds, one thread, and small models of every kind."""
 
+import gc
 import os
 
 import pytest
@@ -48,6 +49,10 @@ def awake(model):
         if "association.value" in name:
             parameter.data = 0.05 * torch.randn_like(parameter)
     return model
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by then stays: each search for garbage would go through all of it
 
 
 @pytest.fixture(autouse=True)

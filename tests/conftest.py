@@ -1,5 +1,6 @@
 """Fixtures of all tests: fixed seeds, one thread, and small models of every kind."""
 
+import gc
 import os
 
 import pytest
@@ -50,6 +51,10 @@ def awake(model):
     return model
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by then stays: each search for garbage would go through all of it
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -62,7 +67,7 @@ def memory(request) -> MemoryConfig:
     return MemoryConfig(segment=8, **MEMORIES[request.param])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def decoder() -> DecoderConfig:
     """Three layers with grouped keys, and weights large enough that logits differ visibly."""
     return DecoderConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48, init_std=0.2)

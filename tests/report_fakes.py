@@ -6,6 +6,8 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+from infini_bench.report.claims import judged
+from infini_bench.report.evidence import Evidence
 from infini_bench.report.layouts import sheets
 from infini_bench.report.records import Record, config_hash
 from infini_bench.report.tidy import tidy
@@ -248,3 +250,9 @@ def training(task: str = "lm", norms: tuple[float, float] | None = (0.5, 4.0), *
         facts = {"seconds": 2.0, "final_loss": 1.5, "grad_norm_mean": norms[0], "grad_norm_max": norms[1]}
         values["train"] |= facts
     return record(**{**values, **changes})
+
+
+def verdicts(records) -> dict[str, tuple[str, str]]:
+    """Verdict and sentence of each claim, by its id."""
+    lines = judged(Evidence(tidy(records), records))
+    return {line[0]: (line[3], line[4]) for line in lines}

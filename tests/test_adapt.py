@@ -171,7 +171,14 @@ def test_a_quantized_gguf_file_is_the_model_of_its_dequantized_weights(tmp_path)
     assert (ours - model(ids).logits).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("how", [[], ["base.lora=2", "base.save=changes"], ["base.freeze=true"]], ids=len)
+LORA, FROZEN = ["base.lora=2", "base.save=changes"], ["base.freeze=true"]
+
+
+@pytest.mark.parametrize(
+    ("base", "how"),
+    [("llama", []), ("llama", LORA), ("llama", FROZEN), ("mistral", []), ("qwen2", LORA)],
+    indirect=["base"],
+)
 def test_stages_build_on_each_other_and_export_is_a_plain_folder(base, tmp_path, how):
     if how:
         pytest.importorskip("peft")
@@ -277,6 +284,7 @@ def test_keys_over_256_segments_go_on_from_64():
     assert not far.trainer.curriculum and far.trainer.lr < near.trainer.lr
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
 def test_what_cannot_be_loaded_is_told(tmp_path, base):
     for name in (str(tmp_path / "nothing"), str(tmp_path / "nothing.gguf")):
         with pytest.raises(UserError, match="cannot be loaded"):

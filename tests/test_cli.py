@@ -113,6 +113,7 @@ def test_python_dash_m():
         ("train data=local", "data.path is not set"),
         ("train data.filter.lang=en", "added with a plus sign: +data.filter.COLUMN=VALUE"),
         ("train experiment=none_such", 'There is no experiment "none_such"'),
+        ("train hydra.verbose=true", '"hydra.verbose=true" is for several runs; add -m, or leave it out.'),
         ("train hydra/launcher=none_such", 'There is no hydra/launcher "none_such"'),
         ("train -m seed=0,1 model=infini_linear,ful", 'There is no model "ful" (did you mean "full"?)'),
         ("train --config-dir none_such", "--config-dir none_such is no folder"),

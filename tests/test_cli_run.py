@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from infini_bench.cli import main
 from infini_bench.cli.bridge import compose_run
 from infini_bench.config import to_dict
 from infini_bench.errors import UserError
-from infini_bench.origin import continued_config, evaluated_config
 from infini_bench.progress import NullProgress
 from infini_bench.report.records import read_records
 from infini_bench.report.tidy import tidy
@@ -345,45 +343,7 @@ def test_a_record_without_its_run_folder_does_not_count(faked):
     assert "already done" not in invoke("train", "scale=smoke").stdout and len(faked) == 2
 
 
-# --- where settings come from ---------------------------------------------------------------------------
-
-
-def test_an_evaluation_of_another_task_takes_its_own_recipe():
-    trained = compose_run(["task=lm", "scale=gpu", "data=pg19", "model=full"])
-    asked = compose_run(["task=passkey", "scale=gpu", "task.trials=3"])
-    cfg = evaluated_config(asked, trained, {"task.trials"})
-    assert cfg.task == asked.task and (cfg.data, cfg.decoder, cfg.model) == (
-        trained.data,
-        trained.decoder,
-        "full",
-    )
-
-
-def test_an_evaluation_of_the_same_task_changes_only_what_was_given():
-    trained = compose_run(["task=passkey", "scale=gpu", "task.digits=4", "seed=2"])
-    asked = compose_run(["task=passkey", "task.trials=3", "data=local", "data.path=/x", "data.cache_dir=/c"])
-    cfg = evaluated_config(asked, trained, {"task.trials"})
-    assert cfg.task == dataclasses.replace(trained.task, trials=3)
-    assert cfg.data == dataclasses.replace(trained.data, cache_dir="/c") and cfg.seed == 2
-    cfg = evaluated_config(asked, trained, {"data", "data.path", "scale", "seed"})
-    assert (cfg.data.path, cfg.data.vocab_size) == ("/x", trained.data.vocab_size)
-    assert (cfg.task, cfg.scale, cfg.seed) == (asked.task, "gpu", 0)
-    cfg = evaluated_config(asked, trained, None)
-    assert (cfg.task, cfg.data.path, cfg.memory) == (asked.task, "/x", trained.memory)
-
-
-def test_a_continued_run_changes_only_what_may_change():
-    before = compose_run(["model=full", "seed=1"])
-    asked = compose_run(["trainer.steps=999", "records=r", "resume=x"])
-    cfg = continued_config(asked, before, {"trainer.steps", "records", "resume"})
-    expected = {**to_dict(before), "records": "r", "resume": "x"}
-    assert to_dict(cfg) == {**expected, "trainer": {**expected["trainer"], "steps": 999}}
-    continued_config(
-        compose_run(["model=full", "seed=1"]), before, {"model", "seed", "task", "data"}
-    )  # as it was
-    for key in ("model", "seed", "experiment"):
-        with pytest.raises(UserError, match=f"{key} cannot change"):
-            continued_config(asked, before, {key})
+# --- what a run says of its data ------------------------------------------------------------------------
 
 
 def test_a_file_without_splits_and_another_task_are_said(there, tmp_path, monkeypatch):

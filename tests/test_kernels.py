@@ -147,18 +147,25 @@ def test_keys_and_values_that_the_copy_engine_cannot_address_are_written_all_the
             assert torch.equal(a, b)
 
 
+def infini_attention(
+    q, k, v, local, gate, M, z, *, written, done, update, features="elu1", write_gate_GE=None
+):
+    """One call beside its local part: outputs, and M and z after segment ``written``."""
+    from infini_bench.memory.kernels import ops
+
+    M, z = ops.write(k, v, M, z, written, update, features, write_gate_GE)
+    return ops.read(q, local, gate, M, z, done, features), M[:, written], z[:, written]
+
+
 def kernels(update, features, dtype, written, done=0, **shape):
     """At most 1.5 times the eager error; its float32 results may miss by 2^-15 of their norm."""
-    from infini_bench.memory.kernels import ops
 
     tensors = inputs(dtype, done=done, **shape)
     weights = [torch.randn_like(tensors[i], dtype=torch.float32) for i in (0, 5, 6)]
     how = {"update": update, "features": features}
 
     def fused(q, k, v, local, beta, M, z):
-        return ops.infini_attention(
-            q, k, v, local, torch.sigmoid(beta), M, z, written=written, done=done, **how
-        )
+        return infini_attention(q, k, v, local, torch.sigmoid(beta), M, z, written=written, done=done, **how)
 
     def wide(cast):
         def form(*x):
@@ -176,10 +183,9 @@ def kernels(update, features, dtype, written, done=0, **shape):
 
 def test_bfloat16_products_keep_what_both_halves_hold():
     """In the interpreter too, which cuts where a GPU rounds: within 2^-7 and 2^-14."""
-    from infini_bench.memory.kernels import ops
 
     q, k, v, local, beta, M, z = inputs(torch.bfloat16, done=1)
-    out, new_M, new_z = ops.infini_attention(
+    out, new_M, new_z = infini_attention(
         q, k, v, local, torch.sigmoid(beta), M, z, written=3, done=1, update="delta"
     )
     ideal = exact(*(x.double() for x in (q, k, v, local, beta, M, z)), 1, 3, "delta", "elu1")

@@ -9,6 +9,7 @@ from test_kernels import (
     N,
     distance,
     document,
+    infini_attention,
     inputs,
     memory_is_checked,  # noqa: F401
     run,
@@ -81,7 +82,6 @@ def test_blocks_of_columns_go_through_the_chunks_apart(monkeypatch):
 
 def kernels(features, written, done=0, gated=True, **shape):
     """At most 1.5 times the eager error; its float32 results may miss by 2^-15 of their norm."""
-    from infini_bench.memory.kernels import ops
 
     torch.manual_seed(0)
     *tensors, _ = inputs(DTYPE, done=done, **shape)
@@ -97,7 +97,7 @@ def kernels(features, written, done=0, gated=True, **shape):
     def fused(q, k, v, local, beta, M, gate):
         z, gate = M.new_empty(*M.shape[:2], 0), gate if gated else None
         how = {"written": written, "done": done, "update": "delta_token", "features": features}
-        return ops.infini_attention(q, k, v, local, torch.sigmoid(beta), M, z, write_gate_GE=gate, **how)[:2]
+        return infini_attention(q, k, v, local, torch.sigmoid(beta), M, z, write_gate_GE=gate, **how)[:2]
 
     def wide(cast):
         def form(*x):

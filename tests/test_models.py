@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import awake
+from conftest import MEMORIES, awake
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -18,8 +18,11 @@ V, N = 50, 8
 T = 4 * N + 5
 
 
-@pytest.fixture
-def model(decoder, memory):
+@pytest.fixture(scope="module", params=MEMORIES)
+def model(request, decoder):
+    """One of each memory for all tests: none changes it."""
+    torch.manual_seed(0)
+    memory = MemoryConfig(segment=N, **MEMORIES[request.param])
     model = awake(build_model(decoder, memory, V).eval())
     for mem in model.memories:
         if hasattr(mem, "memory_gate"):
@@ -190,7 +193,7 @@ def test_generate_equals_step_by_step_decoding(model):
         made = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=3 * N,
+            max_new_tokens=N + 3,
             do_sample=False,
             pad_token_id=0,
         )

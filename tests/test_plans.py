@@ -76,19 +76,20 @@ def test_settings_are_the_product_of_variants_and_grid():
     assert [*Plan("x", {}, [], []).settings()] == [Setting("", [])]
 
 
-def table2(tmp_path, **options):
-    return plan("table2", "gpu", tmp_path, None, None, data=tmp_path, **options)
+@pytest.fixture(scope="module")
+def table2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table2")
+    return plan("table2", "gpu", folder, None, None, data=folder)
 
 
-def test_table2_is_one_budget_for_every_row(tmp_path):
-    jobs = table2(tmp_path)
-    names = [job.name for job in jobs]
+def test_table2_is_one_budget_for_every_row(table2):
+    names = [job.name for job in table2]
     assert len(names) == len(set(names)) == 13 * 5 + 2 * 2 + 1
     assert names[0] == "lm transformer_xl books seed 0" and names[13] == "lm transformer_xl math seed 0"
-    books = [job.cfg for job in jobs if " books " in job.name]
+    books = [job.cfg for job in table2 if " books " in job.name]
     assert {cfg.seed for cfg in books} == {0, 1, 2}
-    assert {cfg.seed for cfg in (job.cfg for job in jobs) if cfg.data.name == "math"} == {0, 1}
-    for cfg in (job.cfg for job in jobs):
+    assert {cfg.seed for cfg in (job.cfg for job in table2) if cfg.data.name == "math"} == {0, 1}
+    for cfg in (job.cfg for job in table2):
         tokens = cfg.trainer.batch * cfg.trainer.accumulate * cfg.task.sequence
         assert tokens == 65536 and cfg.memory.segment == 512 and cfg.data.vocab_size == 16384
         budget = {"books": 80e6, "math": 36e6}[cfg.data.name]
@@ -101,10 +102,10 @@ def test_table2_is_one_budget_for_every_row(tmp_path):
     (full,) = (cfg for cfg in books if (cfg.model, cfg.seed) == ("full", 0))
     assert (evaluated_memory(full).kind, evaluated_memory(full).window) == ("sliding", full.task.sequence)
     assert [name for name in names if "sink" in name] == ["lm sink books for the stream seed 0"]
-    token = [job.cfg.memory for job in jobs if job.cfg.model == "infini_delta_token"]
+    token = [job.cfg.memory for job in table2 if job.cfg.model == "infini_delta_token"]
     assert len(token) == 5 and {(m.features, m.write_gate) for m in token} == {("relu2", True)}
     assert names[10:12] == ["lm infini_delta_token books seed 0", "lm compressive books seed 0"]
-    long = [job.cfg for job in jobs if "long" in job.name]
+    long = [job.cfg for job in table2 if "long" in job.name]
     assert {(cfg.model, cfg.task.sequence) for cfg in long} == {
         ("infini_linear", 32768),
         ("infini_delta", 32768),
@@ -146,8 +147,8 @@ def test_nothing_written_is_exactly_nothing(tmp_path):
         assert bool(strength.any()) == bool(slope.any()) == written
 
 
-def test_table2_models_have_equal_parameters(tmp_path):
-    found = sizes(table2(tmp_path, only="books seed 0"))
+def test_table2_models_have_equal_parameters(table2):
+    found = sizes([job for job in table2 if {"books", "0"} <= set(job.name.split())])
     assert len(found) == 14 and max(found.values()) / min(found.values()) < 1.02
     assert found["infini_linear"] == pytest.approx(38e6, rel=0.01)
 
@@ -259,14 +260,16 @@ def test_table3_trains_the_model_that_ships_on_a_gpu_beside_the_others(tmp_path)
     assert len(plan("table3", "gpu", tmp_path, [0], ["infini_linear"])) == 1
 
 
-def table4(tmp_path, *overrides):
-    words = ["base.model=small.gguf", *overrides]
-    return plan("table4", "gpu", tmp_path, None, None, words, data=tmp_path)
+@pytest.fixture(scope="module")
+def table4(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table4")
+    words = ["base.model=small.gguf", "pretrain.trainer.lr=2e-4"]
+    return folder, plan("table4", "gpu", folder, None, None, words, data=folder)
 
 
-def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path):
+def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(table4):
     """Alike in all that `report.compare` asks for before it sets them beside one another."""
-    jobs = table4(tmp_path)
+    folder, jobs = table4
     adapted = [job for job in jobs if "adapted" in job.name]
     controls = [job for job in jobs if job not in adapted]
     assert sorted((job.cfg.task.protocol, job.cfg.model) for job in adapted if job.stages) == [
@@ -284,7 +287,7 @@ def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path)
         for cfg in (job.cfg for job in jobs)
     }
     assert alike == {
-        ("small.gguf", "small.gguf", str(tmp_path / "booksum"), "gpu", 400, 1, "wikipedia", 3, 1024)
+        ("small.gguf", "small.gguf", str(folder / "booksum"), "gpu", 400, 1, "wikipedia", 3, 1024)
     }
     assert adapted[0].cfg.memory.features == "relu2" and "16K" in adapted[0].cfg.task.lengths
     assert {job.cfg.task.batch for job in adapted} == {10, 20}
@@ -295,8 +298,8 @@ def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(tmp_path)
     assert longest["smollm2_1k_unlimiformer"] == longest["smollm2_4k_unlimiformer"] == 65536
 
 
-def test_table4_pretrains_models_with_and_without_a_memory_alike(tmp_path):
-    jobs = table4(tmp_path, "pretrain.trainer.lr=2e-4")
+def test_table4_pretrains_models_with_and_without_a_memory_alike(table4):
+    folder, jobs = table4
     assert [(job.cfg.model, len(job.stages)) for job in jobs[:11]] == [
         *[("infini_delta_token", 1), ("smollm2_4k", 1), ("smollm2_1k", 1), ("infini_linear", 1)],
         *[("infini_delta", 1), ("infini_delta_token", 1), ("infini_linear", 1), ("infini_delta", 1)],
@@ -308,7 +311,7 @@ def test_table4_pretrains_models_with_and_without_a_memory_alike(tmp_path):
     for cfg in stages:
         steps = cfg.trainer
         assert (steps.steps, steps.batch, cfg.task.sequence, steps.accumulate) == (300, 2, 32768, 1)
-        assert (cfg.data.path, cfg.data.name, steps.lr) == (str(tmp_path / "books"), "books", 2e-4)
+        assert (cfg.data.path, cfg.data.name, steps.lr) == (str(folder / "books"), "books", 2e-4)
         kept = steps.checkpoint_segments * cfg.memory.segment
         assert 15_000 < kept <= 16_384, "activations of as many tokens, whatever a segment is"
     kinds = {(cfg.model, cfg.memory.kind, cfg.memory.segment) for cfg in stages}

@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from infini_bench.progress import NullProgress, Progress
-from infini_bench.reproduce import WEIGHTS
 from infini_bench.workers import Board, Relay, run_all
 
 
@@ -77,6 +76,8 @@ def test_sigterm_ends_the_workers_too():
 
 
 def test_the_board_counts_to_a_hundred():
+    from infini_bench.reproduce import WEIGHTS  # here, as each worker of the tests above imports this file
+
     class Counter(NullProgress):
         def __init__(self):
             self.bars = {}

@@ -1,7 +1,8 @@
 """The one place that knows Hydra: composing, checking, completing and launching what follows a verb.
 
-Typer owns verbs, options and help; Hydra owns overrides, sweeps and launchers. Hydra's own entry point runs
-with ``sys.argv`` swapped, so that every launcher and sweeper works; all is composed and checked before.
+Typer owns verbs, options and help; Hydra owns overrides, sweeps and launchers. For a sweep Hydra's own
+entry point runs with ``sys.argv`` swapped, so that every launcher and sweeper works; all is composed and
+checked before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -28,7 +29,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -45,6 +45,7 @@ from infini_bench.unread import check_read
 # What Hydra raises for overrides that it cannot compose; the last for values of the wrong kind.
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
 MODULE, CONFIG, VERSION = "infini_bench.conf", "config", "1.3"
+SEARCH = "hydra.searchpath="  # of the override that adds a folder of the user's own
 
 
 # --- composing and checking -----------------------------------------------------------------------------
@@ -55,8 +56,6 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     with _loader() as loader:
         parsed = _parse(overrides, loader)
         try:
-            for override in parsed:
-                _check_group(override, loader, overrides)
             config = hydra.compose(CONFIG, [*overrides])
             container: Any = OmegaConf.to_container(config, resolve=True)
         except REFUSALS as err:
@@ -113,7 +112,7 @@ def search_path(config_dir: Path | None) -> list[str]:
         return []
     if not config_dir.is_dir():
         raise UserError(f"--config-dir {config_dir} is no folder; give one laid out as conf/.")
-    return [f"hydra.searchpath=[{quote(f'file://{config_dir.resolve()}')}]"]
+    return [f"{SEARCH}[{quote(f'file://{config_dir.resolve()}')}]"]
 
 
 def quote(value: str) -> str:
@@ -128,14 +127,20 @@ def _loader() -> Iterator[ConfigLoader]:
     if GlobalHydra.instance().is_initialized():
         yield GlobalHydra.instance().config_loader()
         return
+    _store_schema()
+    with hydra.initialize_config_module(MODULE, version_base=VERSION):
+        yield GlobalHydra.instance().config_loader()
+
+
+@functools.cache
+def _store_schema() -> None:
+    """The dataclasses as nodes that ``conf/`` builds on, once a process."""
     store = ConfigStore.instance()
     base = to_dict(RunConfig())
     del base["task"]
     store.store(name="schema", node=base)
     for name, cls in TASKS.items():
         store.store(group="schema", name=name, node=asdict(cls()))
-    with hydra.initialize_config_module(MODULE, version_base=VERSION):
-        yield GlobalHydra.instance().config_loader()
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
@@ -149,20 +154,6 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     return parsed
 
 
-def _check_group(override: Override, loader: ConfigLoader, overrides: Sequence[str]) -> None:
-    """An unknown option of a config group is told with the options there are."""
-    search = [text for text in overrides if text.startswith("hydra.searchpath=")]
-    group, value = override.key_or_group, override.value()
-    options = loader.get_group_options(group, ObjectType.CONFIG, CONFIG, search)
-    if override.is_sweep_override():
-        raise UserError(f'"{override.input_line}" has several values; add -m to run one after the other.')
-    chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]
-    for name in chosen if options else []:
-        if name not in options:
-            there = f"choose one of {', '.join(options)}"
-            raise UserError(f'There is no {group} "{name}"{suggest(str(name), options)}; {there}.')
-
-
 def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
     """One sentence for what Hydra tells in several lines."""
     if missing := re.search(r"Could not find 'recipe/(\w+)_(\w+)'", str(err)):
@@ -170,9 +161,21 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
         recipes = loader.get_group_options("recipe", ObjectType.CONFIG)
         there = [name.removeprefix(f"{task}_") for name in recipes if name.startswith(f"{task}_")]
         return UserError(f"Task {task} has no scale={scale}: choose one of {', '.join(there)}.")
-    groups = [o for o in parsed if loader.get_group_options(o.key_or_group, ObjectType.CONFIG)]
+    search = [str(o.input_line) for o in parsed if str(o.input_line).startswith(SEARCH)]
+    groups = []
+    for override in parsed:
+        line, key, value = override.input_line, override.key_or_group, override.value()
+        if override.is_sweep_override():
+            return UserError(f'"{line}" has several values; add -m to run one after the other.')
+        options = loader.get_group_options(key, ObjectType.CONFIG, CONFIG, search)
+        groups += [str(line)] if options else []
+        chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]
+        for name in chosen if options else []:
+            if name not in options:
+                choice = f"choose one of {', '.join(options)}"
+                return UserError(f'There is no {key} "{name}"{suggest(str(name), options)}; {choice}.')
     try:
-        task = hydra.compose(CONFIG, [str(o.input_line) for o in groups]).task.name
+        task = hydra.compose(CONFIG, groups).task.name
     except REFUSALS:
         return UserError(" ".join(str(err).split("\n")[0].split()))
     known = [*known_keys(task), *loader.list_groups("")]
@@ -192,64 +195,59 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
 
 
 def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show: str | None = None) -> int:
-    """Check every job, then run them through Hydra; returns the exit code.
+    """Check every job, then run one as it is and many through Hydra; returns the exit code.
 
     show: ``job``, ``hydra`` or ``all`` prints the composed configuration instead.
     """
     overrides = [*overrides]
     configs = compose_runs(verb, overrides, multirun)
-    flags = ["--cfg", show] if show else ["--multirun"] if multirun else []
+    if not multirun and not show:
+        _run_alone(verb, configs[0], overrides)
+        return 0
     sweep = Path(configs[0].runs) / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    if multirun and not show:
+    if not show:
         overrides.append(f"hydra.sweep.dir={quote(str(sweep))}")
         print(f"{len(configs)} jobs, log in {sweep}")
-    caught: list[Exception] = []
+    flags = ["--cfg", show] if show else ["--multirun"]
     task = {"train": train_job, "eval": eval_job}[verb]
     entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)
     with _argv([jobs.PROGRAM, *flags, *overrides]), _plain_errors():
-        entry(task if multirun else _catching(task, caught))()
-    if caught:
-        raise caught[0]
-    return jobs.summarize(sweep) if multirun and not show else 0
+        entry(task)()
+    return 0 if show else jobs.summarize(sweep)
 
 
-def _catching(task: Callable[[DictConfig], None], caught: list[Exception]) -> Callable[[DictConfig], None]:
-    """``task`` with its exception kept for us: Hydra would print a line of its own about it."""
-
-    @functools.wraps(task)
-    def job(cfg: DictConfig) -> None:
-        try:
-            task(cfg)
-        except Exception as err:
-            caught.append(err)
-
-    return job
+def _run_alone(verb: str, cfg: RunConfig, overrides: list[str]) -> None:
+    """One job, for which Hydra would only compose ``cfg`` twice again."""
+    search = [text for text in overrides if text.startswith(SEARCH)]
+    own = [text for text in overrides if text not in search]
+    if of_sweeps := [text for text in own if text.lstrip("+~").startswith(("hydra.", "hydra/"))]:
+        raise UserError(f'"{of_sweeps[0]}" is for several runs; add -m, or leave it out.')
+    _job(verb, cfg, own, search).run()
 
 
 def train_job(cfg: DictConfig) -> None:
     """What a launcher runs for ``train``; importable, so that every launcher can send it elsewhere."""
-    _job("train", cfg)
+    _run_in_sweep("train", cfg)
 
 
 def eval_job(cfg: DictConfig) -> None:
     """What a launcher runs for ``eval``."""
-    _job("eval", cfg)
+    _run_in_sweep("eval", cfg)
 
 
-def _job(verb: str, cfg: DictConfig) -> None:
+def _run_in_sweep(verb: str, cfg: DictConfig) -> None:
     config = HydraConfig.get()
     container: Any = OmegaConf.to_container(cfg, resolve=True)
-    overrides = [*config.overrides.task]
-    search = [text for text in config.overrides.hydra if text.startswith("hydra.searchpath=")]
+    search = [text for text in config.overrides.hydra if text.startswith(SEARCH)]
+    job = _job(verb, _named(build_config(container)), [*config.overrides.task], search)
+    job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
 
+
+def _job(verb: str, cfg: RunConfig, overrides: list[str], search: list[str]) -> jobs.Job:
     def recompose(more: list[str]) -> RunConfig:
         return compose_run([*search, *overrides, *more])
 
-    job = jobs.Job(verb, _named(build_config(container)), overrides, given(overrides), recompose)
-    if config.mode is RunMode.MULTIRUN:
-        job.run_in_sweep(int(config.job.num), Path(config.runtime.output_dir))
-    else:
-        job.run()
+    return jobs.Job(verb, cfg, overrides, given(overrides), recompose)
 
 
 @contextmanager

@@ -103,6 +103,9 @@ class Memory(nn.Module):
     def reset_parameters(self) -> None:
         """Set the memory's own parameters, if it has any, to their start; called under no_grad."""
 
+    def penalise(self, k_BTGD: Tensor, mask_BT: Tensor | None) -> None:
+        """Leave in ``auxiliary`` what writing a call's own keys adds to the training loss, if anything."""
+
     @abstractmethod
     def start(self, k_BTGD: Tensor) -> State:
         """What crosses the boundary into a document's first segment, on the keys' device."""
@@ -131,6 +134,7 @@ class Memory(nn.Module):
         mask_BT: bool, False = padding; None = no padding. inside: the call is as `cut_one` has it, and the
         state as `MemoryCache.spread`. Returns outputs (B, T, H, D) and the new state.
         """
+        self.penalise(k_BTGD, mask_BT)
         if state is None:
             begin = self.start(k_BTGD)
             self.must(isinstance(begin, dict), "start", "a dict of tensors")

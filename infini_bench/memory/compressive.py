@@ -111,24 +111,13 @@ class CompressiveMemory(Memory):
         own = {"M": M, "z": M[..., 0].clone()} if self.normalised else {"M": M}
         return {**own, **self.path.start(k_BTGD)}
 
-    def forward(
-        self,
-        q_BTHD: Tensor,
-        k_BTGD: Tensor,
-        v_BTGD: Tensor,
-        rope: Rope,
-        state: State | None = None,
-        mask_BT: Tensor | None = None,
-        inside: bool = False,
-    ) -> tuple[Tensor, State]:
-        """As ``Memory.forward``; in training mode what the call's writing costs is left in ``auxiliary``."""
+    def penalise(self, k_BTGD: Tensor, mask_BT: Tensor | None) -> None:
         self.auxiliary = None
         if self.cfg.write_cost and self.training and torch.is_grad_enabled():
             with torch.autocast(k_BTGD.device.type, enabled=False):
                 w_BT = self.strength(k_BTGD.float()).mean((-2, -1))
             w_BT = w_BT if mask_BT is None else w_BT * mask_BT
             self.auxiliary, self.written = self.cfg.write_cost * w_BT.sum(), w_BT.detach().mean()
-        return super().forward(q_BTHD, k_BTGD, v_BTGD, rope, state, mask_BT, inside)
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)

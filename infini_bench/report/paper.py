@@ -30,7 +30,6 @@ TABLE2 = {
     "infini_linear": {"memory": 1.6e6, "pg19": 9.65, "arxiv_math": 2.24},
     "infini_delta": {"memory": 1.6e6, "pg19": 9.67, "arxiv_math": 2.23},
 }
-TABLE2_100K = {"infini_linear": 2.21, "infini_delta": 2.20}  # arxiv_math, trained at 100K instead of 32K
 
 # Table 3: passkey, token-level accuracy (not defined in the paper), start/middle/end. The paper's "end" lies
 # in the last local window. "paper": 400 fine-tuning steps at 5K on a 1B model.

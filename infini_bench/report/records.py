@@ -34,7 +34,6 @@ from infini_bench.report.record_files import (
 )
 
 SCHEMA = 1
-STATUSES = ("done", "failed", "interrupted")
 KILLED = "the process ended without a word"  # the error of a run that nobody could end properly
 # Where a run happens and what it is compared with later; none of these changes its numbers.
 UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")

@@ -136,10 +136,10 @@ def measurements(records: Iterable[Record]) -> list[Row]:
     shown += [(r, "figure3_gates") for r in learned if r.train.get("gates")]
     variants = variants_of(shown)
     rows = [
-        _measurement(record, metric, table, variants[record.id, table])
+        row
         for record, table in shown
-        for metric in _metrics(record, table)
-        if table not in VIEWS or record.task != "lm" or metric["position"] is None
+        for row in _measured(record, _metrics(record, table), table, variants[record.id, table])
+        if table not in VIEWS or record.task != "lm" or row["position"] is None
     ]
     adapted = [(record, table) for record, table in shown if table in SHOWN]
     rows += [row for r, table in adapted for row in _language(r, found, table, variants[r.id, table])]
@@ -153,8 +153,8 @@ def _language(record: Record, found: list[Record], table: str, variant: str | No
     rows = []
     for source, metric in language(record, found):
         extra = {"corpus": metric["dataset"], "split": source.config["task"]["split"]}
-        for line in lines(record, table):
-            row = _measurement(record, {**metric, **line, "extra": extra}, table, variant)
+        shown = [{**metric, **line, "extra": extra} for line in lines(record, table)]
+        for row in _measured(record, shown, table, variant):
             rows.append({**row, "records": [record.id, source.id]})
     return rows
 
@@ -191,15 +191,14 @@ def _training(record: Record) -> list[dict[str, Any]]:
     return [{**blank, "metric": name, "value": value, "extra": extra} for name, value in values.items()]
 
 
-def _measurement(record: Record, metric: dict[str, Any], table: str, variant: str | None) -> Row:
-    by_position = table == "table2_lm" and metric["position"] is not None
+def _measured(
+    record: Record, metrics: Iterable[dict[str, Any]], table: str, variant: str | None
+) -> list[Row]:
+    """A run's metric rows with what is known of the run."""
     setup = setup_of(record)
     commit = (record.git_commit or "")[:10] + ("-dirty" if record.git_dirty else "")
-    return {
-        **{key: metric.get(key) for key in (*COLUMNS, "extra")},
-        "table": "lm_position" if by_position else table,
+    run = {
         "model": record.config["model"],
-        "variant": " ".join(filter(None, [(metric.get("extra") or {}).get("variant"), variant])) or None,
         "params": record.params,
         "train_tokens": _train_tokens(record),
         "state_floats": record.state_floats,
@@ -213,6 +212,13 @@ def _measurement(record: Record, metric: dict[str, Any], table: str, variant: st
         "config": record.config,
         "records": [record.id],
     }
+    rows = []
+    for metric in metrics:
+        by_position = table == "table2_lm" and metric["position"] is not None
+        words = filter(None, [(metric.get("extra") or {}).get("variant"), variant])
+        place = {"table": "lm_position" if by_position else table, "variant": " ".join(words) or None}
+        rows.append({**{key: metric.get(key) for key in (*COLUMNS, "extra")}, **run, **place})
+    return rows
 
 
 def _train_tokens(record: Record) -> int | None:

@@ -251,28 +251,3 @@ def read(
     done: segments before the first one; the document's first is ungated.
     """
     return _read(q_BSQHD, local_BSQHD, gate_H, M_BPGDD, z_BPGD, done, features)
-
-
-def infini_attention(
-    q_BSQHD: Tensor,
-    k_BSNGD: Tensor,
-    v_BSNGD: Tensor,
-    local_BSQHD: Tensor,
-    gate_H: Tensor,
-    M_BGDD: Tensor,
-    z_BGD: Tensor,
-    *,
-    written: int,
-    done: int,
-    update: str = "linear",
-    features: str = "elu1",
-    write_gate_GE: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One call of Infini-attention beside its local part: outputs, and M and z after segment ``written``.
-
-    q, k: raw, before any position embedding; z and write_gate: see ``write``. Equals
-    ``CompressiveMemory.segments`` for rows that agree.
-    """
-    M, z = write(k_BSNGD, v_BSNGD, M_BGDD, z_BGD, written, update, features, write_gate_GE)
-    out = read(q_BSQHD, local_BSQHD, gate_H, M, z, done, features)
-    return out, M[:, written], z[:, written]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import MEMORIES, awake
 
 from infini_bench.decoding import SteadySteps, decoding
@@ -91,3 +92,22 @@ def test_all_steps_inside_a_segment_share_one_graph(decoder, monkeypatch):
         assert torch.allclose(steps.step(token), wanted.step(token), atol=1e-6)
     assert steps.fills == [7, 7] and len(graphs) == 1
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["full", "autocompressor", "infini_linear"])
+def test_keys_that_grow_by_each_step_are_not_cudnns(name, decoder, monkeypatch):
+    """It would plan for each of their numbers anew; where shapes stay it may compute."""
+    torch.manual_seed(0)
+    model = build_model(decoder, MemoryConfig(**MEMORIES[name], segment=8), 64)
+    state = model.step(torch.zeros(1, 5, dtype=torch.long), None)[1]
+    allowed, attend = [], F.scaled_dot_product_attention
+
+    def spy(*given, **named):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*given, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    steps = decoding(model, state)
+    steps.step(torch.zeros(1, 1, dtype=torch.long))
+    assert allowed and set(allowed) == {isinstance(steps, SteadySteps)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -180,6 +180,10 @@ class MemoryCache(Cache):
         """The same tensors in new layers: later calls replace states, they never write into them."""
         return MemoryCache([layer.map(lambda x: x) for layer in self.layers])
 
+    def clone(self) -> MemoryCache:
+        """The same state in tensors of its own."""
+        return MemoryCache([layer.map(torch.clone) for layer in self.layers])
+
     def detach(self) -> MemoryCache:
         """The same state, without gradients."""
         return MemoryCache([layer.map(lambda x: x.detach()) for layer in self.layers])
@@ -188,16 +192,12 @@ class MemoryCache(Cache):
         """The rows of ``index`` (int64), which may repeat."""
         return MemoryCache([layer.map(lambda x: x[index.to(x.device)]) for layer in self.layers])
 
-    def with_rows(self, index: Tensor, other: MemoryCache) -> MemoryCache:
-        """The same state with the rows of ``other`` in the places ``index`` (int64)."""
-
-        def put(own: MemoryLayer, new: MemoryLayer) -> MemoryLayer:
-            pairs = ((name, x, (new.state or {})[name]) for name, x in (own.state or {}).items())
-            return MemoryLayer(
-                {n: x.index_copy(0, index, y) if isinstance(x, Tensor) else x for n, x, y in pairs}
-            )
-
-        return MemoryCache([put(*pair) for pair in zip(self.layers, other.layers, strict=True)])
+    def write_rows(self, index: Tensor, other: MemoryCache) -> None:
+        """Write the rows of ``other`` in the places ``index`` (int64), in place; counts of all rows stay."""
+        for own, new in zip(self.layers, other.layers, strict=True):
+            for name, x in (own.state or {}).items():
+                if isinstance(x, Tensor):
+                    x.index_copy_(0, index, (new.state or {})[name])
 
     @classmethod
     def stack(cls, states: Sequence[MemoryCache | None]) -> MemoryCache | None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MEMORIES, awake
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from infini_bench.decoding import SteadySteps, decoding
 from infini_bench.models import build_model
@@ -13,14 +15,14 @@ UNSTEADY = {"full", "memorizing", "retrieval", "compressive", "rmt", "armt", "ar
 STEADY = [name for name in MEMORIES if name not in UNSTEADY]
 
 
-def read(model, ragged):
+def read(model, ragged, rows=2):
     """The state after prompts of 21 tokens, one of them with 3 of padding if ragged."""
     mask = None
     if ragged:
-        mask = torch.ones(2, 21, dtype=torch.bool)
+        mask = torch.ones(rows, 21, dtype=torch.bool, device=model.device)
         mask[1, :3] = False
     with torch.no_grad():
-        return model.step(torch.randint(20, (2, 21)), mask=mask)[1]
+        return model.step(torch.randint(20, (rows, 21), device=model.device), mask=mask)[1]
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -76,11 +78,11 @@ def test_rows_that_complete_a_segment_are_a_call_of_their_own(decoder, monkeypat
 def test_all_steps_inside_a_segment_share_one_graph(decoder, monkeypatch):
     graphs = []
 
-    def backend(graph, _):
+    def collect(graph, _):
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
-    compiler = torch.compile
+    backend, compiler = aot_autograd(fw_compiler=collect), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, **how, backend=backend))
     model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES["infini_linear"]), vocab_size=20).eval()
     state = read(model, ragged=False)

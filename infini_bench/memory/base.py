@@ -3,7 +3,7 @@
 * Any cut of a document into calls, down to single tokens, gives the outputs of one call.
 * No output depends on a later token; rows of a batch never mix; padding is never written.
 * States are values: a call returns a new one and leaves the given one as it was, so a state can be kept,
-  compared, saved, or differentiated through.
+  compared, saved, or differentiated through. Only `decoding`, ``inside`` a segment, writes into its own.
 * What crosses a segment boundary is ``state_floats()``, and tests count it on live tensors.
 
 Shapes: B batch, T tokens, S segments, N segment length, H heads, G KV heads, D head size.
@@ -132,7 +132,8 @@ class Memory(nn.Module):
 
         q_BTHD, k_BTGD, v_BTGD: projections before any position embedding. rope: cos and sin, (1, span, D).
         mask_BT: bool, False = padding; None = no padding. inside: the call is as `cut_one` has it, and the
-        state as `MemoryCache.spread`. Returns outputs (B, T, H, D) and the new state.
+        state as `MemoryCache.spread`; its keys and values are written in place. Returns outputs (B, T, H, D)
+        and the new state.
         """
         self.penalise(k_BTGD, mask_BT)
         if state is None:
@@ -155,6 +156,8 @@ class Memory(nn.Module):
         pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
         self.must(pair, "segments", "outputs and a dict of tensors")
         out, carry = result
+        if inside:  # what crosses a border is as it was
+            return blocks.join(out), {**state, "fill": blocks.left, "seen": seen + 1}
         k, v = blocks.rest()
         counts = {"fill": blocks.left, "done": blocks.done + blocks.full, "seen": seen + q_BTHD.shape[1]}
         return blocks.join(out), {**carry, "k": k, "v": v, **counts}

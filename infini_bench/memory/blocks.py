@@ -151,9 +151,10 @@ def cut_one(
 ) -> Blocks:
     """Blocks of a call of one token that completes no row's segment; no shape depends on where rows stand.
 
-    rest: keys and values of all N slots (B, N, G, D), and how many of them are filled (B,).
+    rest: keys and values of all N slots (B, N, G, D), in which the token's are written in place, and how many
+    of them are filled (B,).
     """
-    slots = torch.as_tensor(rest[2])[:, None]
-    here = (torch.arange(rest[0].shape[1], device=slots.device) == slots)[..., None, None]
-    k, v = (torch.where(here, x, old)[:, None] for x, old in zip((k_B1GD, v_B1GD), rest[:2], strict=True))
-    return Blocks(q_B1HD[:, None], k, v, slots, done, 0, rest[2] + 1, slots, 1)
+    k, v, fill = rest[0], rest[1], torch.as_tensor(rest[2])
+    rows, slots = torch.arange(len(k), device=k.device), fill[:, None]
+    k[rows, fill], v[rows, fill] = k_B1GD[:, 0], v_B1GD[:, 0]
+    return Blocks(q_B1HD[:, None], k[:, None], v[:, None], slots, done, 0, fill + 1, slots, 1)

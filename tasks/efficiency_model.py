@@ -4,7 +4,8 @@
   its last token are computed; warm-up: the first two calls.
 * ``train``: loss and gradients of all its tokens in one call (in calls of ``trainer.checkpoint_segments``
   segments, recomputed, if that is set), and the optimizer's update; float32 weights, under autocast.
-* ``decode``: ``task.decode`` steps of one token after the document was read; tokens of a call: 1.
+* ``decode``: ``task.decode`` steps of one token after the document was read; tokens of a call: 1; warm-up:
+  the steps up to the one from which a GPU launches each as one graph (`decoding`).
 
 With ``task.against`` the same model with ``local`` attention only, or ``full`` attention, takes turns with it
 in the same run, by the kernel of torch's attention that torch picks, named in ``extra["attention"]``; with
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infini_bench.decoding import decoding
+from infini_bench.decoding import WARM, decoding
 from infini_bench.models import build_model
 from infini_bench.progress import Handle
 from infini_bench.timing import Ladder, Times, Work, attempt
@@ -161,10 +162,14 @@ class Subject:
         return " and ".join(sorted(seen.names)) or "math"
 
     def decode(self) -> Times | str:
-        """Steps of one token from the state on, which goes on with them."""
+        """Steps of one token from the state on, which goes on with them; first those before a graph's."""
         token, steps = self.ids(1), decoding(self.model, self.state)
         watch = replace(self.task.watch, repeats=self.task.task.decode)
-        found = attempt(lambda: watch.measure(lambda: steps.step(token)))
+
+        def step() -> None:
+            steps.step(token)
+
+        found = attempt(lambda: watch.measure(step, warm=[step] * (WARM + 1)))
         return found if isinstance(found, str) else found[0]
 
     def training(self) -> Callable[[int], None]:

@@ -60,7 +60,7 @@ class SteadySteps(Steps):
 
     own: tensors that stay in their places. A step writes one slot of keys and values, a call all of its rows.
     Logits and ``state`` are copies. On a GPU the step is a `Graph`, so the model must stay as it is: its
-    weights in their places, `memory_off` or not.
+    weights, and autocast's casts of them, in their places; `memory_off` or not.
     """
 
     model: MemoryLlamaForCausalLM

@@ -56,10 +56,11 @@ class Tape(Graph):
 
     def replay(self):
         self.replays += 1
-        for op, args, kwargs, out in self.tape.made:
-            for then, now in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs)), strict=True):
-                if isinstance(then, torch.Tensor) and then.data_ptr() != now.data_ptr():
-                    then.copy_(now)
+        with torch.autocast("cpu", enabled=False):  # whose casts were recorded
+            for op, args, kwargs, out in self.tape.made:
+                for then, now in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs)), strict=True):
+                    if isinstance(then, torch.Tensor) and then.data_ptr() != now.data_ptr():
+                        then.copy_(now)
 
 
 @pytest.fixture
@@ -99,6 +100,15 @@ def test_replayed_steps_are_the_steps_over_segment_borders(name, rows, ragged, d
     inside = 22 if ragged else 19  # in no step all rows complete a segment, or in three
     assert (steps.graph.captures, steps.graph.replays) == (1, inside - WARM)
     assert all(torch.equal(x, before[name]) for name, x in state.tensors().items())
+
+
+def test_replayed_steps_are_the_steps_under_autocast(decoder, taped):
+    model, tokens = model_of("infini_delta", decoder), torch.randint(20, (22, 3, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        state = read(model, True, 3)
+        found, wanted = walk(decoding(model, state), tokens), walk(plain(model, state), tokens)
+    assert state.layers[0].state["k"].dtype == torch.bfloat16
+    assert torch.equal(found["logits"], wanted["logits"])
 
 
 def test_another_document_is_another_graph_and_leaves_the_first_alone(decoder, taped):
@@ -143,20 +153,26 @@ def test_a_cpu_has_no_graph(decoder):
 @gpu
 @pytest.mark.filterwarnings("ignore")  # the compiler's advice
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in STEADY), ("infini_delta", True)])
-def test_a_gpus_graph_is_the_steps_over_segment_borders(name, compiled, rows, decoder):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "") for name in STEADY), ("infini_delta", "compiled"), ("infini_delta", "bf16")],
+)
+def test_a_gpus_graph_is_the_steps_over_segment_borders(name, how, rows, decoder):
     model, tokens = model_of(name, decoder).cuda(), torch.randint(20, (40, rows, 1), device="cuda")
-    documents = [read(model, False, rows), read(model, rows > 1, rows)]
-    wanted = [walk(plain(model, state), tokens) for state in documents]
-    if compiled:
-        torch.compiler.reset()
-        model.compile_steps()
-    kept = [decoding(model, state) for state in documents]
-    found = [walk(steps, tokens) for steps in kept]
+    low = how == "bf16"
+    with torch.autocast("cuda", torch.bfloat16, enabled=low):  # around all, as in evaluations
+        documents = [read(model, False, rows), read(model, rows > 1, rows)]
+        wanted = [walk(plain(model, state), tokens) for state in documents]
+        if how == "compiled":
+            torch.compiler.reset()
+            model.compile_steps()
+        kept = [decoding(model, state) for state in documents]
+        found = [walk(steps, tokens) for steps in kept]
     assert all(steps.graph.calls > WARM for steps in kept)
+    near = 2e-2 if low else 1e-4
     for one, other in zip(found, wanted, strict=True):
         for key, x in one.items():
-            torch.testing.assert_close(x, other[key], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(x, other[key], rtol=near, atol=near)
 
 
 @gpu

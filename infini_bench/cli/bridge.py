@@ -37,7 +37,7 @@ from infini_bench.cli import jobs
 from infini_bench.config import TASKS, build_config, known_keys, to_dict, unknown_setting
 from infini_bench.errors import UserError
 from infini_bench.origin import bare_base
-from infini_bench.rules import check_curriculum
+from infini_bench.rules import check_trainer
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
@@ -61,7 +61,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         except REFUSALS as err:
             raise _explain(err, parsed, loader) from err
     cfg = build_config(container)
-    check_curriculum(cfg)  # not of what was recorded or trained: an evaluation has its checkpoint's trainer
+    check_trainer(cfg)  # not of what was recorded or trained: an evaluation has its checkpoint's trainer
     return _named(cfg)
 
 

@@ -246,7 +246,10 @@ def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show:
     task = {"train": train_job, "eval": eval_job}[verb]
     entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)
     with _argv([jobs.PROGRAM, *flags, *overrides]), _plain_errors():
-        entry(task)()
+        try:
+            entry(task)()
+        except HydraException as err:  # of a launcher or sweeper: what fails in a job, the job keeps
+            raise UserError(f"Hydra cannot run this: {' '.join(str(err).split())}") from err
     return 0 if show else jobs.summarize(sweep)
 
 

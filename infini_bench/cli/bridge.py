@@ -193,7 +193,7 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
     for override in parsed:
         line, key, value = override.input_line, override.key_or_group, override.value()
         if override.is_sweep_override():
-            return UserError(f'"{line}" has several values; add -m to run one after the other.')
+            return UserError(f'"{line}" has several values: train and eval run one after the other with -m.')
         options = loader.get_group_options(key, ObjectType.CONFIG, CONFIG, search)
         groups += [str(line)] if options else []
         chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]

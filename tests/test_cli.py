@@ -117,7 +117,7 @@ def test_python_dash_m():
         ("train trainer.steps", '"trainer.steps" is no setting; write key=value'),
         ("train memory.gradient_depth=0", "memory.gradient_depth must be 1 or more segments"),
         ("train trainer=5", "trainer must be a group of settings"),
-        ("train model=full,local_block", '"model=full,local_block" has several values: train and eval run one'),
+        ("train model=full,local_block", '"model=full,local_block" has several values: train and eval'),
         ("train task.trials=3", "task.trials belongs to task=passkey, needles, recall, mqar"),
         (
             "eval footprint ++task.memory.segment=8",

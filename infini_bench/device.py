@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from infini_bench.errors import UserError
+from infini_bench.rules import check_value
 
 
 def torch_device(name: str) -> torch.device:
-    """Raises UserError if a GPU is asked for and not there."""
+    """Raises UserError if a GPU is asked for and not there, and for what is neither a CPU nor a GPU."""
+    check_value("device", name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

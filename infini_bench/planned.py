@@ -15,6 +15,9 @@ from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
 
+# Settings that jobs are known by or that keep them together, and who says them.
+SAID = {"task": "the plan", "model": "--models", "seed": "--seeds", "scale": "--scale"}
+SAID |= dict.fromkeys(("runs", "records"), "--out")
 # Settings that a stage has in common with the trainings after it.
 COMMON = ("model", "scale", "decoder", "memory", "base", "data.tokenizer", *PLACES)
 
@@ -67,6 +70,9 @@ def plan(
     from infini_bench.adapt import of_stage
     from infini_bench.cli.bridge import compose_run
 
+    for word in overrides:
+        if says := SAID.get(word.lstrip("+~").partition("=")[0]):
+            raise UserError(f'"{word}": what a plan runs is said by {says}; leave it out.')
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is no folder.")
     plan = read_plan(what).at(scale)

@@ -195,8 +195,12 @@ def check_memory(memory: MemoryConfig) -> None:
         raise UserError(f"memory.stride={memory.stride} is no number of keys; set 1 or more.")
 
 
-def check_curriculum(cfg: RunConfig) -> None:
-    """Training goes by the curriculum, where there is one: another length in the task would be ignored."""
+def check_trainer(cfg: RunConfig) -> None:
+    """Nothing set would be ignored: a task's length beside a curriculum, the best of one checkpoint."""
+    if cfg.trainer.best and not cfg.trainer.validate_every:
+        raise UserError(
+            "trainer.best=true chooses among several validations; add trainer.validate_every=20, for example."
+        )
     segments, levels = getattr(cfg.task, "segments", None), cfg.trainer.curriculum
     if segments is not None and levels and levels[-1] != segments:
         fitting = [*(str(level) for level in levels if level < segments), str(segments)]

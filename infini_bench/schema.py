@@ -378,6 +378,7 @@ class TrainerConfig:
     log_every: int = 10
     validate_every: int | None = None  # unset = at the end only
     validate_rows: int = 8
+    best: bool = False  # a run stands for its checkpoint of lowest validation loss, not for its last
     save_every: int | None = None  # unset = at the end only
     keep: int = 2  # last checkpoints kept, beside the best
 

@@ -168,6 +168,12 @@ def test_a_sweep_goes_on_after_failures_and_says_which(runs, seeds, code, tmp_pa
     ]
 
 
+def test_a_launcher_that_cannot_be_is_told(runs):
+    result = invoke("train", "-m", "hydra.launcher=none_such", "seed=4")
+    assert (result.exit_code, runs) == (2, [])
+    assert result.stderr.startswith("error: Hydra cannot run this:") and result.stderr.count("\n") == 1
+
+
 def test_interruption_ends_a_sweep(runs):
     assert invoke("train", "-m", "seed=0,3,4").exit_code == 130
     assert [job.cfg.seed for job in runs] == [0, 3]

@@ -1,6 +1,14 @@
+import pytest
 import torch
 
-from infini_bench.device import computing
+from infini_bench.device import computing, torch_device
+from infini_bench.errors import UserError
+
+
+def test_a_device_that_is_none_is_told():
+    assert torch_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="device must be one of auto, cpu, cuda, not tpu"):
+        torch_device("tpu")
 
 
 def test_an_evaluation_in_bf16_computes_products_in_it_and_leaves_nothing_behind():

@@ -287,7 +287,7 @@ def test_table4_teaches_one_pretrained_model_with_and_without_a_memory(table4):
         for cfg in (job.cfg for job in jobs)
     }
     assert alike == {
-        ("small.gguf", "small.gguf", str(folder / "booksum"), "gpu", 400, 1, "wikipedia", 3, 1024)
+        ("small.gguf", "small.gguf", str(folder / "booksum"), "gpu", 200, 1, "wikipedia", 3, 1024)
     }
     assert adapted[0].cfg.memory.features == "relu2" and "16K" in adapted[0].cfg.task.lengths
     assert {job.cfg.task.batch for job in adapted} == {10, 20}

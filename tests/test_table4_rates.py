@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from report_fakes import booksum_lengths, pick, sheet_text
+from report_fakes import booksum_lengths, lm, pick, sheet_text
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from infini_bench.cli import bridge
@@ -109,7 +109,7 @@ def test_the_test_split_of_these_files_cannot_be_read(data):
 )
 def test_a_sweep_from_end_to_end(data, base, tmp_path, capsys, told_anew, scale, model, only, grid):
     words = ["data=booksum_local", f"data.path={data / 'booksum'}", "data.vocab_size=300"]
-    words = [f"base.model={base}", *SMALL] if scale == "gpu" else words
+    words = [f"base.model={base}", *SMALL, "trainer.validate_every=1"] if scale == "gpu" else words
     given = {"models": (model,), "overrides": words, "data": data if scale == "gpu" else None}
     out = tmp_path / "out"
 
@@ -137,7 +137,7 @@ def test_a_sweep_from_end_to_end(data, base, tmp_path, capsys, told_anew, scale,
     for rate in grid:
         (trained,) = (r for r in records if told(r) == (model, rate))
         losses[rate] = pick(rows, rates.LOSS, condition=f"{rate:g}")["value"]
-        assert losses[rate] == trained.train["best_loss"], "of the last step: it is the only one"
+        assert losses[rate] == trained.train["best_loss"], "of the checkpoint that the run stands for"
         assert pick(rows, "overall", condition=f"{rate:g}")["n"] == 2
     assert len(set(losses.values())) == 3
     assert pick(rows, rates.CHOSEN)["value"] == min(losses, key=losses.__getitem__)
@@ -163,7 +163,7 @@ def test_all_models_of_table4_are_swept_as_it_trains_them(tmp_path):
         for job in swept:
             cfg = job.cfg
             assert (cfg.task.split, cfg.task.controls, cfg.trainer.validate_rows) == ("validation", False, 8)
-            assert cfg.trainer.validate_every is None, "its one loss is that of the model that is asked"
+            assert cfg.trainer.best and cfg.trainer.validate_every == 20
             asked = {key: getattr(trained.cfg.task, key) for key in ("split", "controls", "lengths")}
             same = replace(cfg, trainer=trained.cfg.trainer, task=replace(cfg.task, **asked))
             assert same == trained.cfg
@@ -213,3 +213,19 @@ def test_the_least_loss_is_chosen_and_rouge_of_the_taught_kind_stands_beside():
     )
     rows = [row for row in tidy(records) if row["table"] == rates.SUMMARIES and row["metric"] == "overall"]
     assert {(row["length"], row["value"], row["n"]) for row in rows} == {(16384, 15.0, 4), (32768, 17.0, 4)}
+
+
+def test_seeds_whose_best_checkpoints_are_of_different_steps_are_one_line():
+    def asked(seed, step, tokens, **changes):
+        settings = {"best": True, "steps": 200, "validate_every": 20} | changes
+        config = {f"trainer.{key}": value for key, value in settings.items()}
+        train = {"id": f"run{seed}", "steps": step, "tokens": tokens, "tokens_before": 5000}
+        return lm(seed=seed, config=config, train=train)
+
+    records = [asked(0, 40, 40_000), asked(1, 120, 120_000), asked(2, 40, 40_000, validate_every=10)]
+    first, second, other = (pick(tidy([r]), "bits_per_byte") for r in records)
+    assert first["train_tokens"] == second["train_tokens"] == 205_000, "of the whole run"
+    rows = [row for row in tidy(records) if row["metric"] == "bits_per_byte" and row["position"] is None]
+    lines = {row["variant"]: row["seeds"] for row in rows}
+    assert lines == {"trainer.validate_every=20": 2, "trainer.validate_every=10": 1}, "it decides, too"
+    assert first["budget"] == second["budget"] != other["budget"]

@@ -7,11 +7,14 @@ import pytest
 import torch
 from train_fakes import FakeTask, fake_task, run_config
 
+from infini_bench.cli.bridge import compose_run
 from infini_bench.errors import UserError
 from infini_bench.schema import BooksumConfig, DataConfig, LMConfig, PasskeyConfig, RunConfig
 from infini_bench.tasks import build_task
 from infini_bench.train import load_checkpoint_model, loop, train
+from infini_bench.train.checkpoint import find_checkpoint
 from infini_bench.train.log import MetricsLog, read_log
+from infini_bench.train.state import checkpoint_of
 
 
 @pytest.fixture(autouse=True)
@@ -204,12 +207,26 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(tmp_path
     index = json.loads((tmp_path / "checkpoints" / "index.json").read_text())
     assert index == {"last": "step-000008", "best": "step-000004", "kept": ["step-000004", "step-000008"]}
     assert result.best_loss == 1.0
+    assert find_checkpoint(tmp_path).name == "step-000008"
     assert [line["validation_loss"] for line in log(tmp_path) if "validation_loss" in line] == [
         3.0,
         1.0,
         2.0,
         1.5,
     ]
+
+
+def test_a_run_may_stand_for_its_best_checkpoint_and_goes_on_from_its_last(tmp_path, monkeypatch):
+    measured = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr("infini_bench.train.step.Stepper.validate", lambda *_: next(measured))
+    settings = {"validate_every": 2, "keep": 1, "save_every": None}
+    result = train(run_config(best=True, **settings), tmp_path)
+    assert result.checkpoint.name == find_checkpoint(tmp_path).name == "step-000004"
+    assert checkpoint_of(tmp_path).name == "step-000008"
+    words = ["task=booksum", "trainer.best=true"]
+    with pytest.raises(UserError, match=r"among several validations; add trainer\.validate_every="):
+        compose_run([*words, "trainer.validate_every=null"])
+    assert compose_run([*words, "trainer.validate_every=2"]).trainer.best
 
 
 def test_validation_is_the_mean_over_its_rows_whatever_the_batch(tmp_path):

@@ -37,7 +37,7 @@ from infini_bench.cli import jobs
 from infini_bench.config import TASKS, build_config, known_keys, to_dict, unknown_setting
 from infini_bench.errors import UserError
 from infini_bench.origin import bare_base
-from infini_bench.rules import check_curriculum
+from infini_bench.rules import check_trainer
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
@@ -46,6 +46,8 @@ from infini_bench.unread import check_read
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
 MODULE, CONFIG, VERSION = "infini_bench.conf", "config", "1.3"
 SEARCH = "hydra.searchpath="  # of the override that adds a folder of the user's own
+OPEN = ("data.filter", "memory.options", "task.memory")  # settings whose keys the user makes up
+SHOWN = ("job", "hydra", "all")
 
 
 # --- composing and checking -----------------------------------------------------------------------------
@@ -55,13 +57,14 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     """The run that these overrides of ``conf/`` describe. Raises UserError in one sentence."""
     with _loader() as loader:
         parsed = _parse(overrides, loader)
+        _refuse(parsed, loader)
         try:
             config = hydra.compose(CONFIG, [*overrides])
             container: Any = OmegaConf.to_container(config, resolve=True)
         except REFUSALS as err:
             raise _explain(err, parsed, loader) from err
     cfg = build_config(container)
-    check_curriculum(cfg)  # not of what was recorded or trained: an evaluation has its checkpoint's trainer
+    check_trainer(cfg)  # not of what was recorded or trained: an evaluation has its checkpoint's trainer
     return _named(cfg)
 
 
@@ -87,13 +90,18 @@ def _named(cfg: RunConfig) -> RunConfig:
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job of a sweep: the product of all lists, ranges and globs in them."""
     with _loader() as loader:
-        axes = []
-        for override in _parse(overrides, loader):
+        axes, parsed = [], _parse(overrides, loader)
+        searched = any(override.key_or_group == "hydra/sweeper" for override in parsed)
+        for override in parsed:
             if override.is_discrete_sweep():
                 values = [*override.sweep_string_iterator()]
+                if not values:
+                    raise UserError(f'"{override.input_line}" matches nothing.')
                 axes.append([f"{override.get_key_element()}={value}" for value in values])
-            elif not override.is_sweep_override():  # an interval is for the sweeper that asked for it
+            elif not override.is_sweep_override():
                 axes.append([str(override.input_line)])
+            elif not searched:  # an interval is for the sweeper that asked for it
+                raise UserError(f'"{override.input_line}" needs a sweeper of its own; list values instead.')
     return [[*job] for job in itertools.product(*axes)]
 
 
@@ -150,8 +158,27 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
         try:
             parsed += parser.parse_overrides([text])
         except HydraException as err:
-            raise UserError(f'"{text}" is no setting; write key=value, such as trainer.steps=100.') from err
+            if re.match(r"[\w.+~/]+=", text):
+                raise UserError(f'The value in "{text}" cannot be read; close or quote it.') from err
+            raise _no_setting(text) from err
+        if text.startswith("="):  # Hydra takes a group without a name
+            raise _no_setting(text)
     return parsed
+
+
+def _no_setting(text: str) -> UserError:
+    return UserError(f'"{text}" is no setting; write key=value, such as trainer.steps=100.')
+
+
+def _refuse(parsed: list[Override], loader: ConfigLoader) -> None:
+    """Raises UserError for what Hydra composes to a run that nobody meant."""
+    for override in parsed:
+        line, key, value = override.input_line, override.key_or_group, override.value()
+        own = any(f"{key}.".startswith(f"{group}.") for group in OPEN) or override.is_hydra_override()
+        if override.is_delete() and not own:
+            raise UserError(f'"{line}" leaves out what every run has; set it, as in {key}=VALUE.')
+        if isinstance(value, list) and key != "experiment" and loader.get_group_options(key):
+            raise UserError(f'"{line}" mixes several; name one, or with -m {key}=A,B one after the other.')
 
 
 def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> UserError:
@@ -166,7 +193,7 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
     for override in parsed:
         line, key, value = override.input_line, override.key_or_group, override.value()
         if override.is_sweep_override():
-            return UserError(f'"{line}" has several values; add -m to run one after the other.')
+            return UserError(f'"{line}" has several values: train and eval run one after the other with -m.')
         options = loader.get_group_options(key, ObjectType.CONFIG, CONFIG, search)
         groups += [str(line)] if options else []
         chosen = value if isinstance(value, list) else [] if override.is_delete() else [value]
@@ -186,8 +213,11 @@ def _explain(err: Exception, parsed: list[Override], loader: ConfigLoader) -> Us
         for group in ("memory.options", "task.memory"):
             if f"{key}.".startswith(f"{group}.") and group in known:
                 return UserError(f"An option is added with two plus signs: ++{group}.NAME=VALUE.")
-        if override.type is OverrideType.CHANGE and key not in known and not override.is_hydra_override():
-            return unknown_setting(key, known)
+        if override.type is OverrideType.CHANGE and not override.is_hydra_override():
+            inner = override.value()
+            names = [f"{key}.{name}" for name in inner] if isinstance(inner, dict) else []
+            for name in (name for name in [key, *names] if name not in known):
+                return unknown_setting(name, known)
     return UserError(" ".join(str(err).split("\n")[0].split()))
 
 
@@ -200,6 +230,10 @@ def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show:
     show: ``job``, ``hydra`` or ``all`` prints the composed configuration instead.
     """
     overrides = [*overrides]
+    if show not in (None, *SHOWN):
+        raise UserError(f"--cfg shows {', '.join(SHOWN)}, not {show}.")
+    if show and multirun:
+        raise UserError("--cfg shows one run; leave out -m and name one value of each setting.")
     configs = compose_runs(verb, overrides, multirun)
     if not multirun and not show:
         _run_alone(verb, configs[0], overrides)
@@ -212,7 +246,10 @@ def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show:
     task = {"train": train_job, "eval": eval_job}[verb]
     entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)
     with _argv([jobs.PROGRAM, *flags, *overrides]), _plain_errors():
-        entry(task)()
+        try:
+            entry(task)()
+        except HydraException as err:  # of a launcher or sweeper: what fails in a job, the job keeps
+            raise UserError(f"Hydra cannot run this: {' '.join(str(err).split())}") from err
     return 0 if show else jobs.summarize(sweep)
 
 

@@ -145,6 +145,9 @@ def evaluate(
     known = [name for name, _ in list_options("tasks", config_dir)]
     if what not in known:
         raise UserError(f'There is no task "{what}"{suggest(what, known)}; choose one of {", ".join(known)}.')
+    for word in overrides or []:
+        if word.lstrip("+~").startswith("task=") and word != f"task={what}":
+            raise UserError(f'"{word}" is another task than eval {what}; leave it out.')
     options = [
         f"task={what}",
         *_length_override(what, length),

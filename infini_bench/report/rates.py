@@ -43,7 +43,8 @@ def sweeps(losses: list[Row]) -> dict[tuple, dict[float, Seeds]]:
     lines: dict[tuple, dict[float, Seeds]] = defaultdict(lambda: defaultdict(dict))
     for row in losses:
         budget = tuple(pair for pair in row["budget"] if pair[0] not in FREE)
-        place = (row["train_tokens"], row["dataset"], row["length"], row["n"], budget)
+        best = row["config"]["trainer"].get("best")  # its rows, of a book each, are not all as long
+        place = (None if best else row["train_tokens"], row["dataset"], row["length"], row["n"], budget)
         lines[(*memory(row), row["own"]), place][rate(row)][row["seed"]] = row
     return lines
 

@@ -41,7 +41,7 @@ UNHASHED = ("runs", "records", "force", "device", "resume", "checkpoint")
 # By section; a task's by its name.
 YOUNGER: dict[str, dict[str, Any]] = {
     "memory": {"write_cost": 0.0, "write_floor": 0.0, "floor_trained": False},
-    "trainer": {"write_lr": None},
+    "trainer": {"write_lr": None, "best": False},
     **{task: {"memory": {}} for task in ("needles", "recall", "mqar", "booksum")},
     "passkey": {"memory": {}, "straddling": 0.0},
 }

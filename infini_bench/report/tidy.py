@@ -35,7 +35,7 @@ from infini_bench.report.reached import curves, reached, together
 from infini_bench.report.records import Record, current
 from infini_bench.report.repeated import numbered, planned
 from infini_bench.report.seeds import over_seeds
-from infini_bench.report.variants import VIEWS, of_memory, pretrained, setup_of, variants_of
+from infini_bench.report.variants import VIEWS, chosen, of_memory, pretrained, setup_of, variants_of
 
 Row = dict[str, Any]
 
@@ -222,9 +222,16 @@ def _measured(
 
 
 def _train_tokens(record: Record) -> int | None:
-    """Tokens of training, all stages together; in the first ones a pretrained model's own do not count."""
+    """Tokens of training, all stages together; in the first ones a pretrained model's own do not count.
+
+    Of a run that stands for its best checkpoint those of the whole run, which is what it was chosen with.
+    """
     own = record.tokens if record.kind == "train" else record.train.get("tokens")
-    return None if own is None else own + record.train.get("tokens_before", 0)
+    if own is None:
+        return None
+    if record.kind == "eval" and chosen(record):
+        own = round(own * record.config["trainer"]["steps"] / record.train["steps"])
+    return own + record.train.get("tokens_before", 0)
 
 
 def _aggregate(rows: list[Row]) -> Row:

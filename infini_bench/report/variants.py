@@ -174,6 +174,8 @@ def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
     flat: dict[str, str] = {}
     left_out = {*COVERAGE, *NEUTRAL, "data.cache_dir", but}
     left_out |= {"data.path"} if record.kind == "eval" else set()  # it has the fingerprint
+    if chosen(record):
+        left_out -= {"trainer.validate_every", "trainer.validate_rows"}  # they decide which checkpoint it is
     if record.task == "efficiency":
         left_out -= {"trainer.compile", "trainer.checkpoint_segments", "memory.backend"}  # speed does
 
@@ -201,12 +203,19 @@ def setup_of(record: Record, but: str | None = None) -> dict[str, str]:
         # where no protocol tells it from a trained one, this does
         return flat if but else {**flat, "trained.task": "null"}
     trained = {key: record.train.get(key) for key in ("task", "data", "steps", "train_kind")}
+    if chosen(record):  # which step it was is a result
+        trained["steps"] = record.config["trainer"]["steps"]
     walk("trained", {**trained, "corpus": _place(record.train.get("path"))})
     if pretrained(record.config):
         before = record.train.get("before")
         flat["trained.before"] = _stages(before) if before else "nothing"
         flat |= _settings_before(before)
     return flat
+
+
+def chosen(record: Record) -> bool:
+    """Whether a training stands for its best checkpoint."""
+    return bool(record.config["trainer"].get("best"))
 
 
 def _stages(record: Record) -> str:

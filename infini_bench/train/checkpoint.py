@@ -156,18 +156,21 @@ def verify(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the last one of a run folder.
+    """The checkpoint that a path means: itself, or a run's last one, or with ``trainer.best`` its best.
 
-    Last and not best, so that models compared under one budget have all seen the same number of tokens.
+    Else last, so that models compared under one budget have all seen the same number of tokens.
     """
     if (path / CHECKSUMS).exists():
         return path
     if not path.is_dir():
         raise UserError(f"{path} is no folder; give a run folder or a checkpoint folder.")
-    last = Checkpoints(path, 1).index()["last"]
-    if last is None:
+    index = Checkpoints(path, 1).index()
+    if index["last"] is None:
         raise UserError(f"{path} holds no finished checkpoint; give a run folder or a checkpoint folder.")
-    return path / "checkpoints" / last
+    last = path / "checkpoints" / index["last"]
+    if index["best"] and read_json(last / "config.json")["trainer"].get("best"):
+        return last.with_name(index["best"])
+    return last
 
 
 def load_checkpoint_model(path: Path) -> tuple[MemoryLlamaForCausalLM, Tokenizer, RunConfig]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from infini_bench.decoder import MemoryLlamaForCausalLM
 
 
-# Without cuDNN, torch's first choice on an H100 or H200: it plans for some 45 ms at each length of keys anew
+# Without cuDNN, torch's first choice on an H100 or H200: it makes a plan, of some 42 ms (pytorch #191576), for each
+# new length of keys. That is the likely reason for steps of 57 ms that full attention was seen to take there.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

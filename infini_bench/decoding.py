@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from infini_bench.decoder import MemoryLlamaForCausalLM
 
 
-# Without cuDNN, torch's first choice on an H100 or H200: it makes a plan (some 42 ms, pytorch #191576) for each
-# new length of keys. That is the likely reason for the 57 ms a step that full attention was seen to take there.
+# Without cuDNN, torch's first choice on an H100 or H200: for each new length of keys it makes a plan
+# (some 42 ms, pytorch #191576), the likely reason for 57 ms a step of full attention there.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

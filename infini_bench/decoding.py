@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from infini_bench.decoder import MemoryLlamaForCausalLM
 
 
-# Without cuDNN, torch's first choice on an H100 or H200: for each new length of keys it makes a plan
-# (some 42 ms, pytorch #191576), the likely reason for 57 ms a step of full attention there.
+# Without cuDNN, torch's first choice on an H100 or H200: for each new length of keys it makes a plan,
+# which takes longer than the step (some 42 ms in pytorch #191576).
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

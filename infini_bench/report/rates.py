@@ -201,8 +201,8 @@ CAPTIONS = {
     ),
     SUMMARIES: lambda rows: (
         "At each learning rate the loss that fine-tuning minimises (nats a token of the summary, and "
-        "task.lm_weight times those of the book), on rows of the validation split, of the checkpoint that a run "
-        "stands for (with trainer.best the one whose loss is least); the least of a line is chosen where two "
+        "task.lm_weight times those of the book), on rows of the validation split, of the checkpoint that "
+        "stands for a run (with trainer.best of least loss); the least of a line is chosen where two "
         "rates or more were tried. Losses compare within a line: another "
         "line's rows have other inputs. Overall: ROUGE, as in Table 4, of the summaries that the model then "
         "writes of the split's books from this input, against references of the kind that it was taught; in "

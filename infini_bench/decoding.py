@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from infini_bench.decoder import MemoryLlamaForCausalLM
 
 
-# Without cuDNN, torch's first choice on an H100 or H200: it plans for some 45 ms at each length of keys anew
+# Without cuDNN, torch's first choice on an H100 or H200: for each new length of keys it makes a plan,
+# which takes longer than the step (some 42 ms in pytorch #191576).
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 WARM = 3  # calls before a `Graph` is captured
 

@@ -111,9 +111,17 @@ def test_figures_show_every_line(name, tmp_path):
 
 
 def test_what_is_zero_is_named_and_not_lost():
-    rows = [row for row in tidy(FOUND) if row["table"] == "diag_gradients"]
-    (ax,) = reach_figure(rows).axes
-    assert any("at every distance: transformer_xl" in text.get_text() for text in ax.texts)
+    """However many they are: the words stay inside the axes."""
+    names = [f"a_memory_of_some_kind_{i}" for i in range(9)]
+    zeros = [reach(name, seed=0, values=(0.0, 0.0)) for name in names]
+    rows = [row for row in tidy([*FOUND, *zeros]) if row["table"] == "diag_gradients"]
+    figure = reach_figure(rows)
+    (ax,) = figure.axes
+    words = next(text for text in ax.texts if "at every distance" in text.get_text())
+    assert all(name in words.get_text() for name in ("transformer_xl", *names))
+    figure.canvas.draw()
+    box, around = words.get_window_extent(), ax.get_window_extent()
+    assert around.x0 <= box.x0 and box.x1 <= around.x1 and around.y0 <= box.y0
     sliding = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))["local_sliding"]
     assert 0 < sliding.get_ydata()[1] < 0.1
 

@@ -332,7 +332,9 @@ def test_what_is_recorded_as_done_stays_done(tmp_path, monkeypatch):
     models = ["rmt", "armt", "infini_delta_token"]
     needles = standing(plan("table3_hard", "gpu", results, [0], models, data=Path("data")))
     assert [each.state for each in needles] == ["done"] * 3
-    options = {"overrides": ["base.model=SmolLM2-135M-Instruct.Q4_1.gguf"], "data": Path("data")}
+    base = "base.model=SmolLM2-135M-Instruct.Q4_1.gguf"
+    before = ["trainer.steps=400", "trainer.best=false", "trainer.validate_every=null"]  # as it was recorded
+    options = {"overrides": [base, *before], "data": Path("data")}
     for name in ("adapted at once", "smollm2_1k"):
         jobs = plan("table4", "gpu", results, [0], None, only=name, **options)
         assert [each.state for each in standing(jobs) if not each.job.stages] == ["done"]

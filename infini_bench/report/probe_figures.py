@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from infini_bench.report.cells import Line, Row, grouped
@@ -102,9 +103,10 @@ def reach_figure(rows: list[Row]) -> Figure:
             ax.minorticks_off()
             ax.set_xlabel("segments between write and loss")
             ax.axhline(floor, color="#888888", linewidth=0.8, linestyle=":", zorder=0)
-            ax.set_ylim(bottom=floor / 4)
-            text = "exactly 0" + (f"; at every distance: {', '.join(none)}" if none else "")
-            ax.annotate(text, (ticks[0], floor), (0, -9), textcoords="offset points", fontsize=7)
+            text = fill("exactly 0" + (f"; at every distance: {', '.join(none)}" if none else ""), 56)
+            share = 0.02 + 0.045 * len(text.split("\n"))  # of the height, for the words below the line
+            ax.set_ylim(bottom=floor * (floor / ax.get_ylim()[1]) ** (share / (1 - share)))
+            ax.annotate(text, (ticks[0], floor), (0, -2), textcoords="offset points", fontsize=7, va="top")
         axes[g][0].set_ylabel("gradient norm at the write")
     return legend(figure, axes.flat)
 

@@ -1,8 +1,8 @@
 """Learning rates: each model's loss on the validation split at each rate, and which one is chosen.
 
 ``table2_lr``: bits per byte of language models, by evaluations of whole documents. ``table4_lr``: the loss of
-fine-tuning on summaries, by the validation at a training's last step (`loss`), which has every plot of the
-split in it; beside it, ROUGE of the summaries that the model writes of the split's books.
+fine-tuning on summaries, by the validation at the step of the checkpoint that was asked (`loss`), which has
+every plot of the split in it; beside it, ROUGE of the summaries that the model writes of the split's books.
 
 A line is one model on one budget: all settings equal but the rate and the folder of the corpus, which the
 fingerprint knows by content. Machines share a line, since none decides which rate is best. A training's last
@@ -201,8 +201,9 @@ CAPTIONS = {
     ),
     SUMMARIES: lambda rows: (
         "At each learning rate the loss that fine-tuning minimises (nats a token of the summary, and "
-        "task.lm_weight times those of the book), on rows of the validation split after the last step; the "
-        "least of a line is chosen where two rates or more were tried. Losses compare within a line: another "
+        "task.lm_weight times those of the book), on rows of the validation split, of the checkpoint that "
+        "stands for a run (with trainer.best of least loss); the least of a line is chosen where two "
+        "rates or more were tried. Losses compare within a line: another "
         "line's rows have other inputs. Overall: ROUGE, as in Table 4, of the summaries that the model then "
         "writes of the split's books from this input, against references of the kind that it was taught; in "
         "brackets 95 % intervals over books, which are too few to choose by. Cells of a line may be of "

@@ -304,3 +304,14 @@ def test_the_command_says_what_is_profiled(tmp_path, monkeypatch):
     assert (shown["model"], task["name"], task["level"]) == ("infini_delta", "efficiency", "operator")
     assert task["lengths"] == [2048, 1 << 20] and task["vs"] == [PEER]
     assert task["forms"] == ["eager", "compiled", "triton"]
+
+
+def test_a_row_names_what_differs_among_runs_of_its_size(tmp_path):
+    for heads, ffn, compiled in ((2, 64, False), (None, 96, False), (None, 96, True)):
+        cfg = to_dict(asked(kv_heads=heads, modes=["forward"], against=[], lengths=["16"]))
+        cfg["decoder"]["ffn"], cfg["trainer"]["compile"] = ffn, compiled
+        run_eval(build_config({**cfg, "records": str(tmp_path)}), command=["x"])
+    rows = [row for row in tidy(read_records(tmp_path)) if row["metric"] == "forward_ms"]
+    assert {row["variant"] for row in rows} == {
+        *(SHAPE, "b1-l3-w32-h4-d8-n8 trainer.compile=false", "b1-l3-w32-h4-d8-n8 trainer.compile=true")
+    }

@@ -46,11 +46,6 @@ DEFINING = (
     ),
     *("memory.gate_start", "memory.gate_split", "memory.gate_input", "memory.gate_frozen"),
 )
-# Settings that the shape in a row of `efficiency` names; its runs need no variant for them.
-OF_SHAPE = (
-    *("decoder.layers", "decoder.dim", "decoder.heads", "decoder.kv_heads", "decoder.head_dim"),
-    *("memory.segment", "task.batch"),
-)
 WEIGHTS = ("decoder", "memory", "base", "trainer", "scale")  # settings of what has weights
 # Known by the name of the file or folder: where that lies on a machine decides nothing.
 PLACED = ("base.model", "data.path", "data.tokenizer", "memory.kind", "task.memory.kind")
@@ -86,6 +81,7 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
         place += (r.config["model"],) if weightless(r.config) else ()
         place += (pretrained(r.config),) if table in BY_BASE else ()
         setup = setup_of(r, "task.protocol" if _has_column(r, table) else None)
+        place += (_shape(r),)
         groups[place].append(((r.id, table), setup))
         views[table, r.config["scale"], setup["model"]].append(setup)
     names: dict[tuple[str, str], str | None] = {}
@@ -101,8 +97,7 @@ def variants_of(shown: list[tuple[Record, str]]) -> dict[tuple[str, str], str | 
             # among those that have the setting: where one does not, another setting says so
             differing = [key for key in keys if len({o[key] for o in rivals[key] if key in o}) > 1]
             differing = [key for key in differing if key not in DERIVED]
-            shape = OF_SHAPE if place[0] == "efficiency" else ()
-            differing = [key for key in differing if key not in ("model", *shape)]
+            differing = [key for key in differing if key != "model"]
             own = {key for key in DEFINING if setup.get(key, default[key]) != default[key]}
             named = sorted({*differing, *own, *_decisive(setup, [other for _, other in group], keys)})
             names[run] = " ".join(f"{key}={setup[key]}" for key in named if key in setup) or None
@@ -134,6 +129,14 @@ def _has_column(record: Record, table: str) -> bool:
     shown = {row.get("protocol") for row in record.metrics} - {None}
     trained = str(record.config["task"].get("protocol"))
     return table not in VIEWS and bool(shown) and all(str(name).startswith(trained) for name in shown)
+
+
+def _shape(record: Record) -> frozenset[str]:
+    """b1-h8-d128-n2048: the size of what was timed, which names its rows in `efficiency`."""
+    if record.task != "efficiency":
+        return frozenset()
+    words = (str((row.get("extra") or {}).get("variant")) for row in record.metrics)
+    return frozenset(word for word in words if word.startswith("b") and "-n" in word)  # the others: peers
 
 
 def pretrained(config: dict[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
 NEEDLES = ("number", "uuid", "multikey", "multivalue")
+PASSKEY_KINDS = ("own_segment", "crossing", "straddling")  # of training rows, by the settings of their shares
 ANY_ALIGNMENT = "any alignment"  # of the protocol of passkey rows with task.any_alignment
 QUESTIONS = ("after", "before")
 PROTOCOLS = ("prefix", "whole_book")

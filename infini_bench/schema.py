@@ -173,7 +173,8 @@ class TaskConfig:
 class TrainedConfig(TaskConfig):
     """Base of the tasks that ask a trained model."""
 
-    memory: dict[str, Any] = field(default_factory=dict)  # memory settings that only the evaluation has
+    # memory settings that only the evaluation has; given to a training, they are those of its evaluations
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

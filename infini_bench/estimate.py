@@ -18,6 +18,7 @@ from infini_bench.decoder import LOSS_CHUNK
 from infini_bench.errors import UserError
 from infini_bench.models import ADDED, build_model
 from infini_bench.schema import RunConfig
+from infini_bench.units import counted
 
 GIB = 2**30
 FFN, WIDTH, MEMORY = 8, 18, 16  # bytes of activations a token and layer: a feed-forward unit, a width unit,
@@ -106,7 +107,7 @@ def report(cfg: RunConfig, processes: int = 1, tflops: float = TFLOPS) -> str:
     """The estimate in words, with what it assumes."""
     e, t = estimate(cfg, processes, tflops), cfg.trainer
     rows = t.batch * t.accumulate * processes
-    gpus = f"{processes} GPU" + ("s" if processes > 1 else "")
+    gpus = counted(processes, "GPU")
     parts = {"weights": e.weights, "activations": e.activations, "carried states": e.states}
     parts["logits"] = e.logits
     again = ", recomputed in the backward pass" if t.checkpoint_segments else ""

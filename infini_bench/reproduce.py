@@ -31,6 +31,7 @@ from infini_bench.report.tables import print_tables, write_report
 from infini_bench.report.tidy import tidy
 from infini_bench.schema import RunConfig
 from infini_bench.standing import chain, planned_records, standing, there
+from infini_bench.units import counted
 from infini_bench.workers import Board, Relay, cores, run_all
 
 WEIGHTS = {"train": 0.8, "eval": 0.2}  # of a job's time
@@ -82,7 +83,7 @@ def reproduce(
         if data is not None and not Path(path).exists():
             raise UserError(f"--data {data} lacks what {what} reads: {path} does not exist.")
     workers = min(jobs or (cores() if scale in ("smoke", "laptop") else 1), len(planned))
-    board = Board(progress or Progress(), f"{what}, {len(planned)} jobs", len(planned), WEIGHTS)
+    board = Board(progress or Progress(), f"{what}, {counted(len(planned), 'job')}", len(planned), WEIGHTS)
     outcomes = run_all(planned, run_job, workers, board, _lost)
     every = read_records(folder / "records")
     records = planned_records(planned, every)
@@ -216,6 +217,6 @@ def summary(
         lines.append(Text(f"{sum(check.ok for check in checks)} of {len(checks)} checks passed.", "bold"))
     train, evaluation = sum(o.train_seconds for o in outcomes), sum(o.eval_seconds for o in outcomes)
     peak = max((r.peak_bytes or 0 for r in records), default=0)
-    took = f"{len(outcomes)} jobs, {workers} at a time, in {seconds:.0f} s: {train:.0f} s of training and "
-    took += f"{evaluation:.0f} s of evaluation (what was done before left out), "
+    took = f"{counted(len(outcomes), 'job')}, {workers} at a time, in {seconds:.0f} s: {train:.0f} s of "
+    took += f"training and {evaluation:.0f} s of evaluation (what was done before left out), "
     return [*lines, Text(f"{took}at most {peak / 2**20:.0f} MiB of memory in a process.")]

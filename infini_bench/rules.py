@@ -219,7 +219,7 @@ def check_pairs(task: MQARConfig) -> None:
 
 
 def check_passkey(task: PasskeyConfig) -> None:
-    shares = {name: getattr(task, name) for name in ("own_segment", "crossing", "straddling")}
+    shares = {name: getattr(task, name) for name in schema.PASSKEY_KINDS}
     if sum(shares.values()) > 1:
         named = " and ".join(f"task.{name}={share}" for name, share in shares.items() if share)
         raise UserError(f"{named} are shares of the same rows; together they must be at most 1.")

@@ -124,8 +124,10 @@ def run_eval(
         trained = trained_config(path)
         cfg = replace(evaluated_config(cfg, trained, given), checkpoint=checkpoint_name(path), resume=None)
         origin = train_reference(trained, path)
-        if progress is None and (changes := getattr(cfg.task, "memory", {})):  # perhaps set when trained
-            say(f"with task.memory: {', '.join(f'{key}={value}' for key, value in changes.items())}")
+        if progress is None and (changes := getattr(cfg.task, "memory", {})):
+            kept = given is not None and not any(key.startswith("task.memory") for key in given)
+            whence = "; the training was given it, ++task.memory={} leaves it out" if kept else ""
+            say(f"with task.memory: {', '.join(f'{key}={value}' for key, value in changes.items())}{whence}")
         if progress is None and trained.task.name != cfg.task.name:
             say(f"warning: trained on {trained.task.name}, evaluated on {cfg.task.name}")
         record = new_record("eval", cfg, command, {key: origin[key] for key in ("config_hash", "steps")})

@@ -30,6 +30,7 @@ SAVES = ("full", "changes")
 DEVICES = ("auto", "cpu", "cuda")
 FILLERS = ("constant", "text")
 NEEDLES = ("number", "uuid", "multikey", "multivalue")
+PASSKEY_KINDS = ("own_segment", "crossing", "straddling")  # of training rows, by the settings of their shares
 ANY_ALIGNMENT = "any alignment"  # of the protocol of passkey rows with task.any_alignment
 QUESTIONS = ("after", "before")
 PROTOCOLS = ("prefix", "whole_book")
@@ -172,7 +173,8 @@ class TaskConfig:
 class TrainedConfig(TaskConfig):
     """Base of the tasks that ask a trained model."""
 
-    memory: dict[str, Any] = field(default_factory=dict)  # memory settings that only the evaluation has
+    # memory settings that only the evaluation has; given to a training, they are those of its evaluations
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Lengths, depths and did-you-mean, as people type them. Standard library only."""
+"""Lengths, depths, counts and did-you-mean, as people write them. Standard library only."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def format_length(tokens: int) -> str:
         if tokens and tokens % factor == 0:
             return f"{tokens // factor}{suffix}"
     return str(tokens)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 job``, ``2 jobs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def parse_depth(text: str | int) -> str:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from threading import Thread, current_thread, main_thread
+from multiprocessing.managers import SyncManager
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 from infini_bench.progress import Handle, NullProgress, Progress
+from infini_bench.signals import terminable
 
 
 class Named(Protocol):
@@ -40,8 +42,8 @@ def run_all(
     """Results in the order of ``jobs``. ``run`` and jobs must be picklable if workers > 1.
 
     Jobs whose process is killed (want of memory, mostly) are run again alone; ``lost(job)`` is the result of
-    one that is killed then, too. SIGINT and SIGTERM end all with a KeyboardInterrupt: no further job is
-    started, workers are sent SIGTERM, and training saves itself before it stops.
+    one that is killed then, too. A KeyboardInterrupt (SIGINT, or inside `terminable` SIGTERM) ends all: no
+    further job is started, workers are sent SIGTERM, and training saves itself before it stops.
     """
     with board:
         if workers == 1:
@@ -53,7 +55,7 @@ def _side_by_side(
     jobs: Sequence[J], run: Callable, workers: int, board: Board, lost: Callable[[J], R]
 ) -> list[R]:
     results: dict[str, R] = {}
-    with _mailbox(board) as queue, _terminable():
+    with _mailbox(board) as queue:
         while waiting := [job for job in jobs if job.name not in results]:
             done, killed = _one_pool(waiting, run, workers, queue)
             results |= done
@@ -68,11 +70,11 @@ def _one_pool(jobs: list[J], run: Callable, workers: int, queue: Any) -> tuple[d
     done: dict[str, Any] = {}
     killed: list[J] = []
     waiting, running = deque(jobs), dict[Future, J]()
-    with _pool(workers) as pool:
+    with process_pool(workers) as pool:
         while (waiting or running) and not killed:
             while waiting and len(running) < workers:  # no more: what a pool has queued cannot be cancelled
                 job = waiting.popleft()
-                running[pool.submit(run, job, queue)] = job
+                running[pool.submit(_run_job, run, job, queue)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 try:
@@ -83,9 +85,16 @@ def _one_pool(jobs: list[J], run: Callable, workers: int, queue: Any) -> tuple[d
     return done, killed
 
 
+def _run_job(run: Callable[[J, Any], R], job: J, queue: Any) -> R:
+    """In a worker: one that is told to stop ends its job as the only process would."""
+    with terminable():
+        return run(job, queue)
+
+
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that share the cores; on an interrupt they are asked to stop."""
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that share the cores; on an interrupt they are told to stop, and what waits is not
+    begun."""
     others = set(multiprocessing.active_children())
     context, threads = multiprocessing.get_context("spawn"), max(1, cores() // workers)
     with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
@@ -97,21 +106,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as KeyboardInterrupt, so that no worker outlives this process."""
-    if current_thread() is not main_thread():  # Python allows no handlers there
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _start_worker(threads: int) -> None:
-    """Before torch is imported. Ctrl-C is the affair of the parent, and of the loop while one trains."""
+    """Before torch is imported. Ctrl-C, which reaches all processes of a terminal, is the parent's affair."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -119,7 +115,10 @@ def _start_worker(threads: int) -> None:
 @contextmanager
 def _mailbox(board: Board) -> Iterator[Any]:
     """A queue that can be sent to other processes; its messages reach ``board`` in this one."""
-    with multiprocessing.get_context("spawn").Manager() as manager:
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    # it ignores SIGINT of itself; either signal may reach all processes, and workers tell of their end
+    manager.start(signal.signal, (signal.SIGTERM, signal.SIG_IGN))
+    with manager:
         queue = manager.Queue()
 
         def deliver() -> None:

@@ -13,12 +13,9 @@ by itself: both kinds together, and each alone. The test split chooses nothing. 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +23,7 @@ import numpy as np
 from infini_bench.data import Document
 from infini_bench.errors import UserError
 from infini_bench.metrics import rouge
+from infini_bench.workers import cores, process_pool
 
 from .booksum_score import Scores, Written, kinds_of
 
@@ -114,7 +112,7 @@ def extract_all(booksum: Booksum, books: list[Document], progress, kinds=()) -> 
 
 
 def _in_processes(jobs: list[Job]) -> Iterator[Extract]:
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with process_pool(cores()) as pool:
         yield from pool.map(extract_one, jobs)
 
 

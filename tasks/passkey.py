@@ -60,7 +60,7 @@ from infini_bench.errors import UserError
 from infini_bench.metrics.intervals import Interval
 from infini_bench.metrics.retrieval import exact_match, token_accuracy
 from infini_bench.progress import NullProgress
-from infini_bench.schema import ANY_ALIGNMENT
+from infini_bench.schema import ANY_ALIGNMENT, PASSKEY_KINDS
 from infini_bench.stream import feed, generate, prefill_rows
 from infini_bench.units import parse_depth, parse_length
 
@@ -80,7 +80,6 @@ from .haystack import (
 )
 from .writing import memory_norms, write_strengths
 
-KINDS = ("own_segment", "crossing", "straddling")  # of rows, by the settings that give their shares
 VOCAB_SIZE = 512  # 256 bytes and merges enough to make every word of the prompt one token
 
 
@@ -180,10 +179,10 @@ class Passkey(Task):
 
     def _shares(self, borders: bool) -> dict[str, float]:
         """Of the rows, of each kind but ``any``; borders: whether rows have any."""
-        return {kind: getattr(self.task, kind) for kind in KINDS if borders or kind == "own_segment"}
+        return {kind: getattr(self.task, kind) for kind in PASSKEY_KINDS if borders or kind == "own_segment"}
 
     def _kind(self, rng: np.random.Generator, borders: bool) -> str:
-        if not any(getattr(self.task, kind) for kind in KINDS):
+        if not any(getattr(self.task, kind) for kind in PASSKEY_KINDS):
             return "any"  # draws nothing: its rows are those of old runs
         shares = self._shares(borders)
         drawn, below = rng.random(), np.cumsum(list(shares.values()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -186,12 +188,14 @@ def test_unexpected_errors_show_their_traceback(monkeypatch):
     assert isinstance(invoke("ls", "runs").exception, ZeroDivisionError)
 
 
-def test_interruption_is_exit_code_130(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_is_exit_code_130(monkeypatch, number):
     def interrupt(records):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(cli.tables, "list_runs", interrupt)
-    assert invoke("ls", "runs").exit_code == 130
+    result = invoke("ls", "runs")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
 def test_options_of_eval_become_overrides(monkeypatch):

@@ -152,13 +152,15 @@ def test_failures_of_one_run_keep_their_kind(runs, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("seeds", "code"), [("0,1,2", 1), ("2,0", 2)])
-def test_a_sweep_goes_on_after_failures_and_says_which(runs, seeds, code, tmp_path):
+@pytest.mark.parametrize(
+    ("seeds", "code", "jobs"), [("0,1,2", 1, "3 jobs"), ("2,0", 2, "2 jobs"), ("2", 2, "1 job")]
+)
+def test_a_sweep_goes_on_after_failures_and_says_which(runs, seeds, code, jobs, tmp_path):
     result = invoke("train", "-m", f"seed={seeds}", "scale=smoke")
     assert result.exit_code == code
     assert [job.cfg.seed for job in runs] == [int(seed) for seed in seeds.split(",")]
     failed = [seed for seed in seeds.split(",") if seed in "12"]
-    assert f"{len(runs)} jobs: {len(runs) - len(failed)} done, {len(failed)} failed" in result.stdout
+    assert f"{jobs}: {len(runs) - len(failed)} done, {len(failed)} failed" in result.stdout
     told = [line for line in result.stderr.splitlines() if line.startswith("error: job")]
     assert [f"seed={seed} " in line for seed, line in zip(failed, told, strict=True)] == [True] * len(failed)
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()

@@ -249,6 +249,24 @@ def test_an_evaluation_changes_what_needs_no_training(tmp_path, monkeypatch):
     assert len(read_records("results/records")) == len(found)
 
 
+def test_an_evaluation_says_what_its_training_was_given_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("infini_bench.origin.PACKAGE", tmp_path)
+    kept = ["++task.memory.kind=sliding", "++task.memory.window=9"]
+    small = ["scale=smoke", "device=cpu", "model=full", "trainer.steps=1"]
+    assert invoke("train", "task=passkey", *small, *kept).exit_code == 0
+    ask = ["eval", "passkey", "device=cpu", "task.controls=false", "--length", "256", "--trials", "1"]
+    hint = "kind=sliding, window=9; the training was given it, ++task.memory={} leaves it out\n"
+    assert f"with task.memory: {hint}" in invoke(*ask).stdout
+    assert (
+        "with task.memory: kind=sliding, window=8\n"
+        in invoke(*ask, *kept[:1], "++task.memory.window=8").stdout
+    )
+    assert "with task.memory" not in invoke(*ask, "++task.memory={}").stdout
+    asked = [r.config["task"]["memory"] for r in read_records("results/records") if r.kind == "eval"]
+    assert sorted(memory.get("window", 0) for memory in asked) == [0, 8, 9]
+
+
 def test_resuming(there):  # changes the run, so it comes after the evaluations
     (run,) = (there / "runs").iterdir()
     assert "already done" in invoke("train", f"resume={run}").stdout

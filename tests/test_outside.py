@@ -18,7 +18,7 @@ from infini_bench.errors import UserError
 from infini_bench.memory import build_memory
 from infini_bench.report.records import config_hash, read_records
 from infini_bench.schema import MemoryConfig
-from infini_bench.train.signals import StopRequest
+from infini_bench.signals import StopRequest
 
 README = Path(infini_bench.__file__).parents[1] / "README.md"
 

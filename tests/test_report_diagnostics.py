@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 import pytest
 from report_fakes import lm, mqar, pick, recall, sheet_text, taught, training
 
-from infini_bench.report import diagnostics
+from infini_bench.report import diagnostics, style
 from infini_bench.report.cells import ABSENT, number
 from infini_bench.report.figures import FIGURES, labels, svg
 from infini_bench.report.layouts import BUILDERS, CAPTIONS, LINES, TITLES
 from infini_bench.report.records import add_plan, read_records, write_record
-from infini_bench.report.style import compact
+from infini_bench.report.style import compact, panels
 from infini_bench.report.tables import write_report
 from infini_bench.report.tidy import NAMES, tidy
 
@@ -204,6 +204,15 @@ def test_figures_are_the_same_bytes_again(name):
     ElementTree.fromstring(text)
     assert "<text" in text and "dc:date" not in text and "Matplotlib" not in text
     assert svg(name, []) is None
+
+
+def test_a_page_holds_a_title_that_is_wider_than_its_panel():
+    def page(title: str) -> float:
+        figure, (axes,) = panels(1, 1, (1.0, 1.0))
+        axes.set_title(title)
+        return float(re.search(r'width="([\d.]+)pt"', style.drawn(lambda: figure) or "")[1])
+
+    assert page("short") < 110 < 500 < page("long enough " * 10)  # points; a panel of an inch has 72
 
 
 def test_a_line_looks_the_same_in_every_panel():

@@ -6,7 +6,7 @@ import pytest
 from report_fakes import record, row, sheet_text
 
 from infini_bench.report import paper, probes
-from infini_bench.report.probe_figures import FIGURES, reach_figure
+from infini_bench.report.probe_figures import FIGURES, apart, reach_figure
 from infini_bench.report.tidy import TABLES, tidy
 
 BODY = {"layers": 2, "heads": 4, "dim": 64, "head_dim": None}
@@ -108,6 +108,13 @@ def test_figures_show_every_line(name, tmp_path):
     drawn = sum(len(ax.get_legend_handles_labels()[1]) for ax in figure.axes)
     assert drawn == {"table1_memory": 3, "diag_memory": 2 * 2 * (4 + 2), "diag_gradients": 2}[name]
     assert all(line.get_xdata().min() > 0 for ax in figure.axes for line in ax.lines[:1])
+
+
+def test_names_beside_lines_stay_near_them_and_off_one_another():
+    assert apart([0.1, 0.5, 0.9], [0.1, 0.1, 0.1]) == pytest.approx([0.1, 0.5, 0.9])
+    assert apart([0.5, 0.5, 0.9], [0.1, 0.3, 0.1]) == pytest.approx([0.4, 0.6, 0.9])
+    assert apart([0.1, 0.5, 0.52], [0.1, 0.1, 0.1]) == pytest.approx([0.1, 0.46, 0.56])
+    assert apart([0.4, 0.5, 0.5], [0.1, 0.1, 0.1]) == pytest.approx([1.1 / 3, 1.4 / 3, 1.7 / 3])
 
 
 def test_what_is_zero_is_named_and_not_lost():

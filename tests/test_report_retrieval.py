@@ -131,6 +131,19 @@ def test_heat_maps_show_every_depth_and_length_but_no_control():
         )
 
 
+def test_a_records_curve_keeps_the_step_of_the_lowest_validation_loss(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "tokens": i, "task_loss": 1.0, "level": 1} for i in range(1, 1001)]
+    for step in range(40, 1001, 40):
+        lines[step - 1]["validation_loss"] = 2.0 + abs(step - 320)
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = curve(log)
+    steps = [line["step"] for line in kept]
+    assert len(kept) == 101 and steps == sorted(set(steps)) and steps[-1] == 1000
+    assert [line["validation_loss"] for line in kept if line["step"] == 320] == [2.0]
+    assert {280, 360} & {*steps} == set()  # evenly spread lines hit neither it nor its neighbours
+
+
 def test_a_records_curve_shows_loss_and_gates(tmp_path):
     log = tmp_path / "metrics.jsonl"
     gates = {name: [shift, shift + 0.1] for name, shift in (("min", 0.1), ("mean", 0.2), ("max", 0.3))}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infini_bench.errors import UserError
-from infini_bench.units import K, M, format_length, parse_depth, parse_length, suggest
+from infini_bench.units import K, M, counted, format_length, parse_depth, parse_length, suggest
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,10 @@ def test_depths_are_canonical(percent):
 def test_any_text_is_a_depth_or_a_user_error(text):
     with suppress(UserError):
         assert parse_depth(parse_depth(text)) == parse_depth(text)
+
+
+def test_one_is_not_many():
+    assert [counted(number, "job") for number in (0, 1, 2)] == ["0 jobs", "1 job", "2 jobs"]
 
 
 def test_suggestions():

@@ -6,14 +6,18 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from infini_bench.progress import NullProgress, Progress
+from infini_bench.signals import terminable
 from infini_bench.workers import Board, Relay, run_all
 
 
@@ -31,7 +35,9 @@ def toy_run(job: Toy, board) -> tuple:
     board.put(("finish", job.name, "train"))
     if job.fate == "terminator":
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep({"slow": 0.5, "endless": 60, "terminator": 60}.get(job.fate, 0))
+    if job.fate == "group":
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+    time.sleep({"slow": 0.5, "endless": 60, "terminator": 60, "group": 60}.get(job.fate, 0))
     if job.fate == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if job.fate == "stopped":
@@ -68,11 +74,38 @@ def test_an_interrupt_in_a_worker_reaches_the_parent():
 
 def test_sigterm_ends_the_workers_too():
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), terminable():
         run_all([Toy("a", "endless"), Toy("b", "terminator")], toy_run, 2, board(2), lost)
     assert time.monotonic() - began < 30
     assert multiprocessing.active_children() == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_to_all_processes_at_once_is_silent():
+    """As ``timeout`` sends it: to the parent, its workers and the mailbox between them."""
+    script = """
+import sys
+from test_workers import Toy, board, lost, run_all, terminable, toy_run
+try:
+    with terminable():
+        run_all([Toy("a", "endless"), Toy("b", "group"), Toy("c")], toy_run, 2, board(3), lost)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, start_new_session=True, cwd=Path(__file__).parent, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_of_two_sigterms_the_second_cuts_nothing_off():
+    ended = []
+    with pytest.raises(KeyboardInterrupt), terminable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append("whole")
+    assert ended == ["whole"] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_board_counts_to_a_hundred():

@@ -12,27 +12,29 @@ from typer.core import TyperGroup
 
 from infini_bench import __version__, outside
 from infini_bench.errors import UserError
+from infini_bench.signals import terminable
 
 INTERRUPTED = 130
 
 
 class Verbs(TyperGroup):
-    """What the user can put right is one sentence and exit code 2; Ctrl-C is exit code 130."""
+    """What the user can put right is one sentence and exit code 2; Ctrl-C and SIGTERM are exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from error
-        except Exception as error:
-            if words := outside.fault(error):
-                print(f"error: {words}", file=sys.stderr)
+        with terminable():
+            try:
+                return super().invoke(ctx)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
                 raise typer.Exit(2) from error
-            raise
+            except KeyboardInterrupt as error:
+                print("interrupted", file=sys.stderr)
+                raise typer.Exit(INTERRUPTED) from error
+            except Exception as error:
+                if words := outside.fault(error):
+                    print(f"error: {words}", file=sys.stderr)
+                    raise typer.Exit(2) from error
+                raise
 
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False)

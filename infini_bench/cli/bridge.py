@@ -39,7 +39,7 @@ from infini_bench.errors import UserError
 from infini_bench.origin import bare_base
 from infini_bench.rules import check_trainer
 from infini_bench.schema import RunConfig
-from infini_bench.units import suggest
+from infini_bench.units import counted, suggest
 from infini_bench.unread import check_read
 
 # What Hydra raises for overrides that it cannot compose; the last for values of the wrong kind.
@@ -241,7 +241,7 @@ def launch(verb: str, overrides: Sequence[str], *, multirun: bool = False, show:
     sweep = Path(configs[0].runs) / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     if not show:
         overrides.append(f"hydra.sweep.dir={quote(str(sweep))}")
-        print(f"{len(configs)} jobs, log in {sweep}")
+        print(f"{counted(len(configs), 'job')}, log in {sweep}")
     flags = ["--cfg", show] if show else ["--multirun"]
     task = {"train": train_job, "eval": eval_job}[verb]
     entry = hydra.main(version_base=VERSION, config_path=f"pkg://{MODULE}", config_name=CONFIG)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from infini_bench.errors import UserError
 from infini_bench.files import read_json, write_json
 from infini_bench.schema import RunConfig
+from infini_bench.units import counted
 
 if TYPE_CHECKING:
     from infini_bench.report.records import Record
@@ -76,7 +77,7 @@ def summarize(folder: Path) -> int:
     """Tell how a sweep's jobs ended; returns the exit code: 2 if all failures were the user's, else 1."""
     outcomes = [read_json(path) for path in sorted(folder.glob("job-*.json"))]
     failed = [outcome for outcome in outcomes if outcome["error"] is not None]
-    print(f"{len(outcomes)} jobs: {len(outcomes) - len(failed)} done, {len(failed)} failed")
+    print(f"{counted(len(outcomes), 'job')}: {len(outcomes) - len(failed)} done, {len(failed)} failed")
     for outcome in failed:
         print(f"error: job {outcome['job']} ({outcome['overrides']}): {outcome['error']}", file=sys.stderr)
     return 0 if not failed else 2 if all(outcome["user"] for outcome in failed) else 1

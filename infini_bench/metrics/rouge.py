@@ -6,18 +6,15 @@ R-Lsum needs sentences, and implementations disagree on them; ours are cut by on
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import cache, lru_cache
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +24,7 @@ from rouge_score.scoring import fmeasure
 from rouge_score.tokenize import tokenize
 
 from infini_bench.files import writing
+from infini_bench.workers import cores, process_pool
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 Pair = tuple[str, str]  # prediction, reference
@@ -80,10 +78,10 @@ def score_pairs(
         missing = {key: pair for key, pair in missing.items() if key not in kept}
     if processes is None:
         work = sum(len(prediction) * len(reference) for prediction, reference in missing.values())
-        processes = _cores() if work > _PARALLEL_FROM else 1
+        processes = cores() if work > _PARALLEL_FROM else 1
     processes = min(processes, len(missing))
     if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with process_pool(processes) as pool:
             _take(zip(missing, pool.map(score_pair, missing.values()), strict=True), folder)
     else:
         _take(((key, score_pair(pair)) for key, pair in missing.items()), folder)
@@ -96,10 +94,6 @@ def _take(scored: Iterator[tuple[str, np.ndarray]], folder: Path | None) -> None
         _SCORES.update(new)
         if folder is not None:
             _keep(folder, new)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open(folder: Path) -> closing[sqlite3.Connection]:

@@ -14,6 +14,7 @@ from infini_bench.report.cells import grouped, number
 from infini_bench.report.compare import memory, paired_delta
 from infini_bench.report.records import Record
 from infini_bench.report.retrieval import far
+from infini_bench.units import counted
 
 Row = dict[str, Any]
 SCALES = ("gpu", "paper")
@@ -76,13 +77,13 @@ def signed(row: Row, digits: int = 3) -> str:
 
 def _basis(row: Row) -> str:
     """On how much a number stands."""
-    return f"({row['seeds']} seed{'s' * (row['seeds'] > 1)}, {row['n']:,} documents)"
+    return f"({counted(row['seeds'], 'seed')}, {row['n']:,} documents)"
 
 
 def few(rows: Iterable[Row]) -> str:
     """A sentence where fewer than FEW seeds were drawn from: their bootstrap reaches hardly past them."""
     least = min(row["seeds"] for row in rows)
-    seeds = "1 seed" if least == 1 else f"{least} seeds"
+    seeds = counted(least, "seed")
     return "" if least >= FEW else f" Judged on {seeds}: how other seeds would spread is not known."
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -233,7 +234,8 @@ def variants(rows: list[Row]) -> Figure:
     figure, axes = panels(max(len(parts), 1), 3)
     for each, (filler, group) in zip(axes, parts, strict=False):
         (_recall_panel if filler else _bits_panel)(each, labels(rows), group)
-        each.set_title(f"{group[0]['model']} {filler}: {_place(group[0])}", fontsize=8)
+        title = f"{group[0]['model']}{filler and f', {filler}'}"
+        each.set_title(f"{title}\n{_place(group[0])}", fontsize=8)
     return legend(figure, axes)
 
 
@@ -245,10 +247,8 @@ def _bits_panel(axes: Axes, names: Names, rows: list[Row]) -> None:
             low, high = (_float(row[key]) for key in ("ci_low", "ci_high"))
             error = [[np.nan_to_num(row["value"] - low)], [np.nan_to_num(high - row["value"])]]
             axes.errorbar([row["value"]], [place], xerr=error, capsize=2, **look(number))
-    axes.set_yticks(
-        range(len(rows)),
-        [[*names.values()][_number(names, row)].partition(" ")[2] or row["model"] for row in rows],
-    )
+    own = [[*names.values()][_number(names, row)].partition(" ")[2] or row["model"] for row in rows]
+    axes.set_yticks(range(len(rows)), [fill(words, 32) for words in own], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("bits per byte")
 

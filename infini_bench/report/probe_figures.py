@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
+from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -157,17 +158,28 @@ def _label(row: Row) -> str:
 
 
 def _end_labels(ax: Axes, rows: list[Row]) -> None:
-    """Names at the right end of a logarithmic panel's lines, moved apart; equal ends share a line of text."""
+    """Names beside the ends of a logarithmic panel's lines, each joined to it; equal ones share a text."""
     low, high = (math.log(limit) for limit in ax.get_ylim())
-    top, line = -1.0, 0.045
-    for same in sorted(grouped(rows, ("value",)), key=lambda same: same[0]["value"]):
-        half = line * len(same) / 2
-        place = max((math.log(same[0]["value"]) - low) / (high - low), top + 0.01 + half)
-        top = place + half
-        spot: dict[str, Any] = {
-            "xycoords": "axes fraction",
-            "va": "center",
-            "fontsize": 7,
-            "annotation_clip": False,
-        }
-        ax.annotate(",\n".join(_label(row) for row in same), (1.02, place), **spot)
+    groups = sorted(grouped(rows, ("value",)), key=lambda same: same[0]["value"])
+    texts = [",\n".join(_label(row).replace(" (", "\n(") for row in same) for same in groups]
+    ends = [(math.log(same[0]["value"]) - low) / (high - low) for same in groups]
+    places = apart(ends, [0.01 + 0.045 * len(text.split("\n")) for text in texts])  # shares of the height
+    arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 0}
+    style: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 7}
+    for same, text, place in zip(groups, texts, places, strict=True):
+        end = same[0]["length"], same[0]["value"]
+        ax.annotate(text, end, (1.05, place), annotation_clip=False, arrowprops=arrow, **style)
+
+
+def apart(wanted: list[float], heights: list[float]) -> list[float]:
+    """Middles of things of these heights, in their order and without overlap, as near to the wanted ones as
+    that allows (least squares): what would overlap is stacked.
+    """
+    offsets = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+    stacks: list[list[float]] = []  # where each thing would have the lower end of its stack
+    for place, offset in zip(wanted, offsets, strict=True):
+        stacks.append([place - offset])
+        while len(stacks) > 1 and fmean(stacks[-1]) < fmean(stacks[-2]):
+            stacks[-2:] = [stacks[-2] + stacks[-1]]
+    bases = [fmean(stack) for stack in stacks for _ in stack]
+    return [base + offset for base, offset in zip(bases, offsets, strict=True)]

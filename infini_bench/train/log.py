@@ -38,15 +38,18 @@ class MetricsLog:
 
 
 def curve(path: Path, most: int = 100) -> list[dict]:
-    """At most ``most`` lines of a log, evenly spread, the last among them: what a record keeps of a training.
+    """What a record keeps of a training's log: at most ``most`` lines, evenly spread, the last one among
+    them; and that of the lowest validation loss: the step that a run with ``trainer.best`` stands for.
 
     Keys: step, tokens, task_loss (nats), level (segments), gates (mean, min, max by layer; None without),
     validation_loss where it was measured, and write, where writing has a cost: mean strength by layer over
     the last call of this process.
     """
     lines = read_log(path)
-    places = sorted({round(i * (len(lines) - 1) / max(most - 1, 1)) for i in range(most)} if lines else ())
-    return [_point(lines[place]) for place in places]
+    places = {round(i * (len(lines) - 1) / max(most - 1, 1)) for i in range(most)} if lines else set()
+    validated = [place for place, line in enumerate(lines) if "validation_loss" in line]
+    best = min(validated, key=lambda place: lines[place]["validation_loss"], default=None)
+    return [_point(line) for place, line in enumerate(lines) if place in places or place == best]
 
 
 def _point(line: dict) -> dict:

@@ -23,6 +23,7 @@ from infini_bench.outside import is_outside
 from infini_bench.pretrained import adapted_model, freeze, is_added, save_changes
 from infini_bench.progress import NullProgress, Progress
 from infini_bench.schema import RunConfig, TrainerConfig
+from infini_bench.signals import StopRequest
 from infini_bench.tasks import build_task
 from infini_bench.train.checkpoint import Checkpoints, find_checkpoint
 from infini_bench.train.curriculum import Curriculum
@@ -30,7 +31,6 @@ from infini_bench.train.device import build_accelerator
 from infini_bench.train.log import MetricsLog, read_log
 from infini_bench.train.optim import load_state_tensors, lr_factor, state_tensors
 from infini_bench.train.parallel import full
-from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import (
     Resumed,
     TrainState,

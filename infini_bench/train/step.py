@@ -18,12 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from infini_bench.models import MemoryLlamaForCausalLM
 from infini_bench.schema import RunConfig
+from infini_bench.signals import StopRequest
 from infini_bench.tasks.base import Batch, Task
 from infini_bench.train.curriculum import Curriculum
 from infini_bench.train.loss import SequenceLoss
 from infini_bench.train.optim import build_optimizer, grouped_parameters, set_lr
 from infini_bench.train.parallel import full, shard
-from infini_bench.train.signals import StopRequest
 from infini_bench.train.state import TrainState
 
 

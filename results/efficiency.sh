@@ -32,10 +32,14 @@ if wanted vs; then
   $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
     --lengths 8K,32K,128K decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
     memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20
-  # The package keeps activations of two segments, ours of all: once more with as many.
-  $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
-    --lengths 8K,32K,128K 'task.modes=[train]' decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
-    memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20 trainer.checkpoint_segments=2
+  # The package keeps activations of two segments, ours of all: as many, and four with layers compiled.
+  for form in 2,false,8K,32K,128K 4,true,8K,128K; do
+    IFS=, read -r segments compile lengths <<< "$form"
+    $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
+      --lengths "$lengths" 'task.modes=[train]' decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
+      memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20 trainer.compile=$compile \
+      trainer.checkpoint_segments=$segments
+  done
 fi
 
 # The packages of the other two rivals at the same sizes. One searches on the CPU: short documents.
@@ -45,7 +49,7 @@ if wanted memorizing; then
     decoder.tie_embeddings=false task.repeats=7 task.seconds=30
 fi
 if wanted rmt; then
-  $bench profile --scale gpu --models rmt --vs recurrent-memory-transformer-pytorch --lengths 8K,32K,128K \
+  $bench profile --scale gpu --models rmt --vs recurrent-memory-transformer-pytorch --lengths 8K,32K \
     decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=2048 memory.segment=512 \
     decoder.tie_embeddings=false task.repeats=7 task.seconds=20
 fi

@@ -249,6 +249,10 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     dotted = [line for line in drawn if line.get_linestyle() == ":"]
     assert len(dotted) == 3 + 2 * 3, "a bound beside each time of ours, and of each operator"
     assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes if ax.lines)
+    words = {ax.get_ylabel() for ax in figure.axes}
+    assert words >= {"peak memory, forward, GiB", "peak memory, training, GiB"}
+    titles = [title for ax in figure.axes if (title := ax.get_title(loc="left"))]
+    assert titles == sorted({*titles}, key=titles.index), "two scales of one shape are told apart"
     assert svg("efficiency", rows).startswith("<?xml")
     ours = [
         row for row in rows if row["length"] == 16 and row["protocol"] == "model" and not row["condition"]

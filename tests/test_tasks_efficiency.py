@@ -308,3 +308,10 @@ def test_the_command_says_what_is_profiled(tmp_path, monkeypatch):
     assert (shown["model"], task["name"], task["level"]) == ("infini_delta", "efficiency", "operator")
     assert task["lengths"] == [2048, 1 << 20] and task["vs"] == [PEER]
     assert task["forms"] == ["eager", "compiled", "triton"]
+
+
+def test_operators_of_a_package_are_timed_beside_operators():
+    done = CliRunner().invoke(
+        app, ["profile", "--vs", "flash-linear-attention", "--cfg", "job", "--models", "full"]
+    )
+    assert done.exit_code == 0 and yaml.safe_load(done.stdout)["task"]["level"] == "operator"

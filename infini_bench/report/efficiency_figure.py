@@ -128,7 +128,7 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
 def _ticks(axis: Axis) -> None:
     """Round numbers, also where a logarithm spans less than a decade; over many, powers of ten alone."""
     low, high = axis.get_view_interval()
-    spans = {2.5: (), 20: (1, 2, 5), 300: (1, 3), math.inf: (1,)}  # decades are cut finer, the fewer there are
+    spans = {2.5: (), 20: (1, 2, 5), 300: (1, 3), math.inf: (1,)}
     subs = next(subs for span, subs in spans.items() if high < span * low)
     axis.set_major_locator(LogLocator(subs=subs, numticks=6) if subs else MaxNLocator(4))
     axis.set_major_formatter(lambda x, _: f"{x:,g}")

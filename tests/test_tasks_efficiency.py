@@ -252,7 +252,7 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     words = {ax.get_ylabel() for ax in figure.axes}
     assert words >= {"peak memory, forward, GiB", "peak memory, training, GiB"}
     titles = [title for ax in figure.axes if (title := ax.get_title(loc="left"))]
-    assert titles == sorted({*titles}, key=titles.index), "two scales of one shape are told apart"
+    assert all(f", {found[0].config['scale']}" in title for title in titles)
     assert svg("efficiency", rows).startswith("<?xml")
     ours = [
         row for row in rows if row["length"] == 16 and row["protocol"] == "model" and not row["condition"]

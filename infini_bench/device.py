@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,11 +41,17 @@ def computing(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start counting peak memory anew, so that the jobs of a sweep do not inherit each other's."""
+    """Start counting peak memory anew, so that the jobs of a sweep do not inherit each other's.
+
+    On a CPU first what was freed goes back to the system: the C library may keep hundreds of MiB of it.
+    """
     clear = Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif clear.exists():
+        return
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
+    if clear.exists():
         with suppress(OSError):  # some containers forbid it; then the peak is that of the process's life
             clear.write_text("5")
 

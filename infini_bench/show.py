@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from infini_bench.report.cells import ABSENT
+from infini_bench.report.efficiency import MiB
 from infini_bench.report.records import Record
 from infini_bench.schema import ANY_ALIGNMENT
 from infini_bench.units import format_length
@@ -22,6 +24,17 @@ FILE_WIDTH = 1000  # and a table that is wider by itself has every row in one li
 OFF = ", memory_off"  # ends the name of a condition's own control
 SHADES = "·░▒▓█"  # of the keys that were asked for, found: none, ..., all
 PICTURED = ("passkey", "needles")
+TIMED = {  # what stands in a line about a call that was timed, and in which unit
+    "ms": ("ms", 1),
+    "bound": ("bound, ms", 1),
+    "tokens_per_s": ("tokens/s", 1),
+    "percent_of_peak": ("% of peak", 1),
+    "peak_bytes": ("peak, MiB", MiB),
+    "state_bytes": ("state, MiB", MiB),
+    "local": ("x local", 1),
+    "full": ("full / this", 1),
+    "peer": ("peer / this", 1),
+}
 
 Lines = dict[tuple[str, ...], dict[str, str]]  # values by condition, of what the keys' cells name
 
@@ -76,6 +89,8 @@ def show_training(record: Record, folder: Path) -> None:
 
 def show_metrics(record: Record) -> None:
     """The metric rows; what is the same in all stands above them."""
+    if record.task == "efficiency":
+        return show_times(record)
     rows = record.metrics
     keys = [key for key in KEYS if record.task != "lm" or key != "length"]  # lm's is a limit: `show_scored`
     varying = [key for key in (*keys, "protocol") if len({row.get(key) for row in rows}) > 1]
@@ -176,3 +191,69 @@ def _shade(row: dict[str, Any]) -> str:
     """A bar as dark as the share of keys found, and the counts."""
     bar = SHADES[int(row["value"] / 100 * (len(SHADES) - 1))] * 4
     return f"{bar} {_hits(row)}/{row['n']}"
+
+
+def show_times(record: Record) -> None:
+    """A line for each call that was timed, below what this machine reaches and above what is missing."""
+    lines: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in record.metrics:
+        name, call = _timed(row)
+        # a peer's rows have the shape as their condition
+        peer = row["condition"] and row["protocol"] == "model"
+        form = row["extra"]["variant"] if peer else row["condition"] or record.config["model"]
+        lines.setdefault((form, call, row["length"]), {})[name] = row
+    for (form, _, length), line in lines.items():
+        if "bound_ms" in (facts := line.get("ms", {}).get("extra", {})):
+            line["bound"] = {"value": facts["bound_ms"]}
+        line["backend"] = f" ({facts['backend']})" if facts.get("backend") else ""
+        if state := lines.get((form, "", length)):
+            line["state_bytes"] = state["state_bytes"]
+    _say_rates(record)
+    _print_times({words: line for words, line in lines.items() if words[1]})
+    for why in dict.fromkeys(row["extra"]["failed"] for row in record.metrics if row["value"] is None):
+        say(f"{ABSENT} {why}")
+
+
+def _print_times(lines: dict[tuple[str, str, int], dict[str, Any]]) -> None:
+    """Intervals below their values on a terminal; what all lines are of stands above the table only."""
+    console = out()
+    interval = "\n[{}, {}]" if console.is_terminal else " [{}, {}]"
+    names = [name for name in TIMED if any(name in line for line in lines.values())]
+    several = len({form + line["backend"] for (form, *_), line in lines.items()}) > 1
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for title in (*[""] * several, "call", "tokens", *(TIMED[name][0] for name in names)):
+        table.add_column(title, overflow="fold")
+    for (form, call, length), line in lines.items():
+        cells = (_spread(line.get(name), TIMED[name][1], interval) for name in names)
+        table.add_row(*[form + line["backend"]] * several, call, format_length(length), *cells)
+    console.print(table)
+
+
+def _say_rates(record: Record) -> None:
+    facts = record.metrics[0]["extra"]
+    flops, copied = (_digits(facts[key]) for key in ("peak_tflops", "copy_gb_per_s"))
+    say(f"{record.config['model']} on efficiency, {facts['variant']}")
+    say(f"bound: at a matrix product's {flops} TFLOP/s and a copy's {copied} GB/s, measured here")
+    say(
+        "medians [10th, 90th percentile]; x local: local attention alone is 1; full, peer / this: their times"
+    )
+
+
+def _timed(row: dict[str, Any]) -> tuple[str, str]:
+    """Which of ``TIMED`` a row is, and of which call; of none: of the document."""
+    metric, *words = row["metric"].split("_")
+    if metric == "ratio":  # _to_local_train
+        return words[1], "forward" if words[2] == "inference" else words[2]
+    return ("ms", metric) if words == ["ms"] else (row["metric"], row["position"] or "")
+
+
+def _spread(row: dict[str, Any] | None, unit: float, interval: str) -> str:
+    """Three digits of the value and of its interval."""
+    if row is None or row["value"] is None:
+        return "" if row is None else ABSENT
+    ends = [_digits(row[key] / unit) for key in ("ci_low", "ci_high") if row.get(key) is not None]
+    return _digits(row["value"] / unit) + (interval.format(*ends) if ends else "")
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,6 +1,7 @@
-"""Settings of a memory that a user gave and that nothing would read or that do not fit: told before any work.
+"""Settings that a user gave and that nothing would read or that do not fit: told before any work.
 
-Which kinds read a field of `MemoryConfig` stands in its metadata; a field without is read by all. A command
+Which kinds read a field of `MemoryConfig` stands in its metadata; a field without is read by all. What a
+level of `profile` reads that the other one does not, stands in ``LEVELS``. A command
 of several runs (a sweep, a plan) may give a setting that only some of its memories read: a mistake is what
 none of them reads. What models, recipes, experiments and plans set is not the user's word and not asked.
 """
@@ -14,9 +15,12 @@ from infini_bench.config import evaluated_memory
 from infini_bench.errors import UserError
 from infini_bench.outside import is_outside
 from infini_bench.rules import check_memory
-from infini_bench.schema import LOCALS, MemoryConfig, RunConfig
+from infini_bench.schema import LOCALS, EfficiencyConfig, MemoryConfig, RunConfig
 
 KINDS = {f.name: f.metadata["kinds"] for f in dataclasses.fields(MemoryConfig) if "kinds" in f.metadata}
+
+WHOLE = ("task.modes", "task.against", "task.chunk", "task.decode", "memory.backend", "trainer.compile")
+LEVELS = {**dict.fromkeys((*WHOLE, "trainer.checkpoint_segments"), "model"), "task.forms": "operator"}
 
 
 def reads(memory: MemoryConfig, name: str) -> bool:
@@ -36,7 +40,11 @@ def check_read(given: Iterable[str], runs: Sequence[RunConfig]) -> None:
     """
     for cfg in runs:
         check_memory(evaluated_memory(cfg))
+    profiled = {cfg.task.level for cfg in runs if isinstance(cfg.task, EfficiencyConfig)}
     for key in given if runs else ():
+        if profiled and LEVELS.get(key) not in {None, *profiled}:
+            other = f"profile --level {LEVELS[key]}, not by --level {profiled.pop()}"
+            raise UserError(f"{key} is read by {other}; leave it out.")
         section, _, name = key.removeprefix("task.").partition(".")
         name = name.partition(".")[0]  # options have names of their own
         if section != "memory" or name not in KINDS:

@@ -5,7 +5,8 @@
 * ``train``: loss and gradients of all its tokens in one call (in calls of ``trainer.checkpoint_segments``
   segments, recomputed, if that is set), and the optimizer's update; float32 weights, under autocast.
 * ``decode``: ``task.decode`` steps of one token after the document was read; tokens of a call: 1; warm-up:
-  the steps up to the one from which a GPU launches each as one graph (`decoding`).
+  the steps up to the one from which a GPU launches each as one graph (`decoding`). After whole segments, as
+  round lengths are, no step completes one: the step in ``memory.segment`` that writes is not timed.
 
 With ``task.against`` the same model with ``local`` attention only, or ``full`` attention, takes turns with it
 in the same run, by the kernel of torch's attention that torch picks, named in ``extra["attention"]``; with

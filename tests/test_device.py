@@ -1,7 +1,10 @@
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 
-from infini_bench.device import computing, torch_device
+from infini_bench.device import computing, reset_peak, torch_device
 from infini_bench.errors import UserError
 
 
@@ -20,3 +23,19 @@ def test_an_evaluation_in_bf16_computes_products_in_it_and_leaves_nothing_behind
     with computing(a.device, "float32"):
         assert (a @ a).dtype == torch.float32
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_was_freed_is_no_part_of_the_next_peak():
+    """The last of many blocks keeps the heap from shrinking by itself."""
+
+    def held() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+    blocks = [bytes([1]) * 50_000 for _ in range(2_000)]
+    last = blocks.pop()
+    del blocks
+    before = held()
+    reset_peak(torch.device("cpu"))
+    assert before - held() > 90e6 and len(last) == 50_000

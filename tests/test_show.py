@@ -4,6 +4,7 @@ import logging
 import re
 
 from report_fakes import passkey, row
+from report_fakes import record as fake_record
 from rich.console import Console
 
 from infini_bench.show import show_metrics, tell_choices
@@ -107,3 +108,59 @@ def test_a_number_that_there_is_not_says_why(capsys):
     show_metrics(record)
     lines = [re.split(" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["8192", "forward_ms", why["failed"]] in lines and ["token_ppl", "inf"] in lines
+
+
+def timed(metric, value, length=1024, condition=None, protocol="model", **more):
+    extra = {"variant": "b1-n8", "peak_tflops": 812.3, "copy_gb_per_s": 4210.0, **more.pop("extra", {})}
+    return row(metric, value, length=length, condition=condition, protocol=protocol, extra=extra, **more)
+
+
+def test_a_profile_is_a_line_for_each_call(capsys):
+    peer = {"condition": "b1-n8", "extra": {"variant": "their-package"}}
+    rows = [
+        timed("forward_ms", 1234.5, extra={"bound_ms": 12.25}, ci_low=1200.0, ci_high=1300.0),
+        timed("tokens_per_s", 2.5e6, position="forward"),
+        timed("peak_bytes", 3 << 30, position="forward"),
+        timed("decode_ms", None, extra={"failed": "out of memory"}),
+        timed("state_bytes", 1 << 20),
+        timed("ratio_to_local_forward", 1.0625, ci_low=1.0, ci_high=1.125),
+        timed("forward_ms", 5000.0, **peer),
+        timed("ratio_to_peer_inference", 4.0, **peer),
+    ]
+    config = {"task": {"name": "efficiency"}, "model": "infini_delta"}
+    show_metrics(fake_record(metrics=rows, config=config))
+    title, rates, _, *lines = capsys.readouterr().out.splitlines()
+    assert title == "infini_delta on efficiency, b1-n8"
+    assert "product's 812 TFLOP/s and a copy's 4,210 GB/s" in rates
+    cells = [re.split(r" {2,}", line.strip()) for line in lines if line.strip()]
+    head = [
+        "call",
+        "tokens",
+        "ms",
+        "bound, ms",
+        "tokens/s",
+        "peak, MiB",
+        "state, MiB",
+        "x local",
+        "peer / this",
+    ]
+    assert cells[0] == head
+    ours = ["1,234 [1,200, 1,300]", "12.2", "2,500,000", "3,072", "1", "1.06 [1, 1.12]"]
+    assert cells[2:] == [
+        ["infini_delta", "forward", "1K", *ours],
+        ["infini_delta", "decode", "1K", "—", "1"],
+        ["their-package", "forward", "1K", "5,000", "4"],
+        ["— out of memory"],
+    ]
+
+
+def test_the_backend_of_a_layers_reference_is_named(capsys):
+    rows = [timed("train_ms", 2.0, condition="local", protocol="operator", extra={"backend": "flash"})]
+    rows += [timed("train_ms", 3.0, condition="full", protocol="operator", extra={"backend": "cudnn"})]
+    config = {"task": {"name": "efficiency"}, "model": "infini_delta"}
+    show_metrics(fake_record(metrics=rows, config=config))
+    shown = capsys.readouterr().out
+    assert (
+        "  local (flash)   train   1K       2   " in shown
+        and "  full (cudnn)    train   1K       3   " in shown
+    )

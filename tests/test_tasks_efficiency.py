@@ -249,6 +249,10 @@ def test_records_make_a_table_and_a_figure(tmp_path):
     dotted = [line for line in drawn if line.get_linestyle() == ":"]
     assert len(dotted) == 3 + 2 * 3, "a bound beside each time of ours, and of each operator"
     assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes if ax.lines)
+    words = {ax.get_ylabel() for ax in figure.axes}
+    assert words >= {"peak memory, forward, GiB", "peak memory, training, GiB"}
+    titles = [title for ax in figure.axes if (title := ax.get_title(loc="left"))]
+    assert all(f", {found[0].config['scale']}" in title for title in titles)
     assert svg("efficiency", rows).startswith("<?xml")
     ours = [
         row for row in rows if row["length"] == 16 and row["protocol"] == "model" and not row["condition"]
@@ -315,3 +319,10 @@ def test_a_row_names_what_differs_among_runs_of_its_size(tmp_path):
     assert {row["variant"] for row in rows} == {
         *(SHAPE, "b1-l3-w32-h4-d8-n8 trainer.compile=false", "b1-l3-w32-h4-d8-n8 trainer.compile=true")
     }
+
+
+def test_operators_of_a_package_are_timed_beside_operators():
+    done = CliRunner().invoke(
+        app, ["profile", "--vs", "flash-linear-attention", "--cfg", "job", "--models", "full"]
+    )
+    assert done.exit_code == 0 and yaml.safe_load(done.stdout)["task"]["level"] == "operator"

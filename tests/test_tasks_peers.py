@@ -328,7 +328,7 @@ def test_where_no_operator_can_run(monkeypatch):
     [
         (["--level", "operator", "--vs", PEER], f"{PEER} is timed by profile --level model"),
         (["--level", "operator", "--vs", FLA], "flash-linear-attention"),
-        (["--vs", FLA], f"{FLA} is timed by profile --level operator"),
+        (["--level", "model", "--vs", FLA], f"{FLA} is timed by profile --level operator"),
         (["--models", "infini_linear", "--vs", RECURRENT], RECURRENT),
     ],
 )

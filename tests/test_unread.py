@@ -40,6 +40,27 @@ def test_what_no_memory_reads_is_refused(words, sentence):
 
 
 @pytest.mark.parametrize(
+    ("level", "word"),
+    [
+        ("model", "task.forms=[eager]"),
+        *(
+            ("operator", word)
+            for word in ("task.modes=[train]", "memory.backend=triton", "trainer.compile=true")
+        ),
+    ],
+)
+def test_what_one_level_of_profile_reads_is_refused_by_the_other(level, word):
+    other = {"model": "operator", "operator": "model"}[level]
+    words = ["task=efficiency", "scale=gpu", "model=infini_linear"]  # whose recipe sets forms
+    key = word.partition("=")[0]
+    with pytest.raises(
+        UserError, match=rf"^{key} is read by profile --level {other}, not by --level {level}; l"
+    ):
+        compose_runs("eval", [*words, f"task.level={level}", word])
+    compose_runs("eval", [*words, f"task.level={other}", word])
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "model=infini_linear memory.local=sliding memory.window=9",

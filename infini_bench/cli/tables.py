@@ -16,11 +16,12 @@ PROFILED = {  # by level: what is profiled unless the user says so
     "model": "local_block,infini_linear,infini_delta,full",
     "operator": "infini_linear,infini_delta",
 }
+OPERATORS = "flash-linear-attention"  # it has no model
 MATCHES = {  # and with --vs: the models that a package can be compared with
     "infini-transformer-pytorch": "infini_linear,infini_delta",
     "memorizing-transformers-pytorch": "memorizing",
     "recurrent-memory-transformer-pytorch": "rmt",
-    "flash-linear-attention": "infini_linear,infini_delta_token",
+    OPERATORS: "infini_linear,infini_delta_token",
 }
 
 
@@ -119,7 +120,10 @@ def profile(
     models: Annotated[
         str | None, typer.Option(help="Models with commas; unset: by level, or those that --vs compares.")
     ] = None,
-    level: Annotated[str, typer.Option(help="model, or operator: one layer's memory.")] = "model",
+    level: Annotated[
+        str | None,
+        typer.Option(help="model, or operator: one layer's memory; unset: model, or that of --vs."),
+    ] = None,
     lengths: Annotated[str | None, typer.Option(help="Tokens, e.g. 1K,10K,1M (K = 1024).")] = None,
     vs: Annotated[str | None, typer.Option(help="Installed packages, timed beside: PACKAGE,...")] = None,
     scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
@@ -136,6 +140,7 @@ def profile(
         if name not in MATCHES:
             there = ", ".join(MATCHES)
             raise UserError(f'There is no peer "{name}"{suggest(name, MATCHES)}; choose from {there}.')
+    level = level or ("operator" if OPERATORS in peers else "model")
     matches = [MATCHES[name] for name in peers]
     names = models or ",".join(matches) or PROFILED.get(level, PROFILED["model"])
     options = ["task=efficiency", f"scale={scale}", f"task.level={level}", f"model={names}"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from infini_bench.report.cells import Row, grouped, settings
 from infini_bench.report.style import grid, legend, look
@@ -22,6 +23,7 @@ PANELS = {  # (metric, position) -> what the axis says, and its unit
     ("train_ms", None): ("training step, ms", 1),
     ("decode_ms", None): ("decoding, ms a token", 1),
     ("peak_bytes", "forward"): ("peak memory, forward, GiB", 1 << 30),
+    ("peak_bytes", "train"): ("peak memory, training, GiB", 1 << 30),
     ("state_bytes", None): ("carried state, MiB", 1 << 20),
 }
 TIMES = ("ms", "token")  # as panels end that have a bound
@@ -59,7 +61,7 @@ def efficiency_figure(rows: list[Row]) -> Figure:
                 _panel(ax, names, shown, *PANELS[metric, position])
             else:
                 _points(ax, group, shown, *PANELS[metric, position], named=ax is line[0])
-        title = f"{group[0]['shape']}, {group[0]['protocol']}, {group[0]['device']}"
+        title = ", ".join(group[0][key] for key in ("shape", "protocol", "device", "scale"))
         alone = f", {format_length(group[0]['length'])} tokens" if len(_lengths(group)) == 1 else ""
         line[0].set_title(title + alone, fontsize=8, loc="left")
     return legend(figure, axes.flat)
@@ -118,7 +120,7 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
     if top < 10 * bottom:  # a logarithm over less than a decade makes mountains of noise
         middle = (bottom * top) ** 0.5
         ax.set_ylim(middle / 10**0.5, middle * 10**0.5)
-        _ticks(ax.yaxis)
+    _ticks(ax.yaxis)
     ax.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
     ax.minorticks_off()
 
@@ -126,8 +128,10 @@ def _panel(ax: Axes, names: list[str], rows: list[Row], title: str, unit: float)
 def _ticks(axis: Axis) -> None:
     """Round numbers, also where a logarithm spans less than a decade; over many, powers of ten alone."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,), numticks=6))
-    axis.set_major_formatter("{x:g}")
+    spans = {2.5: (), 20: (1, 2, 5), 300: (1, 3), math.inf: (1,)}
+    subs = next(subs for span, subs in spans.items() if high < span * low)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=6) if subs else MaxNLocator(4))
+    axis.set_major_formatter(lambda x, _: f"{x:,g}")
     axis.set_minor_locator(NullLocator())
 
 

@@ -128,6 +128,7 @@ class Subject:
             self.compiled = True
         self.step = self.state = None
         self.model.zero_grad(set_to_none=True)
+        self.model.take_auxiliary()  # of a step that ran out of memory: it holds the step's graph
         lower(self.model, torch.float32 if mode == "train" else self.task.dtype)
         self.model.train(mode == "train")
         if mode == "train":

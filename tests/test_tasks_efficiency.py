@@ -214,6 +214,21 @@ def test_bf16_runs_on_a_cpu_too():
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_a_step_that_ran_out_of_memory_leaves_nothing_to_the_next_mode(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    task = build_task(asked("compressive"))
+    own = Subject(task, task.build(CPU))
+    own.prepare("train")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(own.model.model.norm, "forward", full)
+        own.calls("train", 24)[0]()
+    assert own.model.memories[0].auxiliary.requires_grad, "it holds the graph"
+    own.prepare("forward")
+    assert [memory.auxiliary for memory in own.model.memories] == [None] * 3
+
+
 # --- records, table, figure -----------------------------------------------------------------------------
 
 

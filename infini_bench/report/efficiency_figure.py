@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from infini_bench.report.cells import Row, grouped, settings
-from infini_bench.report.style import grid, legend, look
+from infini_bench.report.style import grid, look
 from infini_bench.units import format_length
 
 if TYPE_CHECKING:
@@ -44,27 +44,32 @@ def name(row: Row) -> str:
 
 
 def efficiency_figure(rows: list[Row]) -> Figure:
-    """A line of panels for each machine and shape: curves, or points where one length was measured."""
+    """A line of panels for each machine and shape, curves first, or points where one length was measured."""
     rows = [{**row, "shape": shape(row), "name": name(row)} for row in rows if row["value"]]
     groups = grouped(rows, ("scale", "device", "protocol", "shape"))
-    curves = [row for group in groups if len(_lengths(group)) > 1 for row in group]
-    names = list(dict.fromkeys(row["name"] for row in curves))
-    tall = [3.0 if len(_lengths(group)) > 1 else max(3.0, 0.3 * len(_lines(group))) for group in groups]
+    groups.sort(key=lambda group: len(_lengths(group)) == 1)
+    tall = [4.0 if len(_lengths(group)) > 1 else max(3.0, 0.3 * len(_lines(group))) for group in groups]
     size = (3.4, sum(tall) / max(len(tall), 1) or 3.0)
-    figure, axes = grid(max(len(groups), 1), len(PANELS), size, height_ratios=tall or [1.0])
-    for line, group in zip(axes, groups, strict=False):
+    # a column more than panels, in which the names of curves stand
+    figure, axes = grid(max(len(groups), 1), len(PANELS) + 1, size, height_ratios=tall or [1.0])
+    for (*line, beside), group in zip(axes, groups, strict=False):
+        beside.set_axis_off()
         for ax, (metric, position) in zip(line, PANELS, strict=True):
             shown = [row for row in group if (row["metric"], row["position"]) == (metric, position)]
             if not shown:
                 ax.set_axis_off()
             elif len(_lengths(group)) > 1:
-                _panel(ax, names, shown, *PANELS[metric, position])
+                _panel(ax, _lines(group), shown, *PANELS[metric, position])
             else:
                 _points(ax, group, shown, *PANELS[metric, position], named=ax is line[0])
         title = ", ".join(group[0][key] for key in ("shape", "protocol", "device", "scale"))
         alone = f", {format_length(group[0]['length'])} tokens" if len(_lengths(group)) == 1 else ""
         line[0].set_title(title + alone, fontsize=8, loc="left")
-    return legend(figure, axes.flat)
+        found = [pair for ax in line for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+        if names := {words: handle for handle, words in found}:
+            names = dict(sorted(names.items(), key=lambda pair: pair[0].startswith("bound")))  # last
+            beside.legend([*names.values()], [*names], loc="upper left", fontsize=8, frameon=False)
+    return figure
 
 
 def _lengths(rows: list[Row]) -> list[int]:

@@ -32,13 +32,12 @@ if wanted vs; then
   $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
     --lengths 8K,32K,128K decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
     memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20
-  # The package keeps activations of two segments, ours of all: as many, and four with layers compiled.
-  for form in 2,false,8K,32K,128K 4,true,8K,128K; do
-    IFS=, read -r segments compile lengths <<< "$form"
+  # The package keeps activations of two segments, ours of all: once as many, then eight with layers compiled.
+  for form in '2 task.modes=[train]' '8 trainer.compile=true'; do
     $bench profile --scale gpu --models infini_linear,infini_delta --vs infini-transformer-pytorch \
-      --lengths "$lengths" 'task.modes=[train]' decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
-      memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20 trainer.compile=$compile \
-      trainer.checkpoint_segments=$segments
+      --lengths 8K,32K,128K decoder.layers=8 decoder.dim=512 decoder.heads=8 decoder.ffn=1368 \
+      memory.segment=2048 memory.backend=triton task.repeats=7 task.seconds=20 \
+      ${form#* } trainer.checkpoint_segments=${form% *}
   done
 fi
 

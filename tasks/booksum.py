@@ -13,8 +13,9 @@ number t of numpy's ``default_rng([seed, book, sample])``.
 * ``summary_tokens``: mean number generated; and what metrics/summaries.py measures, against the whole book.
 
 ``position`` names the kind of reference (`Summary.source`) if a split has several; without one, all count. A
-row's books are those with a reference of its kind; with ``kind`` no others are read, and no other kind counts.
-Conditions: ``pairwise`` = mean over a book's references, ``best`` = the best of them, kind of ROUGE by kind; the controls, at the longest input, are scored pairwise.
+row's books are those with a reference of its kind; with ``kind`` no others are read and no other kind counts.
+Conditions: ``pairwise`` = mean over a book's references, ``best`` = the best of them, kind of ROUGE by kind;
+the controls, at the longest input, are scored pairwise.
 ``memory_off``: nothing from before a segment is used. ``other_memory``: the prompt's end (the book's
 unfinished segment and the separator) follows on the state of the batch's next book at its own last border.
 ``shuffled``: the whole segments of the book are read in random order. ``gate_G``: all gates have the value G.

@@ -26,8 +26,9 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
     """Train ``model`` (hub id, folder, GGUF file or run folder) through ``stages``, each from the one before.
 
     overrides hold for every stage, those that begin with a stage's name (``pretrain.task.sequence=512``) for
-    that one only. A stage that is recorded as done is not run again; an interrupted one ends the call, and the
-    next call goes on with it. Returns the records. Raises UserError for what does not exist, before anything is trained.
+    that one only. A stage that is recorded as done is not run again; an interrupted one ends the call, and
+    the next call goes on with it. Returns the records. Raises UserError for what does not exist, before
+    anything is trained.
     """
     from infini_bench.run import run_train
 

@@ -59,9 +59,11 @@ def begun(cfg: RunConfig) -> RunConfig:
     from infini_bench.run import on_base
     from infini_bench.standing import there
 
+    trainings = [r for r in read_records(cfg.records) if r.kind == "train"]
+    if cfg.force or all(r.status == "done" for r in trainings):  # a base's shape takes seconds to read
+        return cfg
     digest = config_hash(to_dict(on_base(cfg)))
-    same = [r for r in read_records(cfg.records) if r.kind == "train" and r.config_hash == digest]
-    found = None if cfg.force else there(same)
+    found = there([r for r in trainings if r.config_hash == digest])
     if found is None or found.status == "done":
         return cfg
     return replace(cfg, resume=found.train["folder"])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from infini_bench.cli.bridge import compose_run, given, quote
+from infini_bench.config import to_dict
 from infini_bench.errors import UserError
 from infini_bench.files import writing
 from infini_bench.origin import find_origin, trained_config
 from infini_bench.pretrained import is_own, looks_local, merge_lora
-from infini_bench.report.records import Record
+from infini_bench.report.records import Record, config_hash, read_records
 from infini_bench.schema import RunConfig
 from infini_bench.units import suggest
 from infini_bench.unread import check_read
@@ -25,8 +26,9 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
     """Train ``model`` (hub id, folder, GGUF file or run folder) through ``stages``, each from the one before.
 
     overrides hold for every stage, those that begin with a stage's name (``pretrain.task.sequence=512``) for
-    that one only. A stage that is recorded as done is not run again; an interrupted one ends the call.
-    Returns the records. Raises UserError for what does not exist, before anything is trained.
+    that one only. A stage that is recorded as done is not run again; an interrupted one ends the call, and
+    the next call goes on with it. Returns the records. Raises UserError for what does not exist, before
+    anything is trained.
     """
     from infini_bench.run import run_train
 
@@ -44,12 +46,27 @@ def adapt(model: str, stages: Sequence[str], overrides: Sequence[str] = ()) -> l
     records: list[Record] = []
     for stage in stages:
         words = stage_words(model, stage, of_stage(stage, overrides))
-        record = run_train(compose_run(words), command=["infini-bench", "train", *words])
+        record = run_train(begun(compose_run(words)), command=["infini-bench", "train", *words])
         records.append(record)
         if record.status != "done":
             break
         model = record.train["folder"]
     return records
+
+
+def begun(cfg: RunConfig) -> RunConfig:
+    """``cfg``, or what goes on with the newest run of it if that was interrupted and is here."""
+    from infini_bench.run import on_base
+    from infini_bench.standing import there
+
+    trainings = [r for r in read_records(cfg.records) if r.kind == "train"]
+    if cfg.force or all(r.status == "done" for r in trainings):  # a base's shape takes seconds to read
+        return cfg
+    digest = config_hash(to_dict(on_base(cfg)))
+    found = there([r for r in trainings if r.config_hash == digest])
+    if found is None or found.status == "done":
+        return cfg
+    return replace(cfg, resume=found.train["folder"])
 
 
 def of_stage(stage: str, overrides: Sequence[str]) -> list[str]:

@@ -71,7 +71,7 @@ def reproduce(
     """
     started = time.monotonic()
     folder = Path(out or default_folder(what))
-    tables, models = read_plan(what).at(scale).tables, models or read_plan(what).at(scale).models
+    asked = read_plan(what).at(scale)
     planned = plan(what, scale, folder, seeds, models, overrides, data, only)
     if following is not None:
         planned = [each.job for each in standing(planned) if each.state != "done"][:following]
@@ -90,10 +90,10 @@ def reproduce(
     if every:  # else all jobs failed before any work, and the summary says why
         write_report(folder / "records", folder / "tables")
     console = Console()
-    print_tables(records, names=tables)
+    print_tables(records, names=asked.tables)
     for words in first_steps.reading(records) if what == first_steps.NAME else []:
         console.print(words, soft_wrap=True, highlight=False)
-    checks = demo_checks(tidy(records), tuple(models)) if what == "demo" else []
+    checks = demo_checks(tidy(records), tuple(models or asked.models)) if what == "demo" else []
     for line in summary(outcomes, checks, records, time.monotonic() - started, workers):
         console.print(line, soft_wrap=True)
     console.print(

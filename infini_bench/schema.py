@@ -252,6 +252,7 @@ class BooksumConfig(TrainedConfig):
     map_new_tokens: int = 256  # map_reduce: of its summary, at most; at most half of the above
     input_tokens: int | None = None  # of the book, from its start; unset = all
     lengths: list[str] = field(default_factory=list)  # inputs evaluated, rising; empty = input_tokens alone
+    kind: str | None = None  # of the references asked for, with the books that have one; unset = all
     max_books: int | None = None
     max_new_tokens: int = 1024
     temperature: float = 0.5

@@ -9,7 +9,8 @@
 #            every length that is a power of two
 #   linear   the paper's memory, longer and with less text, so that it comes through the curriculum; border's rows
 #   delta    the same with the delta rule
-#   local    no memory: what adaptation alone does to the language model
+#   local    no memory: what adaptation alone does to the language model; asked for keys at 32K only, as it can find
+#            none behind its segment
 # Beside them, asked 20 times a depth:
 #   paper_linear, paper_delta   the paper's protocol scaled down: 20M tokens of books in inputs of 4K, then keys in 5K
 #   zero_linear, zero_delta     its memory attached and nothing trained
@@ -22,7 +23,9 @@ if (($# < 3)); then
   exit 2
 fi
 model=$1 books=$2 row=$3 seed=${4:-0}
-bench=${BENCH:-infini-bench} runs=${RUNS:-runs/table3_${row}_$seed}
+bench=${BENCH:-infini-bench}
+# with MORE a folder of its own: what is asked is the newest training there
+runs=${RUNS:-runs/table3_${row}_$seed${MORE:+_$(cksum <<<"$MORE" | cut -d' ' -f1)}}
 text="data=books_local data.path=$books data.max_documents=60"
 token="model=infini_delta_token memory.features=relu2 memory.write_gate=true memory.write_floor=0.05 trainer.write_lr=3e-3"
 cut="task.straddling=0.1" less="task.text_share=0.25 task.lm_weight=0.25 trainer.steps=1500"
@@ -73,6 +76,12 @@ case $row in
     ask $all 20
     ask $all 20 "$end"
     language "${asked[@]}"
+    ;;
+  local)
+    train passkey $text trainer.checkpoint_segments=null
+    language "${asked[@]}"
+    ask 32K 40
+    ask 32K 10 "$end"
     ;;
   *)
     train passkey $text trainer.checkpoint_segments=null

@@ -13,8 +13,9 @@ number t of numpy's ``default_rng([seed, book, sample])``.
 * ``summary_tokens``: mean number generated; and what metrics/summaries.py measures, against the whole book.
 
 ``position`` names the kind of reference (`Summary.source`) if a split has several; without one, all count. A
-row's books are those with a reference of its kind. Conditions: ``pairwise`` = mean over a book's references,
-``best`` = the best of them, kind of ROUGE by kind; the controls, at the longest input, are scored pairwise.
+row's books are those with a reference of its kind; with ``kind`` no others are read and no other kind counts.
+Conditions: ``pairwise`` = mean over a book's references, ``best`` = the best of them, kind of ROUGE by kind;
+the controls, at the longest input, are scored pairwise.
 ``memory_off``: nothing from before a segment is used. ``other_memory``: the prompt's end (the book's
 unfinished segment and the separator) follows on the state of the batch's next book at its own last border.
 ``shuffled``: the whole segments of the book are read in random order. ``gate_G``: all gates have the value G.
@@ -34,6 +35,7 @@ of the book the first ``train_input_tokens``. ``whole_book``: all of it (or ``in
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -165,22 +167,36 @@ class Booksum(Task):
 
     def evaluate(self, model, progress=None) -> list[Row]:
         """model: None for a baseline without weights."""
-        books = self.books(self.task.split)[: self.task.max_books]
-        if not books:
-            raise UserError(f'Add a book with a summary to split "{self.task.split}": it has none.')
+        books = [book for _, book in self.asked()]
         shown = progress or NullProgress()
         if self.task.weightless:
             written = extracted(self, books, shown)
         else:
             with evaluating(model):
-                written = self._write(model, books, shown)
+                written = self._write(model, [place for place, _ in self.asked()], shown)
         scores = Scores(self.cfg, books, self.row)
         file = save_summaries(Path(self.cfg.records), (line for w in written for line in w.lines(books)))
         return scores.rows(written, {"summaries": file})
 
-    def _write(self, model, books: list[data.Document], progress) -> list[Written]:
-        """The model's summaries, by input length and condition."""
-        tokens = [self.tokens(self.task.split, i) for i in range(len(books))]
+    def asked(self, split: str | None = None) -> list[tuple[int, data.Document]]:
+        """The books that are summarised, by their places in the split, with the references that count.
+
+        split: another one than the evaluation's, whole.
+        """
+        kind, place = self.task.kind, split or self.task.split
+        books = [
+            (index, replace(book, summaries=tuple(s for s in book.summaries if kind in (None, s.source))))
+            for index, book in enumerate(self.books(place))
+        ]
+        found = [(index, book) for index, book in books if book.summaries]
+        if not found:
+            wanted = f"of task.kind={kind} " if kind else ""
+            raise UserError(f'Add a book with a summary {wanted}to split "{place}": it has none.')
+        return found if split else found[: self.task.max_books]
+
+    def _write(self, model, places: list[int], progress) -> list[Written]:
+        """The model's summaries of the books at these places, by input length and condition."""
+        tokens = [self.tokens(self.task.split, place) for place in places]
         lengths = [parse_length(length) for length in self.task.lengths] or [self.task.input_tokens]
         how = "greedy" if self.task.greedy else "sampled"
         writer = Writer(self, model, progress)
@@ -191,7 +207,7 @@ class Booksum(Task):
             made = writer.write_all(tokens, lengths)
         found: dict[tuple[int | None, str], Written] = {}
         for length, condition, number, ids in made:
-            cut = length is not None and len(self.store(self.task.split).tokens(number)) > length
+            cut = length is not None and len(self.store(self.task.split).tokens(places[number])) > length
             one = found.setdefault((length, condition), Written(condition, length, how, self.cfg.seed))
             one.add(number, [self.tokenizer.decode(each) for each in ids], cut, list(map(len, ids)))
         return list(found.values())

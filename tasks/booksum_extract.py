@@ -50,11 +50,11 @@ class Job:
 def extracted(booksum: Booksum, books: list[Document], progress) -> list[Written]:
     """Summaries of the evaluated books, for each kind of reference its own."""
     task, cfg = booksum.task, booksum.cfg
-    kinds = kinds_of(books)
+    kinds = kinds_of(books, task.kind)
     if task.baseline == "oracle":
         made = extract_all(booksum, books, progress, kinds)
         return [written(booksum, books, kind, made, i) for i, kind in enumerate(kinds)]
-    tuning = booksum.books("validation")
+    tuning = [book for _, book in booksum.asked("validation")]
     tried = extract_all(booksum, tuning, progress)
     made = tried if task.split == "validation" else extract_all(booksum, books, progress)
     scores = Scores(cfg, tuning, booksum.row)

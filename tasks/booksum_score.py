@@ -72,7 +72,7 @@ class Scores:
             texts = {text for one in written for text in one.texts.get(number, [])}
             reader = Reader(book.text, self.goals(number, None))
             self.measured |= {(number, text): reader.measure(text) for text in texts}
-        kinds = kinds_of(self.books)
+        kinds = kinds_of(self.books, self.cfg.task.kind)  # type: ignore[attr-defined]
         rows = [row for one in written for kind in one.kinds or kinds for row in self._rows(one, kind, extra)]
         return rows + self._gains([one for one in written if one.condition == "pairwise"], kinds)
 
@@ -178,7 +178,9 @@ class Scores:
         }
 
 
-def kinds_of(books: list[Document]) -> list[str | None]:
-    """None, and the kinds of references if there are several."""
+def kinds_of(books: list[Document], asked: str | None) -> list[str | None]:
+    """The kind that is asked for; else None, and the kinds of references if there are several."""
+    if asked:
+        return [asked]
     sources = sorted({summary.source for book in books for summary in book.summaries})
     return [None, *(sources if len(sources) > 1 else [])]

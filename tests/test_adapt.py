@@ -323,3 +323,31 @@ def test_the_controls_of_table_4_run_from_their_configurations(base, control, tm
     assert found.train["train_kind"] == "chronicle"
     off = any(r["condition"] == "memory_off" for r in found.metrics)
     assert off == (control in ("1k_sliding", "1k_unlimiformer"))  # what leaves a window can be switched off
+
+
+def test_the_next_call_goes_on_with_an_interrupted_stage(base, tmp_path, monkeypatch):
+    from infini_bench.train.step import Stepper
+
+    words = [
+        "scale=smoke", "data=embedded", "model=infini_linear", "memory.segment=32", "task.sequence=64",
+        "trainer.steps=4", "trainer.batch=1", "trainer.warmup=1", "trainer.save_every=null", "device=cpu",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+
+    def places(name):
+        return [f"runs={tmp_path / name}", f"records={tmp_path / name / 'records'}"]
+
+    step = Stepper.step
+
+    def asked_to_stop(self, state, curriculum, stop):
+        stats = step(self, state, curriculum, stop)
+        return replace(stats, stop=state.step == 2)
+
+    (whole,) = adapt.adapt(str(base), ["pretrain"], [*words, *places("whole")])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", asked_to_stop)
+        (cut,) = adapt.adapt(str(base), ["pretrain"], [*words, *places("cut")])
+    (last,) = adapt.adapt(str(base), ["pretrain"], [*words, *places("cut")])
+    assert cut.status == "interrupted" and cut.train["steps"] == 2
+    assert last.status == "done" and last.train["folder"] == cut.train["folder"]
+    assert last.train["final_loss"] == whole.train["final_loss"]

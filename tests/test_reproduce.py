@@ -190,6 +190,13 @@ def test_other_settings_in_the_folder_are_not_judged(tmp_path, calls, capsys):
     assert "trainer.lr" not in capsys.readouterr().out
 
 
+def test_a_model_of_one_variant_alone_is_run(tmp_path, calls):
+    (tmp_path / "books").mkdir()
+    options = {"data": tmp_path, "only": "sink", "jobs": 1, "progress": NullProgress()}
+    assert reproduce("table2", scale="gpu", out=tmp_path / "out", **options) == 0
+    assert calls.trained == ["sink"]
+
+
 def test_an_interrupted_training_goes_on(tmp_path, calls):
     job = plan("table2", "smoke", tmp_path, (0,), ("full",))[0]
     digest, folder = config_hash(asdict(job.cfg)), tmp_path / "runs" / "cut"

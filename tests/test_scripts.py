@@ -77,11 +77,25 @@ def test_what_a_row_of_table_3_is_asked_is_known(row, folder, monkeypatch):
         assert result.exit_code == 0, result.output
 
 
+def lengths(asked):
+    return {words[words.index("--length") + 1] for words in asked if "passkey" in words}
+
+
+def test_what_has_no_memory_is_not_asked_for_keys_far_away(folder):
+    _, *asked = commands(folder, "base", "books", "local", "1")
+    assert lengths(asked) == {"32K"} and ["eval", "lm"] in [words[:2] for words in asked]
+
+
+def test_a_training_with_settings_of_the_caller_has_a_folder_of_its_own(folder):
+    found = [commands(folder, "base", "books", "floor", **more)[0][-2:] for more in ({}, {"MORE": "seed=0"})]
+    plain, own = (next(word for word in words if word.startswith("runs=")) for words in found)
+    assert plain == "runs=runs/table3_floor_0" and own.startswith(f"{plain}_")
+
+
 def test_settings_of_the_caller_come_last_and_a_row_that_is_none_is_told(folder):
-    train, *asked = commands(folder, "base", "books", "local", SHORT="1", LENGTH="4K", MORE="trainer.steps=3")
+    train, *asked = commands(folder, "base", "books", "delta", SHORT="1", LENGTH="4K", MORE="trainer.steps=3")
     assert train[-1] == "trainer.steps=3"
-    lengths = {words[words.index("--length") + 1] for words in asked if "passkey" in words}
-    assert lengths == {"4K"}
+    assert lengths(asked) == {"4K"}
     words = ["bash", ROOT / "results/table3.sh", "base", "books", "bordr"]
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: bordr is no row")

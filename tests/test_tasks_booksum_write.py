@@ -1,6 +1,8 @@
 """How books are read and summaries written: input lengths, samples, rows side by side, map and reduce."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,24 @@ def test_what_is_read(make):
     # the second book's state at its own last border, then the first book's unfinished segment
     assert other == b"b" * 192 + b"a" * 22
     assert shuffled == own and model.prompts[1] == b"b" * 200
+
+
+def test_only_books_with_a_kind_of_reference_are_read(make):
+    kinds = [("a" * 150, ["other"]), ("b" * 200, ["they lived"]), ("c" * 210, ["nobody knows"])]
+    task = make(kinds, controls=False, kind="plot")
+    own = Path(task.cfg.data.path) / "test.jsonl"
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    lines[1]["summaries"] += [{"source": "plot", "text": "they died"}]
+    lines[2]["summaries"][0]["source"] = "plot"
+    own.write_text("\n".join(map(json.dumps, lines)))
+    model = Writer(task.tokenizer.eos_id)
+    rows = task.evaluate(model)
+    assert model.prompts == [b"b" * 200, b"c" * 210]
+    assert {row["position"] for row in rows} == {"plot"}
+    (first,) = [row for row in rows if row["metric"] == "rouge1" and row["condition"] == "pairwise"]
+    assert first["n"] == 2 and first["value"] == 25.0  # "they lived" against "they died" alone, and nothing
+    with pytest.raises(UserError, match=r'summary of task\.kind=prose to split "test"'):
+        make(kind="prose").evaluate(model)
 
 
 def test_input_and_number_of_books_are_limited(make):

@@ -24,7 +24,7 @@ NEUTRAL = (
 COVERAGE = (
     *("task.lengths", "task.depths", "task.trials", "task.batch", "task.chunk", "task.controls"),
     *("task.segments_after", "task.fillers", "task.pairs", "task.kinds", "task.questions"),
-    *("task.gates", "task.baseline", "task.samples"),
+    *("task.gates", "task.baseline", "task.samples", "task.kind"),
     *("task.map_tokens", "task.map_new_tokens", "task.any_alignment"),  # they stand in the protocol
     *("task.after", "task.keys", "task.ratios", "task.per_segment", "task.distances", "task.between"),
     *("task.level", "task.modes", "task.forms", "task.against", "task.vs", "task.decode", "task.repeats"),

@@ -76,9 +76,14 @@ class Prompt:
 
 
 def side_by_side(prompts: list[Prompt], start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-    """Chunks (prompts, t <= size) of prompts of one length, from token start to stop."""
-    for a in range(start, stop, size):
-        yield np.stack([prompt.tokens(a, min(a + size, stop)) for prompt in prompts])
+    """Chunks (prompts, t <= size) of prompts of one length, from token start to stop.
+
+    Cut at multiples of ``size``: chunks of whole segments go from border to border, and nothing is padded.
+    """
+    while start < stop:
+        end = min((start // size + 1) * size, stop)
+        yield np.stack([prompt.tokens(start, end) for prompt in prompts])
+        start = end
 
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray]

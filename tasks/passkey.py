@@ -343,7 +343,7 @@ class Passkey(Task):
         size = aligned(self.task.chunk, model.segment, len(prompts))
         even = len(set(map(len, prompts))) == 1  # else the last call, which is padded, is kept short
         step = size if even else model.segment
-        last = start + (min(map(len, prompts)) - 1 - start) // step * step
+        last = max(start, (min(map(len, prompts)) - 1) // step * step)
         copies = feed(model, side_by_side(prompts, start, last, size), copies, bar)
         return prefill_rows(model, [prompt.tokens(last) for prompt in prompts], copies, bar)
 

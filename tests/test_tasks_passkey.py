@@ -174,8 +174,10 @@ def test_long_haystacks_are_lazy(haystack):
     assert len(prompt) > 10**7
     end = prompt.needle[1]
     assert haystack.tokenizer.decode(prompt.tokens(end - 4, end)).strip() == "the pass key."
-    chunks = side_by_side([prompt], len(prompt) - 30, len(prompt), 20)
-    assert [chunk.shape for chunk in chunks] == [(1, 20), (1, 10)]
+    chunks = [*side_by_side([prompt], 10**7 - 7, 10**7 + 25, 20)]
+    assert [chunk.shape for chunk in chunks] == [(1, 7), (1, 20), (1, 5)], "cut at multiples of 20"
+    assert (np.concatenate(chunks, 1)[0] == prompt.tokens(10**7 - 7, 10**7 + 25)).all()
+    assert [*side_by_side([prompt], 7, 7, 20)] == []
 
 
 def test_unfit_tokenizers_are_refused(haystack):

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from infini_bench import outside
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
-from infini_bench.layer import MemoryDecoderLayer
+from infini_bench.layer import MemoryDecoderLayer, rms_norm
 from infini_bench.memory import Memory, build_tokens
 from infini_bench.memory.base import Rope, State
 from infini_bench.memory.tokens import TokenMemory, ZeroLinear
@@ -138,6 +138,7 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         kind = AssociativeLayer if memory.kind == "armt" else MemoryDecoderLayer
         layers = [kind(config, index) for index in range(depth)]
         self.layers = nn.ModuleList(layers)
+        self.norm = rms_norm(config)
         spans = [layer.self_attn.memory.span for layer in layers]
         longest = None if None in spans else max(span for span in spans if span is not None)
         self.rotary_emb = SegmentRotary(self.rotary_emb, longest)  # type: ignore[assignment]

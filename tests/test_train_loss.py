@@ -1,9 +1,11 @@
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import MEMORIES, awake
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_bench.decoder import MemoryLlamaModel
 from infini_bench.layer import MemoryDecoderLayer
@@ -264,3 +266,24 @@ def test_only_whole_segments_in_training_are_one_graph(decoder, name, monkeypatc
     with model.memory_off():
         model.step(ids)
     assert len(widths) == 5
+
+
+class Asked(TorchDispatchMode):
+    """Counts operators whose result, or its shape, Python waits for, and tensors made of Python's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::nonzero", "aten::_local_scalar_dense", "aten::lift_fresh"):
+            self.found[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("segments", "times"), [(None, 1), (2, 2 * 4)])  # of 8 segments, recomputed or not
+def test_a_step_waits_for_the_device_once_a_call_of_the_model(decoder, segments, times):
+    model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES["infini_linear"]), 13)
+    with Asked() as asked:
+        SequenceLoss(model, segments)(*batch())[0].backward()
+    assert asked.found == {"aten::nonzero": times}

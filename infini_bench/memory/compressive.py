@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES, WIDTHS
-from infini_bench.memory.kernels.backend import choose
+from infini_bench.memory.kernels.backend import choose, unsupported
 from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
@@ -72,7 +72,7 @@ class CompressiveMemory(Memory):
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.normalised = cfg.normaliser not in ("none", "norm")
-        self.sigma = FEATURES[cfg.features]
+        self.sigma, self.unsupported = FEATURES[cfg.features], unsupported(cfg)
         self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
         self.previous, self.steady = self.path.previous, self.path.steady
         if cfg.gradient_depth is None and self.path.settled is not None:
@@ -122,7 +122,7 @@ class CompressiveMemory(Memory):
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
         if b.tokens > 1:  # for one, launches cost more than what they compute
-            self.form = form = choose(self.cfg, b)
+            self.form = form = choose(self.cfg, b, self.unsupported)
             if form == "triton":
                 out, own = self.fused(b, dot, carry)
                 return out, {**past, **own}

@@ -156,8 +156,8 @@ class CompressiveMemory(Memory):
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:
-        """M and z after the last completed segment, cloned so that they do not keep the prefixes alive."""
-        return {name: select(x, full).clone() for name, x in prefixes.items()}
+        """M and z after the last completed segment, cloned so that they do not keep other prefixes alive."""
+        return {name: select(x, full).clone() if x.shape[1] > 1 else x[:, 0] for name, x in prefixes.items()}
 
     # Read ----------------------------------------------------------------------------------------------
 
@@ -204,11 +204,11 @@ class CompressiveMemory(Memory):
             return {name: self.scan(carry[name], (), lambda x: x, b.done) for name in own}
         written = b.full if isinstance(b.full, int) else b.k_BSKGD.shape[1]
         raw, v = (x[:, :written].float() for x in (b.k_BSKGD, b.v_BSKGD))
-        k, strength = self.features(raw), self.strength(raw)
+        k = self.features(raw)
         if self.cfg.update == "delta_token":
-            take, add = self.one_by_one(k, v, strength)
+            take, add = self.one_by_one(k, v, self.strength(raw))
             return {"M": self.affine(carry["M"], take, add, b.done)}
-        w = k * strength
+        w = k * self.strength(raw) if self.cfg.write_gate else k
         add = torch.einsum("bsngf,bsngd->bsgfd", w, v)
         z = {"z": self.norms(carry["z"], k, w, b.done)} if self.normalised else {}
         if self.cfg.update == "linear":
@@ -305,4 +305,4 @@ class CompressiveMemory(Memory):
             chain.append(x)
             if s < len(each):
                 x = step(x, *each[s])
-        return torch.stack(chain, 1)
+        return torch.stack(chain, 1) if each else x[:, None]

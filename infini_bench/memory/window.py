@@ -60,8 +60,8 @@ class WindowMemory(Memory):
 
     def chain(self, past_BCNGD: Tensor, own_BSKGD: Tensor, full: Count) -> tuple[Tensor, Tensor]:
         """Cached and own entries of every segment (B, S, C*N+K, G, D), and the cache after the call."""
-        whole = own_BSKGD if own_BSKGD.shape[2] == self.segment else past_BCNGD[:, :0]
-        chain = torch.cat([past_BCNGD, whole], 1)
+        whole = own_BSKGD.shape[2] == self.segment
+        chain = torch.cat([past_BCNGD, own_BSKGD], 1) if whole else past_BCNGD
         windows = chain.unfold(1, self.previous, 1).movedim(-1, 2)[:, : own_BSKGD.shape[1]]
         earlier = windows if self.differentiable else windows.detach()
         return torch.cat([earlier.flatten(2, 3), own_BSKGD], 2), self.last(chain, full)
@@ -80,19 +80,21 @@ class WindowMemory(Memory):
         # only the first segments of a document miss some keys; all others share one small mask
         first = min(max(self.settled - b.done, 0), q.shape[1])
         parts = [slice(s, s + 1) for s in range(first)] + [slice(first, None)] * (first < q.shape[1])
-        masks = [self.visible(slots, k.shape[2], b.ages()[part][:1]) for part in parts]
-        return torch.cat(
-            [attend(q[:, p], k[:, p], v[:, p], m, False) for p, m in zip(parts, masks, strict=True)], 1
-        )
+        masks = [self.visible(slots, k.shape[2], b.done + part.start) for part in parts]
+        outs = [attend(q[:, p], k[:, p], v[:, p], m, False) for p, m in zip(parts, masks, strict=True)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def visible(self, slots: Tensor, n_keys: int, ages: Tensor) -> Tensor:
-        """Keys not later, inside the window and inside the document: bool (Q, K) or (B, S, Q, K)."""
+    def visible(self, slots: Tensor, n_keys: int, ages: Count) -> Tensor:
+        """Keys not later, inside the window and inside the document: bool (Q, K) or (B, S, Q, K).
+
+        ages: segments finished before, of one segment or of each, broadcastable to the result.
+        """
         k_slot = torch.arange(n_keys, device=slots.device)
         q_slot = (slots if slots.dim() == 1 else slots[:, None])[..., None] + self.front
         seen = (k_slot <= q_slot) & (k_slot >= self.dead(ages))
         return seen if self.window is None else seen & (q_slot - k_slot < self.window)
 
-    def dead(self, ages: Tensor) -> Tensor:
+    def dead(self, ages: Count) -> Count:
         """Key slots, from the first, that lie before the document's start: as ``ages``."""
         return (self.previous - ages) * self.segment
 
@@ -177,7 +179,7 @@ class SinkMemory(WindowMemory):
         places = b.ages()[..., None] * self.segment + slots
         return places if places.dim() == 3 else places[None]
 
-    def visible(self, slots: Tensor, n_keys: int, ages: Tensor) -> Tensor:
+    def visible(self, slots: Tensor, n_keys: int, ages: Count) -> Tensor:
         """As in the window, after the A sinks, which are visible once they have left it."""
         near = super().visible(slots, n_keys - self.cfg.sinks, ages)
         place = (slots if slots.dim() == 1 else slots[:, None])[..., None] + ages * self.segment

@@ -21,7 +21,8 @@ class SequenceLoss(nn.Module):
     """``forward`` of the training step, as a module so that DDP and autocast wrap the whole of it.
 
     segments: model calls hold this many segments and are recomputed in the backward pass, so that activations
-    of one call are alive at a time; None = one call that keeps its activations. The state that goes from call
+    of one call are alive at a time: the last one's stay, as the backward pass begins there, unless other rows
+    follow. None = one call that keeps its activations. The state that goes from call
     to call is functional: gradients flow through it (as far as ``memory.gradient_depth`` says, which the
     memory itself keeps to by the segment's number in the document), and they equal those of one call.
     """
@@ -47,7 +48,7 @@ class SequenceLoss(nn.Module):
         ``auxiliary``) as a mean over tokens; what is reported is the loss alone.
         """
         if before is None:
-            sums = self.sums(tokens, weights, task_weights, None)
+            sums = self.sums(tokens, weights, task_weights, None, keep=True)
         else:
             rows = [x.split(1) for x in (tokens, weights, task_weights)]
             each = zip(*rows, map(self.read, before), strict=True)
@@ -56,15 +57,25 @@ class SequenceLoss(nn.Module):
         return loss, torch.cat([sums[:2].detach(), task_weights.sum()[None]])
 
     def sums(
-        self, tokens: Tensor, weights: Tensor, task_weights: Tensor, state: MemoryCache | None
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        task_weights: Tensor,
+        state: MemoryCache | None,
+        keep: bool = False,
     ) -> Tensor:
-        """(3,): sum(weights * nll), sum(task_weights * nll) and the auxiliary loss, from ``state`` on."""
+        """(3,): sum(weights * nll), sum(task_weights * nll) and the auxiliary loss, from ``state`` on.
+
+        keep: the last call's activations.
+        """
         ids, targets = tokens[:, :-1], tokens[:, 1:]
         step = self.tokens or ids.shape[1]
-        call = partial(checkpoint, self.one_call, use_reentrant=False) if self.tokens else self.one_call
+        recomputed = partial(checkpoint, self.one_call, use_reentrant=False)
         sums = torch.zeros(3, device=tokens.device)
         for begin in range(0, ids.shape[1], step):
             t = slice(begin, begin + step)
+            kept = self.tokens is None or (keep and t.stop >= ids.shape[1])
+            call = self.one_call if kept else recomputed
             more, state = call(ids[:, t], targets[:, t], weights[:, t], task_weights[:, t], state)
             sums = sums + more
         return sums

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from infini_bench import outside
 from infini_bench.cache import MemoryCache
 from infini_bench.errors import UserError
-from infini_bench.layer import MemoryDecoderLayer
+from infini_bench.layer import MemoryDecoderLayer, rms_norm
 from infini_bench.memory import Memory, build_tokens
 from infini_bench.memory.base import Rope, State
 from infini_bench.memory.tokens import TokenMemory, ZeroLinear
@@ -138,6 +138,7 @@ class MemoryLlamaModel(MemoryLlamaPreTrained, LlamaModel):
         kind = AssociativeLayer if memory.kind == "armt" else MemoryDecoderLayer
         layers = [kind(config, index) for index in range(depth)]
         self.layers = nn.ModuleList(layers)
+        self.norm = rms_norm(config)
         spans = [layer.self_attn.memory.span for layer in layers]
         longest = None if None in spans else max(span for span in spans if span is not None)
         self.rotary_emb = SegmentRotary(self.rotary_emb, longest)  # type: ignore[assignment]
@@ -385,15 +386,17 @@ class MemoryLlamaForCausalLM(MemoryLlamaPreTrained, LlamaForCausalLM):
         """
         hidden, cache = self.hidden(ids, state)
         if wanted is None:
-            wanted = torch.ones_like(targets, dtype=torch.bool)
-        flat, goals = hidden[wanted], targets[wanted]
+            rows = torch.arange(targets.numel(), device=targets.device)
+        else:
+            rows = wanted.flatten().nonzero()[:, 0]  # a GPU is waited for, once
+        flat, goals = hidden.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)
         recompute = torch.is_grad_enabled() and len(goals) > LOSS_CHUNK
         parts = []
         for h, goal in zip(flat.split(LOSS_CHUNK), goals.split(LOSS_CHUNK), strict=True):
             call = (self.nll, h, goal)
             parts.append(checkpoint(*call, use_reentrant=False) if recompute else self.nll(h, goal))
-        losses = torch.zeros(targets.shape, device=targets.device)
-        return losses.masked_scatter(wanted, torch.cat(parts)), cache
+        losses = torch.zeros(targets.numel(), device=targets.device)
+        return losses.index_copy(0, rows, torch.cat(parts)).view(targets.shape), cache
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target: (T, dim), (T,) -> (T,) float32."""

@@ -96,7 +96,8 @@ def _flops(cfg: RunConfig, non_embedding: int, sequence: int) -> float:
     attention = 4 * d.layers * d.heads * size * seen
     memory = 4 * d.layers * d.heads * size * size if cfg.memory.kind == "compressive" else 0
     forward = 2 * non_embedding + 2 * d.dim * cfg.data.vocab_size + attention + memory
-    return forward * (4 if cfg.trainer.checkpoint_segments else 3)
+    call = min((cfg.trainer.checkpoint_segments or sequence) * n, sequence)
+    return forward * (4 - call / sequence)  # the last call is not recomputed
 
 
 def _time(seconds: float) -> str:

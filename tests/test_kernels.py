@@ -350,7 +350,7 @@ def test_padding_and_odd_head_sizes_and_float64_are_left_to_the_eager_form():
     def wants(size=D, dtype=DTYPES[0], mask=None, device=DEVICE, backend="triton"):
         mem = build_memory(MemoryConfig(segment=N, backend=backend), H, G, size).to(device)
         seen = []
-        mem.segments = lambda b, *_: (seen.append(choose(mem.cfg, b)) or b.q_BSQHD, {})
+        mem.segments = lambda b, *_: (seen.append(choose(mem.cfg, b, mem.unsupported)) or b.q_BSQHD, {})
         x = [torch.ones(2, N, heads, size, dtype=dtype, device=device) for heads in (H, G, G)]
         mem(*x, None, None, mask)
         return seen == ["triton"]

@@ -1,10 +1,13 @@
 """Every memory against its slow float64 reference and against a public peer: outputs, state, gradients."""
 
+from itertools import pairwise
+
 import memory_references
 import pytest
 import torch
 from conftest import MEMORIES
 from memory_references import D, G, H, N, compressive, qkv, rope_table, slow
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_bench import schema
 from infini_bench.errors import UserError
@@ -213,6 +216,35 @@ def test_state_stays_float32_under_bfloat16_and_autocast():
         assert s["M"].dtype == s["z"].dtype == torch.float32
     exact = mem(q.float(), k.float(), v.float(), rope_table(N, dtype=torch.float32))[1]
     assert (auto["M"] - exact["M"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("update", ["linear", "delta", "delta_token"])
+def test_while_no_segment_ends_the_memory_is_not_copied(update):
+    normaliser = "none" if update == "delta_token" else "sum"
+    mem = build_memory(MemoryConfig(segment=N, update=update, normaliser=normaliser), H, G, D).double()
+    q, k, v = (x.detach() for x in qkv(2 * N))
+    rope, cuts = rope_table(N), (0, N, N + 1, 2 * N - 1, 2 * N)
+    places, state = [], None
+    for begin, end in pairwise(cuts):
+        state = mem(*(x[:, begin:end] for x in (q, k, v)), rope, state)[1]
+        places.append(state["M"].data_ptr())
+    assert places[0] == places[1] == places[2] != places[3]
+
+
+def test_a_call_of_whole_segments_copies_no_rotary_values():
+    names = set()
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name().split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    mem = build_memory(MemoryConfig(kind="block", segment=N), H, G, D)
+    x = [x.detach() for x in qkv(3 * N)]
+    rope = rope_table(N)
+    with Called():
+        mem(*x, rope)
+    assert "aten::mul" in names and not names & {"aten::arange", "aten::index"}
 
 
 def test_every_live_entry_is_found_after_the_store_wrapped_several_times():

@@ -1,9 +1,11 @@
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import MEMORIES, awake
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_bench.decoder import MemoryLlamaModel
 from infini_bench.layer import MemoryDecoderLayer
@@ -89,7 +91,7 @@ def test_logits_are_computed_only_where_a_loss_is_asked_for(decoder, memory, seg
     hook = model.lm_head.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     loss, sums, gradients = run(model, segments)
     hook.remove()
-    assert sum(seen) == 2 * (1 if segments is None else 2)  # checkpointed calls compute it twice
+    assert sum(seen) == 2  # the last call is not recomputed
     model.zero_grad()
     nll, _ = model.losses(tokens[:, :-1], tokens[:, 1:])
     (expected := (nll * weights).sum() + model.take_auxiliary() / weights.numel()).backward()
@@ -264,3 +266,24 @@ def test_only_whole_segments_in_training_are_one_graph(decoder, name, monkeypatc
     with model.memory_off():
         model.step(ids)
     assert len(widths) == 5
+
+
+class Asked(TorchDispatchMode):
+    """Counts operators whose result, or its shape, Python waits for, and tensors made of Python's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::nonzero", "aten::_local_scalar_dense", "aten::lift_fresh"):
+            self.found[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("segments", "times"), [(None, 1), (2, 4 + 3)])  # the last call is not recomputed
+def test_a_step_waits_for_the_device_once_a_call_of_the_model(decoder, segments, times):
+    model = build_model(decoder, MemoryConfig(segment=8, **MEMORIES["infini_linear"]), 13)
+    with Asked() as asked:
+        SequenceLoss(model, segments)(*batch())[0].backward()
+    assert asked.found == {"aten::nonzero": times}

@@ -20,21 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infini_bench.errors import UserError
-from infini_bench.memory.blocks import Blocks, cut, cut_one, cut_ragged
+from infini_bench.memory.blocks import Blocks, Slots, cut, cut_one, cut_ragged
 from infini_bench.schema import MemoryConfig
 
 State = dict[str, Any]  # tensors with the batch first, and counts (int, or (B,) tensor where rows differ)
 Rope = tuple[Tensor, Tensor]
 
 
-def rotate(x_BSNHD: Tensor, rope: Rope, slots: Tensor) -> Tensor:
-    """Rotary position embedding (halves convention) at positions ``slots``: (N,) or, with S = 1, (B, N)."""
-    cos, sin = (t.squeeze(0)[slots][..., None, :] for t in rope)
-    if slots.dim() == 2:
-        cos, sin = cos[:, None], sin[:, None]
-    half = x_BSNHD.shape[-1] // 2
-    turned = torch.cat([-x_BSNHD[..., half:], x_BSNHD[..., :half]], -1)
-    return x_BSNHD * cos + turned * sin
+def rotate(x_BSNHD: Tensor, rope: Rope, slots: Slots, front: int = 0) -> Tensor:
+    """Rotary position embedding (halves convention) at positions ``front`` + ``slots``: a range or (N,), the
+    same for all rows, or, with S = 1, (B, N)."""
+    if isinstance(slots, range):  # taken without a copy, which in each layer would cost a GPU a launch
+        cos, sin = (t[:, front + slots.start : front + slots.stop, None] for t in rope)
+    else:
+        cos, sin = (t[0, slots + front if front else slots][..., None, :] for t in rope)
+        if slots.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]
+    first, second = x_BSNHD.chunk(2, -1)
+    return x_BSNHD * cos + torch.cat([-second, first], -1) * sin
 
 
 class ContiguousGradient(torch.autograd.Function):
@@ -171,11 +174,10 @@ class Memory(nn.Module):
 
     def local(self, b: Blocks, rope: Rope) -> Tensor:
         """Causal attention inside the own segment only: (B, S, Q, H, D)."""
-        own = torch.arange(b.k_BSKGD.shape[2], device=b.k_BSKGD.device)
+        own = range(b.k_BSKGD.shape[2])
         q, k = rotate(b.q_BSQHD, rope, b.slots), rotate(b.k_BSKGD, rope, own)
-        if b.slots.dim() == 1 and b.slots.shape[0] == own.shape[0]:
-            return attend(q, k, b.v_BSKGD, None, True)
-        if b.slots.dim() == 1 and b.slots.shape[0] == 1:  # one token, and it sees all keys there are
-            return attend(q, k, b.v_BSKGD, None, False)
-        mask = own <= b.slots[..., None]
+        if isinstance(b.slots, range) and (b.slots == own or len(b.slots) == 1):
+            return attend(q, k, b.v_BSKGD, None, b.slots == own)  # one token sees all keys there are
+        slots = b.slot_tensor()
+        mask = torch.arange(len(own), device=slots.device) <= slots[..., None]
         return attend(q, k, b.v_BSKGD, mask if mask.dim() == 2 else mask[:, None], False)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Count = int | Tensor
+Slots = range | Tensor
 
 
 def select(x_BS: Tensor, index: Count) -> Tensor:
@@ -32,7 +33,7 @@ class Blocks:
     """The tokens of a call, cut at segment borders.
 
     q_BSQHD, k_BSKGD, v_BSKGD: raw projections; slots after a row's last token hold zeros.
-    slots: position inside its segment of every query: (Q,), or (B, Q) where rows differ and S = 1.
+    slots: position inside its segment of every query: a range, or (B, Q) where rows differ and S = 1.
     done: segments completed before the call. full: segments that the call completes.
     left: tokens of the unfinished segment after the call.
     """
@@ -40,7 +41,7 @@ class Blocks:
     q_BSQHD: Tensor
     k_BSKGD: Tensor
     v_BSKGD: Tensor
-    slots: Tensor
+    slots: Slots
     done: Count
     full: Count
     left: Count
@@ -51,6 +52,12 @@ class Blocks:
         """Segments finished before each segment of the call: (S,) or (B, S), int64."""
         steps = torch.arange(self.q_BSQHD.shape[1], device=self.q_BSQHD.device)
         return steps + self.done if isinstance(self.done, int) else steps + self.done[:, None]
+
+    def slot_tensor(self) -> Tensor:
+        """``slots``, (Q,) or (B, Q), int64."""
+        if isinstance(self.slots, Tensor):
+            return self.slots
+        return torch.arange(self.slots.start, self.slots.stop, device=self.q_BSQHD.device)
 
     def rest(self) -> tuple[Tensor, Tensor]:
         """Raw keys and values of the unfinished segment: (B, left, G, D); (B, N, G, D) where rows differ."""
@@ -94,14 +101,14 @@ def cut(
             k_BTGD, v_BTGD = torch.cat([rest[0], k_BTGD], 1), torch.cat([rest[1], v_BTGD], 1)
     tokens, total = q_BTHD.shape[1], k_BTGD.shape[1]
     n_seg, full = -(-total // n), total // n
-    slots = torch.arange(fill, total, device=q_BTHD.device)
+    slots = range(fill, total)
     if n_seg > 1:
         tail = n_seg * n - total
         if fill or tail:
             q_BTHD = F.pad(q_BTHD, (0, 0, 0, 0, fill, tail))
         if tail:
             k_BTGD, v_BTGD = (F.pad(x, (0, 0, 0, 0, 0, tail)) for x in (k_BTGD, v_BTGD))
-        slots = torch.arange(n, device=q_BTHD.device)
+        slots = range(n)
     q, k, v = (x.unflatten(1, (n_seg, -1)) for x in (q_BTHD, k_BTGD, v_BTGD))
     return Blocks(q, k, v, slots, done, full, total - full * n, fill, tokens)
 
@@ -138,10 +145,11 @@ def cut_ragged(
 
     k = scatter(k_BTGD, rest[0] if rest else None)
     v = scatter(v_BTGD, rest[1] if rest else None)
+    slots: Slots = range(n)
     if n_seg == 1:
         q, slots = q_BTHD[:, None], place.clamp(min=0)
     else:
-        q, slots = scatter(q_BTHD, None), torch.arange(n, device=q_BTHD.device)
+        q = scatter(q_BTHD, None)
     full = total // n if most >= n else 0
     return Blocks(q, k, v, slots, done, full, total % n, place, tokens)
 

@@ -105,8 +105,9 @@ class CompressedMemory(WindowMemory):
         windows = line.unfold(1, self.slots, self.new).movedim(-1, 2)
         return windows[:, : new_BSMGD.shape[1]], select(windows, full).clone()
 
-    def dead(self, ages: Tensor) -> Tensor:
-        live = ((ages - 1) * self.new).clamp(0, self.slots)
+    def dead(self, ages: Count) -> Count:
+        made = (ages - 1) * self.new
+        live = made.clamp(0, self.slots) if isinstance(made, Tensor) else min(max(made, 0), self.slots)
         return self.slots - live + (ages == 0) * self.segment
 
     def reconstruction(self, b: Blocks, old: list[Tensor], short: list[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from infini_bench.memory.base import Memory, Rope, State
 from infini_bench.memory.blocks import Blocks, Count, select
 from infini_bench.memory.features import FEATURES, WIDTHS
-from infini_bench.memory.kernels.backend import choose
+from infini_bench.memory.kernels.backend import choose, unsupported
 from infini_bench.memory.local import local_path
 from infini_bench.schema import MemoryConfig
 
@@ -72,7 +72,7 @@ class CompressiveMemory(Memory):
     def __init__(self, cfg: MemoryConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__(cfg, heads, kv_heads, head_dim)
         self.normalised = cfg.normaliser not in ("none", "norm")
-        self.sigma = FEATURES[cfg.features]
+        self.sigma, self.unsupported = FEATURES[cfg.features], unsupported(cfg)
         self.path = local_path(cfg, heads, kv_heads, head_dim)  # A_dot, and what it keeps of earlier segments
         self.previous, self.steady = self.path.previous, self.path.steady
         if cfg.gradient_depth is None and self.path.settled is not None:
@@ -122,7 +122,7 @@ class CompressiveMemory(Memory):
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
         dot, past = self.path.segments(b, carry, rope)
         if b.tokens > 1:  # for one, launches cost more than what they compute
-            self.form = form = choose(self.cfg, b)
+            self.form = form = choose(self.cfg, b, self.unsupported)
             if form == "triton":
                 out, own = self.fused(b, dot, carry)
                 return out, {**past, **own}
@@ -156,8 +156,8 @@ class CompressiveMemory(Memory):
 
     @staticmethod
     def carried(prefixes: dict[str, Tensor], full: Count) -> State:
-        """M and z after the last completed segment, cloned so that they do not keep the prefixes alive."""
-        return {name: select(x, full).clone() for name, x in prefixes.items()}
+        """M and z after the last completed segment, cloned so that they do not keep other prefixes alive."""
+        return {name: select(x, full).clone() if x.shape[1] > 1 else x[:, 0] for name, x in prefixes.items()}
 
     # Read ----------------------------------------------------------------------------------------------
 
@@ -204,11 +204,11 @@ class CompressiveMemory(Memory):
             return {name: self.scan(carry[name], (), lambda x: x, b.done) for name in own}
         written = b.full if isinstance(b.full, int) else b.k_BSKGD.shape[1]
         raw, v = (x[:, :written].float() for x in (b.k_BSKGD, b.v_BSKGD))
-        k, strength = self.features(raw), self.strength(raw)
+        k = self.features(raw)
         if self.cfg.update == "delta_token":
-            take, add = self.one_by_one(k, v, strength)
+            take, add = self.one_by_one(k, v, self.strength(raw))
             return {"M": self.affine(carry["M"], take, add, b.done)}
-        w = k * strength
+        w = k * self.strength(raw) if self.cfg.write_gate else k
         add = torch.einsum("bsngf,bsngd->bsgfd", w, v)
         z = {"z": self.norms(carry["z"], k, w, b.done)} if self.normalised else {}
         if self.cfg.update == "linear":
@@ -305,4 +305,4 @@ class CompressiveMemory(Memory):
             chain.append(x)
             if s < len(each):
                 x = step(x, *each[s])
-        return torch.stack(chain, 1)
+        return torch.stack(chain, 1) if each else x[:, None]

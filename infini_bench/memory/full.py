@@ -54,7 +54,7 @@ class FullMemory(Memory):
         """All rows at the same position: one causal call, without a mask tensor of the sequence's length."""
         seen = state["seen"]
         assert isinstance(seen, int)
-        slots = torch.arange(seen, seen + q.shape[1], device=q.device)
+        slots = range(seen, seen + q.shape[1])
         q, k = rotate(q[:, None], rope, slots), rotate(k[:, None], rope, slots)[:, 0]
         q, k = q.to(v.dtype), k.to(v.dtype)  # as autocast would, which a mask without tensor passes by
         if seen:

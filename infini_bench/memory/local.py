@@ -50,7 +50,7 @@ class LocalMemory(Memory):
         return 0
 
     def segments(self, b: Blocks, carry: State, rope: Rope) -> tuple[Tensor, State]:
-        if b.slots.dim() == 2 or b.q_BSQHD.shape[2] == 1:
+        if isinstance(b.slots, Tensor) or b.q_BSQHD.shape[2] == 1:
             return self.few(b, rope), {}
         before = b.k_BSKGD.shape[2] - b.q_BSQHD.shape[2]  # tokens of the segment that earlier calls answered
         q = F.pad(b.q_BSQHD, (0, 0, 0, 0, before, 0))
@@ -80,8 +80,7 @@ class SparseMemory(LocalMemory):
     def whole(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         length, step = q.shape[2], self.stride
         blocks = -(-length // step)
-        slots = torch.arange(length, device=q.device)
-        q, k = rotate(q, rope, slots), rotate(k, rope, slots)
+        q, k = rotate(q, rope, range(length)), rotate(k, rope, range(length))
         padded = [F.pad(x, (0, 0, 0, 0, 0, blocks * step - length)).flatten(0, 1) for x in (q, k, v)]
         keys, values = (self.gather(x) for x in padded[1:])
         begin = step * torch.arange(blocks, device=q.device)[:, None, None]
@@ -103,9 +102,9 @@ class SparseMemory(LocalMemory):
 
     def few(self, b: Blocks, rope: Rope) -> Tensor:
         length, step = b.k_BSKGD.shape[2], self.stride
-        slots = torch.arange(length, device=b.slots.device)
-        if b.slots.dim() == 2:
-            q, k = rotate(b.q_BSQHD, rope, b.slots), rotate(b.k_BSKGD, rope, slots)
+        slots = torch.arange(length, device=b.q_BSQHD.device)
+        if isinstance(b.slots, Tensor):
+            q, k = rotate(b.q_BSQHD, rope, b.slots), rotate(b.k_BSKGD, rope, range(length))
             return attend(q, k, b.v_BSKGD, self.seen(b.slots[..., None], slots)[:, None], False)
         last = max(length - step, 0)  # one token, at the last slot: the keys that it sees, and no others
         seen = torch.cat([slots[step - 1 : last : step], slots[last:]])
@@ -117,7 +116,8 @@ class KernelMemory(LocalMemory):
     """Linear attention: ELU + 1 features, rotated in the numerator."""
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        length, slots = q.shape[2], torch.arange(q.shape[2], device=q.device)
+        length = q.shape[2]
+        slots = range(length)
         with torch.autocast(q.device.type, enabled=False):
             plain_q, plain_k = elu1(q.float()), elu1(k.float())
             norm = torch.einsum("bskgrd,bskgd->bskgr", self.grouped(plain_q), plain_k.cumsum(2))
@@ -135,12 +135,13 @@ class KernelMemory(LocalMemory):
             return (top / norm[..., None]).flatten(3, 4).to(v.dtype)
 
     def few(self, b: Blocks, rope: Rope) -> Tensor:
-        slots = torch.arange(b.k_BSKGD.shape[2], device=b.slots.device)
-        seen = (slots <= b.slots[..., None]).view(-1, 1, b.slots.shape[-1], 1, 1, len(slots))
-        with torch.autocast(b.slots.device.type, enabled=False):
+        own, slots = range(b.k_BSKGD.shape[2]), b.slot_tensor()
+        seen = torch.arange(len(own), device=slots.device) <= slots[..., None]
+        seen = seen.view(-1, 1, slots.shape[-1], 1, 1, len(own))
+        with torch.autocast(slots.device.type, enabled=False):
             q, k = elu1(b.q_BSQHD.float()), elu1(b.k_BSKGD.float())
             norm = (torch.einsum("bsqgrd,bskgd->bsqgrk", self.grouped(q), k) * seen).sum(-1)
-            q, k = rotate(q, rope, b.slots).float(), rotate(k, rope, slots).float()
+            q, k = rotate(q, rope, b.slots).float(), rotate(k, rope, own).float()
             scores = torch.einsum("bsqgrd,bskgd->bsqgrk", self.grouped(q), k) * seen
             top = torch.einsum("bsqgrk,bskge->bsqgre", scores, b.v_BSKGD.float())
             return (top / norm[..., None]).flatten(3, 4).to(b.q_BSQHD.dtype)

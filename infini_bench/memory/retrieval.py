@@ -82,10 +82,11 @@ class RetrievalMemory(Memory):
         cached = k_BPGD.shape[1] - old  # 0 or N
         place = torch.arange(n - cached, n + near_k.shape[1] - cached, device=near_k.device)
         near_k = rotate(near_k[:, None], rope, place)[:, 0]
-        slots = (b.slots if b.slots.dim() == 2 else b.slots[None]) + n  # (1 or B, Q)
+        slots = b.slot_tensor() + n
         q = b.q_BSQHD[:, s : s + 1]
-        near_q = rotate(q, rope, b.slots + n)[:, 0]
-        far_q = rotate(q, rope, torch.full_like(b.slots, self.far))[:, 0]
+        near_q = rotate(q, rope, slots)[:, 0]
+        far_q = rotate(q, rope, torch.full_like(slots, self.far))[:, 0]
+        slots = slots if slots.dim() == 2 else slots[None]  # (1 or B, Q)
         seen = (place <= slots[..., None]) & (place >= n - live_B[:, None, None])  # (B, Q, W)
         dead = torch.arange(old, device=k_BPGD.device) < (k_BPGD.shape[1] - live_B)[:, None]  # (B, C)
         values = v_BPGD[:, :old], near_v

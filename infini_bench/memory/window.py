@@ -60,38 +60,41 @@ class WindowMemory(Memory):
 
     def chain(self, past_BCNGD: Tensor, own_BSKGD: Tensor, full: Count) -> tuple[Tensor, Tensor]:
         """Cached and own entries of every segment (B, S, C*N+K, G, D), and the cache after the call."""
-        whole = own_BSKGD if own_BSKGD.shape[2] == self.segment else past_BCNGD[:, :0]
-        chain = torch.cat([past_BCNGD, whole], 1)
+        whole = own_BSKGD.shape[2] == self.segment
+        chain = torch.cat([past_BCNGD, own_BSKGD], 1) if whole else past_BCNGD
         windows = chain.unfold(1, self.previous, 1).movedim(-1, 2)[:, : own_BSKGD.shape[1]]
         earlier = windows if self.differentiable else windows.detach()
         return torch.cat([earlier.flatten(2, 3), own_BSKGD], 2), self.last(chain, full)
 
     def read(self, b: Blocks, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """Attention over cached and own keys (B, S, K, G, D), whose positions go on: (B, S, Q, H, D)."""
-        q = rotate(b.q_BSQHD, rope, b.slots + self.front)
-        return self.masked(b, q, rotate(k, rope, torch.arange(k.shape[2], device=k.device)), v)
+        q = rotate(b.q_BSQHD, rope, b.slots, self.front)
+        return self.masked(b, q, rotate(k, rope, range(k.shape[2])), v)
 
     def masked(self, b: Blocks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over those of the K keys that are ``visible``."""
+        slots = b.slot_tensor()
         if not isinstance(b.done, int):
-            mask = self.visible(b.slots, k.shape[2], b.ages()[..., None, None])
+            mask = self.visible(slots, k.shape[2], b.ages()[..., None, None])
             return attend(q, k, v, mask.flatten(0, 1)[:, None], False)
         # only the first segments of a document miss some keys; all others share one small mask
         first = min(max(self.settled - b.done, 0), q.shape[1])
         parts = [slice(s, s + 1) for s in range(first)] + [slice(first, None)] * (first < q.shape[1])
-        masks = [self.visible(b.slots, k.shape[2], b.ages()[part][:1]) for part in parts]
-        return torch.cat(
-            [attend(q[:, p], k[:, p], v[:, p], m, False) for p, m in zip(parts, masks, strict=True)], 1
-        )
+        masks = [self.visible(slots, k.shape[2], b.done + part.start) for part in parts]
+        outs = [attend(q[:, p], k[:, p], v[:, p], m, False) for p, m in zip(parts, masks, strict=True)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def visible(self, slots: Tensor, n_keys: int, ages: Tensor) -> Tensor:
-        """Keys not later, inside the window and inside the document: bool (Q, K) or (B, S, Q, K)."""
+    def visible(self, slots: Tensor, n_keys: int, ages: Count) -> Tensor:
+        """Keys not later, inside the window and inside the document: bool (Q, K) or (B, S, Q, K).
+
+        ages: segments finished before, of one segment or of each, broadcastable to the result.
+        """
         k_slot = torch.arange(n_keys, device=slots.device)
         q_slot = (slots if slots.dim() == 1 else slots[:, None])[..., None] + self.front
         seen = (k_slot <= q_slot) & (k_slot >= self.dead(ages))
         return seen if self.window is None else seen & (q_slot - k_slot < self.window)
 
-    def dead(self, ages: Tensor) -> Tensor:
+    def dead(self, ages: Count) -> Count:
         """Key slots, from the first, that lie before the document's start: as ``ages``."""
         return (self.previous - ages) * self.segment
 
@@ -156,14 +159,14 @@ class SinkMemory(WindowMemory):
         Each query has one position for the window and one for the sinks. Both fit in one softmax: queries
         [q_window, q_sink] of size 2D meet keys [k, 0] in the window and [0, k] at the sinks.
         """
-        sinks, slots = self.cfg.sinks, torch.arange(k.shape[2], device=k.device)
-        near = rotate(b.q_BSQHD, rope, b.slots + self.front)
+        sinks = self.cfg.sinks
+        near = rotate(b.q_BSQHD, rope, b.slots, self.front)
         far = rotate(b.q_BSQHD, rope, self.places(b).clamp(max=self.furthest))
         size = self.head_dim
         k = torch.cat(
             [
-                F.pad(rotate(k[:, :, :sinks], rope, slots[:sinks]), (size, 0)),
-                F.pad(rotate(k[:, :, sinks:], rope, slots[: k.shape[2] - sinks]), (0, size)),
+                F.pad(rotate(k[:, :, :sinks], rope, range(sinks)), (size, 0)),
+                F.pad(rotate(k[:, :, sinks:], rope, range(k.shape[2] - sinks)), (0, size)),
             ],
             2,
         )
@@ -171,11 +174,12 @@ class SinkMemory(WindowMemory):
 
     def places(self, b: Blocks) -> Tensor:
         """Position in the document of every query: (1 or B, S, Q)."""
-        slots = b.slots if b.slots.dim() == 1 else b.slots[:, None]
+        slots = b.slot_tensor()
+        slots = slots if slots.dim() == 1 else slots[:, None]
         places = b.ages()[..., None] * self.segment + slots
         return places if places.dim() == 3 else places[None]
 
-    def visible(self, slots: Tensor, n_keys: int, ages: Tensor) -> Tensor:
+    def visible(self, slots: Tensor, n_keys: int, ages: Count) -> Tensor:
         """As in the window, after the A sinks, which are visible once they have left it."""
         near = super().visible(slots, n_keys - self.cfg.sinks, ages)
         place = (slots if slots.dim() == 1 else slots[:, None])[..., None] + ages * self.segment

@@ -21,7 +21,8 @@ class SequenceLoss(nn.Module):
     """``forward`` of the training step, as a module so that DDP and autocast wrap the whole of it.
 
     segments: model calls hold this many segments and are recomputed in the backward pass, so that activations
-    of one call are alive at a time; None = one call that keeps its activations. The state that goes from call
+    of one call are alive at a time: the last one's stay, as the backward pass begins there, unless other rows
+    follow. None = one call that keeps its activations. The state that goes from call
     to call is functional: gradients flow through it (as far as ``memory.gradient_depth`` says, which the
     memory itself keeps to by the segment's number in the document), and they equal those of one call.
     """
@@ -47,7 +48,7 @@ class SequenceLoss(nn.Module):
         ``auxiliary``) as a mean over tokens; what is reported is the loss alone.
         """
         if before is None:
-            sums = self.sums(tokens, weights, task_weights, {})
+            sums = self.sums(tokens, weights, task_weights, None, keep=True)
         else:
             rows = [x.split(1) for x in (tokens, weights, task_weights)]
             each = zip(*rows, map(self.read, before), strict=True)
@@ -55,21 +56,33 @@ class SequenceLoss(nn.Module):
         loss = sums[0] + sums[2] / weights.numel()
         return loss, torch.cat([sums[:2].detach(), task_weights.sum()[None]])
 
-    def sums(self, tokens: Tensor, weights: Tensor, task_weights: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """(3,): sum(weights * nll), sum(task_weights * nll) and the auxiliary loss, from ``state`` on."""
+    def sums(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        task_weights: Tensor,
+        state: MemoryCache | None,
+        keep: bool = False,
+    ) -> Tensor:
+        """(3,): sum(weights * nll), sum(task_weights * nll) and the auxiliary loss, from ``state`` on.
+
+        keep: the last call's activations.
+        """
         ids, targets = tokens[:, :-1], tokens[:, 1:]
         step = self.tokens or ids.shape[1]
-        call = partial(checkpoint, self.one_call, use_reentrant=False) if self.tokens else self.one_call
+        recomputed = partial(checkpoint, self.one_call, use_reentrant=False)
         sums = torch.zeros(3, device=tokens.device)
         for begin in range(0, ids.shape[1], step):
             t = slice(begin, begin + step)
+            kept = self.tokens is None or (keep and t.stop >= ids.shape[1])
+            call = self.one_call if kept else recomputed
             more, state = call(ids[:, t], targets[:, t], weights[:, t], task_weights[:, t], state)
             sums = sums + more
         return sums
 
     @torch.no_grad()
-    def read(self, ids_T: Tensor) -> dict[str, Tensor]:
-        """The state after whole segments that are only read; empty if there are none."""
+    def read(self, ids_T: Tensor) -> MemoryCache | None:
+        """The state after whole segments that are only read; None if there are none."""
         state, size = None, max(1, READ // self.model.segment) * self.model.segment
         for ids in ids_T.split(size) if len(ids_T) else ():
             _, state = self.model.step(ids[None], state, keep="none")
@@ -77,15 +90,14 @@ class SequenceLoss(nn.Module):
         # Autocast keeps weights that it has converted; in older versions of torch those of a reading
         # without gradient let none through afterwards.
         torch.clear_autocast_cache()
-        return {} if state is None else state.tensors()
+        return state
 
     def one_call(
-        self, ids: Tensor, targets: Tensor, weights: Tensor, task_weights: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One call of the model, from an empty state at the start of the document."""
-        before = MemoryCache.from_tensors(state) if state else None
+        self, ids: Tensor, targets: Tensor, weights: Tensor, task_weights: Tensor, state: MemoryCache | None
+    ) -> tuple[Tensor, MemoryCache]:
+        """One call of the model; None = the start of the document."""
         # logits of a large vocabulary cost a third of a small model: only where a loss is asked for
-        nll, after = self.model.losses(ids, targets, before, (weights != 0) | (task_weights != 0))
+        nll, after = self.model.losses(ids, targets, state, (weights != 0) | (task_weights != 0))
         # taken before what a backward pass needs is complete: a recomputation ends there, and would leave it
         auxiliary = self.model.take_auxiliary()
-        return torch.stack([(weights * nll).sum(), (task_weights * nll).sum(), auxiliary]), after.tensors()
+        return torch.stack([(weights * nll).sum(), (task_weights * nll).sum(), auxiliary]), after

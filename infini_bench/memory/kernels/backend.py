@@ -51,16 +51,13 @@ def _asked(device: torch.device, shared: int) -> str | None:
     return None
 
 
-def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
-    """Why the kernels cannot run here; None if they can."""
-    size, dtypes = b.q_BSQHD.shape[-1], {x.dtype for x in (b.q_BSQHD, b.k_BSKGD, b.v_BSKGD)}
-    token = cfg.update == "delta_token"  # alone it has no z, and a write gate
-    plain = MemoryConfig(normaliser="none", write_gate=cfg.write_gate) if token else MemoryConfig()
+def unsupported(cfg: MemoryConfig) -> str | None:
+    """Which setting has no kernel; None if all have."""
+    plain = MemoryConfig()
+    if cfg.update == "delta_token":  # alone it has no z, and a write gate
+        plain = MemoryConfig(normaliser="none", write_gate=cfg.write_gate)
     names = (f.name for f in fields(cfg) if f.name not in HEEDED)
     other = next((name for name in names if getattr(cfg, name) != getattr(plain, name)), None)
-    known = {torch.bfloat16, torch.float16}
-    if b.q_BSQHD.device.type == "cpu":
-        known.add(torch.float32)  # only Triton's interpreter comes here; the tests want exact sums of it
     if cfg.update not in UPDATES:
         return f"there is no kernel for memory.update={cfg.update}"
     if cfg.features not in FEATURES:
@@ -69,12 +66,23 @@ def refusal(cfg: MemoryConfig, b: Blocks) -> str | None:
         return f"there is no kernel for memory.write_floor with memory.features={cfg.features}"
     if other is not None:
         return f"there is no kernel for memory.{other}={getattr(cfg, other)}"
+    return None
+
+
+def refusal(cfg: MemoryConfig, b: Blocks, setting: str | None) -> str | None:
+    """Why the kernels cannot run here; None if they can. setting: ``unsupported``, asked once a layer."""
+    size, dtypes = b.q_BSQHD.shape[-1], {x.dtype for x in (b.q_BSQHD, b.k_BSKGD, b.v_BSKGD)}
+    known = {torch.bfloat16, torch.float16}
+    if b.q_BSQHD.device.type == "cpu":
+        known.add(torch.float32)  # only Triton's interpreter comes here; the tests want exact sums of it
+    if setting is not None:
+        return setting
     if size not in SIZES:
         return f"the head size is {size}, not one of {', '.join(map(str, SIZES))}"
     if len(dtypes) > 1 or not dtypes <= known:
         found = " and ".join(sorted(str(t)[6:] for t in dtypes))
         return f"the model computes in {found}, not in bfloat16 or float16"
-    if token and torch.float16 in dtypes:
+    if cfg.update == "delta_token" and torch.float16 in dtypes:
         # A segment's map is kept as I - P in halves of bfloat16. Where P has forgotten nearly all, the
         # gradient of the memory before it has 2.5 times the error that float16 leaves the eager form.
         return "there is no kernel for memory.update=delta_token in float16"
@@ -93,15 +101,18 @@ def _told(form: str) -> None:
     log.info("form of the memory: %s", form)
 
 
-def choose(cfg: MemoryConfig, b: Blocks) -> str:
-    """``triton``, or ``eager`` and why. UserError where ``memory.backend=triton`` asks too much."""
+def choose(cfg: MemoryConfig, b: Blocks, setting: str | None) -> str:
+    """``triton``, or ``eager`` and why. UserError where ``memory.backend=triton`` asks too much.
+
+    setting: as in ``refusal``.
+    """
     device = b.q_BSQHD.device.type
     if cfg.backend == "eager":
         return "eager, as memory.backend=eager"
     if cfg.backend == "auto" and device != "cuda":  # not even in Triton's interpreter
         why: str | None = f"the tensors are on {device}, not on a CUDA device"
     else:
-        why = refusal(cfg, b)
+        why = refusal(cfg, b, setting)
     if cfg.backend == "triton" and why:
         raise UserError(f"memory.backend=triton cannot run: {why}; write memory.backend=auto.")
     form = f"eager, as {why}" if why else "triton"

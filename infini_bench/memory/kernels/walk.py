@@ -10,6 +10,8 @@ The way back is the same walk from the last slot, with A^T for A.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -95,7 +97,7 @@ def scan(x: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
     """Running sum of x (B, P, ...) float32 over P, from the end if ``back``; ``out`` may be x itself."""
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
-    size = x[0, 0].numel()
+    size = prod(x.shape[2:])
     items = 128 if size < 1 << 18 else 512
     scan_kernel[(triton.cdiv(size, items), x.shape[0])](
         x, out, x.shape[1], size, ITEMS=items, BACK=back, STAGES=1 if INTERPRETED.value else 8, num_warps=4

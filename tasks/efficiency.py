@@ -77,7 +77,7 @@ class Efficiency(Untrained):
 
     @property
     def lengths(self) -> list[int]:
-        return sorted(parse_length(length) for length in self.task.lengths)
+        return sorted({parse_length(length) for length in self.task.lengths})
 
     @cached_property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from infini_bench.report.cells import ABSENT
+from infini_bench.report.cells import ABSENT, three
 from infini_bench.report.efficiency import MiB
 from infini_bench.report.records import Record
 from infini_bench.schema import ANY_ALIGNMENT
@@ -231,7 +231,7 @@ def _print_times(lines: dict[tuple[str, str, int], dict[str, Any]]) -> None:
 
 def _say_rates(record: Record) -> None:
     facts = record.metrics[0]["extra"]
-    flops, copied = (_digits(facts[key]) for key in ("peak_tflops", "copy_gb_per_s"))
+    flops, copied = (three(facts[key]) for key in ("peak_tflops", "copy_gb_per_s"))
     say(f"{record.config['model']} on efficiency, {facts['variant']}")
     say(f"bound: at a matrix product's {flops} TFLOP/s and a copy's {copied} GB/s, measured here")
     say(
@@ -251,9 +251,5 @@ def _spread(row: dict[str, Any] | None, unit: float, interval: str) -> str:
     """Three digits of the value and of its interval."""
     if row is None or row["value"] is None:
         return "" if row is None else ABSENT
-    ends = [_digits(row[key] / unit) for key in ("ci_low", "ci_high") if row.get(key) is not None]
-    return _digits(row["value"] / unit) + (interval.format(*ends) if ends else "")
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    ends = [three(row[key] / unit) for key in ("ci_low", "ci_high") if row.get(key) is not None]
+    return three(row["value"] / unit) + (interval.format(*ends) if ends else "")

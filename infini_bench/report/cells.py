@@ -62,6 +62,16 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
     return f"{exact:{sign},f}"
 
 
+def three(value: float) -> str:
+    """Three digits, and more of what is larger, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def is_shape(words: str) -> bool:
+    """Whether it is the size of what `profile` timed, b1-h8-d128-n2048, and no peer's name."""
+    return words.startswith("b") and "-n" in words
+
+
 def between(row: Row, digits: int = 0) -> str:
     """The interval of a share, as it is printed."""
     return f"{number(row['ci_low'], digits)}-{number(row['ci_high'], digits)}"

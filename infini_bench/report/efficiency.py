@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infini_bench.report.cells import ABSENT, MODEL, Column, Line, Row, find, number
+from infini_bench.report.cells import ABSENT, MODEL, Column, Line, Row, find, number, three
 from infini_bench.units import format_length
 
 TITLES = {"efficiency": "Time and memory against length, untrained"}
@@ -21,16 +21,11 @@ def cell(metric: str, position: str | None = None, unit: float = 1.0) -> Callabl
         if row is None or row["value"] is None:
             return str(row["extra"].get("failed", ABSENT)) if row else ABSENT
         value, low, high = (
-            "" if row[key] is None else _short(row[key] / unit) for key in ("value", "ci_low", "ci_high")
+            "" if row[key] is None else three(row[key] / unit) for key in ("value", "ci_low", "ci_high")
         )
         return value + (f"\n[{low}, {high}]" if low else "")
 
     return text
-
-
-def _short(value: float) -> str:
-    """Three digits, without an exponent below a million."""
-    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _form(line: Line) -> str:
@@ -118,7 +113,7 @@ def _columns(rows: list[Row]) -> list[Column]:
 def _caption(rows: list[Row]) -> str:
     flops, copies = ([row["extra"][key] for row in rows] for key in ("peak_tflops", "copy_gb_per_s"))
     low, high, slow, fast = min(flops), max(flops), min(copies), max(copies)
-    peak = f"{_short(low)} to {_short(high)} TFLOP/s; a copy, {_short(slow)} to {_short(fast)} GB/s"
+    peak = f"{three(low)} to {three(high)} TFLOP/s; a copy, {three(slow)} to {three(fast)} GB/s"
     return (
         "Medians, in brackets the 10th to 90th percentile of the repetitions; random weights and tokens. "
         "Model: forward over a document in calls with the state carried, a training step, decoding of a "

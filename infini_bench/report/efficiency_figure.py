@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from infini_bench.report.cells import Row, grouped, settings
+from infini_bench.report.cells import Row, grouped, is_shape, settings, three
 from infini_bench.report.style import grid, look
 from infini_bench.units import format_length
 
@@ -32,7 +32,7 @@ TIMES = ("ms", "token")  # as panels end that have a bound
 def shape(row: Row) -> str:
     """b1-h8-d128-n2048; a peer's rows have it as their condition."""
     words = str(row["variant"]).split()[0]
-    return words if words.startswith("b") and "-n" in words else str(row["condition"])
+    return words if is_shape(words) else str(row["condition"])
 
 
 def name(row: Row) -> str:
@@ -93,8 +93,7 @@ def _points(ax: Axes, group: list[Row], rows: list[Row], title: str, unit: float
         if "bound_ms" in row["extra"] and title.endswith(TIMES):
             bar = ax.plot([row["extra"]["bound_ms"]], [place], "|", color="0.3", markersize=9)
             bar[0].set_label("bound of the point in that row")
-        words = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        ax.annotate(words, (high, place), (5, 0), textcoords="offset points", va="center", fontsize=7)
+        ax.annotate(three(value), (high, place), (5, 0), textcoords="offset points", va="center", fontsize=7)
     short = [fill(" ".join(word for word in line.split() if word not in common), 32) for line in lines]
     ax.set_yticks(range(len(lines)), short if named else [""] * len(lines), fontsize=7)
     ax.set(xscale="log", xlabel=title, ylim=(len(lines) - 0.5, -0.5))

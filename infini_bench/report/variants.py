@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from infini_bench.config import TASKS
+from infini_bench.report.cells import is_shape
 from infini_bench.report.records import UNHASHED, Record
 from infini_bench.schema import EXTRACTIVE, MemoryConfig, RunConfig
 from infini_bench.unread import reads
@@ -136,7 +137,7 @@ def _shape(record: Record) -> frozenset[str]:
     if record.task != "efficiency":
         return frozenset()
     words = (str((row.get("extra") or {}).get("variant")) for row in record.metrics)
-    return frozenset(word for word in words if word.startswith("b") and "-n" in word)  # the others: peers
+    return frozenset(filter(is_shape, words))  # the others: peers
 
 
 def pretrained(config: dict[str, Any]) -> str | None:
